@@ -1,0 +1,157 @@
+"""What every script needs and none is about: the command line, the device, files that are never half-written.
+
+A script's configuration is one dataclass. Its defaults are overridden by a TOML file, and that by flags:
+
+    config = command_line(TrainConfig, __doc__)      # python train.py config/demo.toml --max-steps 500
+
+A user's mistake is a `UserError`: one sentence that names the flag, file or line, what was found, what is allowed.
+`main(script)` prints it and exits with code 2.
+"""
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import torch
+import tyro
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one sentence; a traceback would not help."""
+
+
+def main(script):
+    """Run `script()`; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
+    try:
+        script()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno is None:  # not from the operating system: a defect of ours, or of a library
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}"
+        if error.errno == errno.ENOSPC:
+            message += "; free some space and run again (what was saved before is intact)"
+    except BrokenPipeError:
+        message = "the output was closed"
+    else:
+        return
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def command_line(config_class, description, args=None, table=None):
+    """Build `config_class` from its defaults, an optional TOML file (first argument) and flags, in that order.
+
+    `table`: read this table of the file only; the rest belongs to another script.
+
+    Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of the wrong type.
+    tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    default = config_class()
+    if args and args[0].endswith(".toml"):
+        path = args.pop(0)
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            default = merge(default, values.get(table, {}) if table else values, path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such configuration file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
+    return tyro.cli(config_class, default=default, args=args, description=description)
+
+
+def merge(config, table, path, prefix=""):
+    """`config` (a dataclass) with the values of a TOML `table`; nested tables fill nested dataclasses."""
+    known = {field.name for field in dataclasses.fields(config)}
+    changes = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key '{prefix}{key}'; known here: {', '.join(sorted(known))}")
+        old = getattr(config, key)
+        if dataclasses.is_dataclass(old) and isinstance(value, dict):
+            value = merge(old, value, path, f"{prefix}{key}.")
+        elif type(old) is float and type(value) is int:
+            value = float(value)
+        elif old is not None and type(value) is not type(old):
+            raise UserError(f"{path}: {prefix}{key} = {value!r} is of type {type(value).__name__}; "
+                            f"it must be of type {type(old).__name__}, such as {old!r}")
+        changes[key] = value
+    try:
+        return dataclasses.replace(config, **changes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def detect_device(device="auto", dtype="auto"):
+    """The device and dtype to compute in, each `auto` or a name, and a sentence that says why.
+
+    Returns (torch.device, torch.dtype, reason). Raises UserError for a device that is not there.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        kind = next(name for name in ("cuda", "mps", "cpu") if found[name])
+        reason = {"cuda": "CUDA is available", "mps": "no CUDA, but Apple's MPS is available",
+                  "cpu": "neither CUDA nor MPS is available"}[kind]
+    else:
+        kind, reason = device, "as asked"
+        if not found.get(kind, False):
+            raise UserError(f"--device {device}: not available here; available: {', '.join(k for k in found if found[k])}")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
+    if dtype == "auto":
+        bf16 = kind == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float32"
+        reason += f"; {dtype}" + (" is fast here" if bf16 else " is the safe choice here")
+    return torch.device(kind, index), getattr(torch, dtype), reason
+
+
+def autocast(device, dtype):
+    """Mixed precision when `dtype` is bfloat16, nothing when it is float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what is freed: a CPU training step of a small model is otherwise spent in page faults."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-3, 1 << 25), (-1, 2_000_000_000), (-2, 1 << 28)):  # mmap and trim thresholds, top pad
+            mallopt(option, value)
+
+
+@contextlib.contextmanager
+def atomic_file(path, mode="w"):
+    """Open a file that appears under `path` whole or not at all: temporary file, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp made it private
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
+        raise
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,510 @@
+"""Memory Sparse Attention: a transformer whose upper half reads a memory of documents (arXiv 2603.23516).
+
+    memory = model.encode(documents, numbers)              # once per document
+    output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
+
+Training and inference are the same two calls; `forward` is encode + read + losses.
+
+    B questions   T question tokens   M documents   L tokens of a document (padded)   C chunks   K documents selected
+    S memory slots of a question   H query heads   G key/value heads   D head size   E width   N predicted tokens
+"""
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from common import UserError, atomic_file, write_json
+from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, route, sparse_attention, top_documents
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 4096              # tokens; at least the tokenizer's
+    hidden_size: int = 128              # E
+    intermediate_size: int = 384        # width of the SwiGLU
+    num_hidden_layers: int = 4          # the upper half reads the memory
+    num_attention_heads: int = 4        # H
+    num_key_value_heads: int = 2        # G; divides H
+    head_dim: int = 32                  # D; even
+    rope_theta: float = 10000.0         # RoPE base
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True    # the output matrix is the embedding
+    qk_norm: bool = False               # RMSNorm on queries and keys per head, as in Qwen3
+    chunk_size: int = 64                # tokens pooled into one memory slot
+    top_k: int = 16                     # documents that each memory layer selects
+    router_temperature: float = 0.1     # tau of Eq. 5 and of the naming rule
+    smear: bool = False                 # from scratch: e_t + W e_{t-1} before the first layer (recall within 80 steps, not 350)
+    equal_routers: bool = False         # from scratch: routing query and key maps start equal, so that like finds like
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name not in ("tie_word_embeddings", "qk_norm", "smear", "equal_routers") and not value > 0:
+                raise UserError(f"model.{name} is {value}; it must be at least 1" if type(value) is int else
+                                f"model.{name} is {value}; it must be positive")
+        if self.num_hidden_layers < 2:
+            raise UserError("model.num_hidden_layers is 1; at least 2 are needed, the upper half reads the memory")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"model.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
+                            f"model.num_key_value_heads, {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}; RoPE needs an even number")
+
+    @property
+    def first_memory_layer(self):
+        return self.num_hidden_layers // 2
+
+    @property
+    def memory_layers(self):
+        """Indices of the layers that route and read the memory: the upper half (section 3.2)."""
+        return range(self.first_memory_layer, self.num_hidden_layers)
+
+
+MSA_FIELDS = ("chunk_size", "top_k", "router_temperature", "smear", "equal_routers")  # under "msa_config" in config.json
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What encode makes and read consumes
+
+@dataclass
+class Selection:
+    """What one memory layer's routing chose for B questions. Document indices count in the order of numbers."""
+    keys: torch.Tensor                 # (C', G, D) chunk keys; every question reads its own rows of them
+    values: torch.Tensor               # (C', G, D)
+    index: torch.Tensor                # (B, S) int64, rows of keys and values, in document order
+    slots: torch.Tensor                # (B,) how many of the S count
+    documents: torch.Tensor            # (B, K) int64, best first; -1: fewer than K
+    scores: torch.Tensor               # (B, K) fp32, descending; -inf where documents is -1
+    all_scores: torch.Tensor           # (B, M) fp32, for Eq. 5
+
+    def expand(self, n):
+        """The selection of one question, for n copies of it."""
+        rows = {name: getattr(self, name).expand(n, *getattr(self, name).shape[1:])
+                for name in ("index", "slots", "documents", "scores", "all_scores")}
+        return Selection(self.keys, self.values, **rows)
+
+
+@dataclass
+class Memory:
+    """A memory held as tensors, one entry per memory layer; documents in the order of their numbers."""
+    keys: list                         # of (C, G, D): attention keys after QK-norm and RoPE, mean of each chunk
+    values: list                       # of (C, G, D): attention values, mean of each chunk
+    routing_keys: list                 # of (C, G, D): unit length per head
+    offsets: torch.Tensor              # (M + 1,) int64: document m's chunks are offsets[m]:offsets[m + 1]
+    numbers: list                      # M document numbers, increasing
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def select(self, layer, routing_query, routing_mask, top_k, force=None):
+        """Route (section 3.2) and point at what was found; nothing is copied.
+
+        layer: counts memory layers from 0; routing_query: (B, T, G * D) from `group_queries`; routing_mask: (B, T) bool;
+        force: optional (B, M) bool, documents that are selected whatever their score (an experiment: see recipes against it).
+        """
+        scores = route(routing_query, routing_mask, self.routing_keys[layer], self.offsets)
+        ranked = scores.detach() if force is None else scores.detach().masked_fill(force, float("inf"))
+        documents, _ = top_documents(ranked, top_k)
+        own = scores.detach().gather(1, documents.clamp(min=0)).masked_fill(documents < 0, float("-inf"))
+        index, slots = document_slots(documents, self.offsets)
+        return Selection(self.keys[layer], self.values[layer], index, slots, documents, own, scores)
+
+    def prefix(self, documents):
+        """The memory of the first `documents` documents; a view."""
+        chunks = int(self.offsets[documents])
+        return Memory(*([x[:chunks] for x in xs] for xs in (self.keys, self.values, self.routing_keys)),
+                      self.offsets[:documents + 1], self.numbers[:documents])
+
+    def suffix(self, first):
+        """The memory without its first `first` documents; a view."""
+        chunks = int(self.offsets[first])
+        return Memory(*([x[chunks:] for x in xs] for xs in (self.keys, self.values, self.routing_keys)),
+                      self.offsets[first:] - chunks, self.numbers[first:])
+
+    @staticmethod
+    def cat(memories):
+        """One memory of several whose numbers follow each other."""
+        numbers = [n for memory in memories for n in memory.numbers]
+        if any(a >= b for a, b in zip(numbers, numbers[1:])):
+            raise ValueError("document numbers must be increasing")
+        counts = torch.cat([memory.offsets.diff() for memory in memories])
+        layers = [[torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
+                  for name in ("keys", "values", "routing_keys")]
+        return Memory(*layers, F.pad(counts.cumsum(0), (1, 0)), numbers)
+
+
+class Cache:
+    """A question's local keys and values and its Selections: a read that is given a filled cache does not route again."""
+
+    def __init__(self):
+        self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
+        self.selections = []                   # one per memory layer; empty without a memory
+        self.length, self.prefix_length = 0, 0
+        self.last_embedding = None             # (B, 1, E): the next token's predecessor, for smear
+
+    def extend(self, layer, keys, values):
+        """Append this read's keys and values of one layer; returns all of them."""
+        if self.length:
+            keys, values = torch.cat([self.keys[layer], keys], 1), torch.cat([self.values[layer], values], 1)
+        self.keys[layer], self.values[layer] = keys, values
+        return keys, values
+
+    def expand(self, n):
+        """A copy of one question's cache for n continuations; the original stays as it is."""
+        copy = Cache()
+        copy.keys, copy.values = ({layer: x.expand(n, -1, -1, -1) for layer, x in xs.items()} for xs in (self.keys, self.values))
+        copy.selections = [selection.expand(n) for selection in self.selections]
+        copy.length, copy.prefix_length = self.length, self.prefix_length
+        copy.last_embedding = self.last_embedding.expand(n, -1, -1)
+        return copy
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor               # (B, T, V) fp32; or (N, V) for the N positions asked for
+    selections: list = field(default_factory=list)  # of Selection, one per memory layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer. Module names are the Hugging Face ones, so that a state dict is a checkpoint.
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+def rope_angles(positions, config):
+    """cos and sin of RoPE, each (T, 1, D), for positions (T,); the two halves of a head rotate together."""
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim)
+    angles = torch.outer(positions.float(), frequencies)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Apply RoPE to (..., T, heads, D)."""
+    cos, sin = (a.to(x.dtype) for a in rope)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, is_memory_layer):
+        super().__init__()
+        E, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj, self.k_proj = nn.Linear(E, H * D, bias=False), nn.Linear(E, G * D, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(E, G * D, bias=False), nn.Linear(H * D, E, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.heads, self.kv_heads, self.head_dim = H, G, D
+        if is_memory_layer:  # Sequential: the authors' checkpoints say router_q_proj.0.weight
+            self.router_q_proj = nn.Sequential(nn.Linear(E, H * D, bias=False))
+            self.router_k_proj = nn.Sequential(nn.Linear(E, G * D, bias=False))
+
+    def query(self, x, rope):
+        """Queries (..., T, H, D) of a normed input (..., T, E)."""
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))), rope)
+
+    def key_value(self, x, rope):
+        """Keys after QK-norm and RoPE, and values, each (..., T, G, D)."""
+        keys = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))), rope)
+        return keys, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def routing_query(self, x):
+        """(B, T, E) -> (B, T, G * D); no RoPE: routing is about content, not place."""
+        return group_queries(self.router_q_proj(x).unflatten(-1, (self.heads, self.head_dim)), self.kv_heads)
+
+    def routing_key(self, x):
+        """(M, L, E) -> (M, L, G, D), not yet pooled or normalised."""
+        return self.router_k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        E, I = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(a, b, bias=False) for a, b in ((E, I), (E, I), (I, E)))
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, is_memory_layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, is_memory_layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def finish(self, x, attended):
+        """The rest of the block, once attention (..., T, H, D) is known."""
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i in config.memory_layers) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.smear:
+            self.smear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+
+class MSA(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal(0, 0.02), output projections smaller by sqrt(2 * layers)."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                shrink = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(parameter, std=0.02 * shrink)
+        if config.equal_routers:
+            G, D, E = config.num_key_value_heads, config.head_dim, config.hidden_size
+            for i in config.memory_layers:
+                attention = self.model.layers[i].self_attn
+                keys = attention.router_k_proj[0].weight.data.view(G, 1, D, E)
+                attention.router_q_proj[0].weight.data.view(G, -1, D, E).copy_(keys.expand(-1, config.num_attention_heads // G, -1, -1))
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def embed(self, tokens, before=None):
+        """(B, T) ids -> (B, T, E), and the last token's own embedding; `before` (B, 1, E): the embedding in front of them."""
+        x = self.model.embed_tokens(tokens)
+        last = x[:, -1:]
+        if self.config.smear:
+            before = torch.zeros_like(last) if before is None else before
+            x = x + self.model.smear(torch.cat([before, x[:, :-1]], 1))
+        return x, last
+
+    # -----------------------------------------------------------------------------------------------------------------
+    def encode(self, documents, numbers=None, batch_tokens=16384, progress=None):
+        """Documents -> Memory, each encoded alone (section 3.2): what is stored of one does not depend on the others.
+
+        documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by default.
+        Documents of similar length are padded into batches of at most `batch_tokens` tokens; the order given is the order
+        returned. progress: called with the number of tokens just encoded. Raises UserError for an id outside the
+        vocabulary, ValueError for an empty list or document or for numbers that do not increase.
+        """
+        numbers = list(range(len(documents))) if numbers is None else list(numbers)
+        if not documents or min(map(len, documents)) == 0:
+            raise ValueError("encode needs at least one document, and no empty one")
+        if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+            raise ValueError("encode needs one number per document, increasing")
+        lengths = torch.tensor([len(document) for document in documents])
+        offsets = chunk_offsets(lengths, self.config.chunk_size)
+        order, parts = lengths.argsort(stable=True).tolist(), []
+        while order:
+            width, batch = int(lengths[order[-1]]), order[-max(1, batch_tokens // int(lengths[order[-1]])):]
+            del order[-len(batch):]
+            tokens = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, i in enumerate(batch):
+                tokens[row, :lengths[i]] = documents[i]
+            self.check_ids(tokens)
+            parts.append((batch, self.encode_batch(tokens.to(self.device), lengths[batch].to(self.device))))
+            if progress:
+                progress(int(lengths[batch].sum()))
+        return self.assemble(parts, offsets, numbers)
+
+    def encode_batch(self, tokens, lengths):
+        """(M, L) padded documents -> per memory layer: chunk keys, values, routing keys, each (C, G, D).
+
+        Attention is causal, so that padding on the right needs no mask. Stops after the last memory layer's projections.
+        """
+        x, _ = self.embed(tokens)
+        rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)  # document-wise: from 0
+        stored = []
+        for i, layer in enumerate(self.model.layers):
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            keys, values = attention.key_value(h, rope)
+            if i in self.config.memory_layers:
+                pooled = [pool_chunks(t, lengths, self.config.chunk_size) for t in (keys, values, attention.routing_key(h))]
+                stored.append((*pooled[:2], F.normalize(pooled[2].float(), dim=-1).to(pooled[2].dtype)))  # Eq. 1: pool, then norm
+            if i < self.config.num_hidden_layers - 1:
+                x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
+        return stored
+
+    def assemble(self, parts, offsets, numbers):
+        """Batches of encoded documents, put back into the order given."""
+        documents = torch.tensor([i for batch, _ in parts for i in batch])
+        counts = offsets.diff()
+        if len(parts) == 1 and len(counts) == offsets[-1]:
+            rows = documents.argsort()
+        else:
+            starts = F.pad(counts[documents].cumsum(0), (1, 0))[:-1][documents.argsort()]     # of document m among the parts
+            rows = torch.repeat_interleave(starts - offsets[:-1], counts) + torch.arange(int(offsets[-1]))
+        rows, layers = rows.to(self.device), []
+        for name in range(3):
+            layers.append([])
+            for layer in range(len(self.config.memory_layers)):
+                x = torch.cat([stored[layer][name] for _, stored in parts])
+                assert len(x) == offsets[-1], "what was encoded is not what was given"
+                layers[-1].append(x[rows])
+        return Memory(*layers, offsets.to(self.device), numbers)
+
+    def check_ids(self, tokens):
+        """Raises UserError for a token id outside the vocabulary."""
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            found = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
+            raise UserError(f"token id {found} is outside the model's vocabulary of {self.config.vocab_size} tokens; "
+                            "the tokenizer and the model do not belong together")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None, force=None):
+        """Question tokens -> logits, reading the memory (section 3.3).
+
+        tokens: (B, T) int64; rows of unequal length are padded on the right. memory: what has `select`, or None.
+        routing_mask: (B, T) bool, the tokens that route; none of them: nothing is selected.
+        cache: a Cache, filled by this call; when it already holds tokens these continue them, and nothing is routed again.
+        prefix_length: so many first tokens are a template's head: at positions 0.., blind to the memory.
+        positions: optional (B, T) bool, where logits are wanted; default everywhere.
+        The question stands at prefix_length + top_k, however many documents there are (global RoPE, section 3.3).
+        """
+        config = self.config
+        cache = Cache() if cache is None else cache
+        if cache.length == 0:
+            cache.prefix_length = prefix_length
+        place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
+        rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
+        routes = cache.length == 0 and memory is not None and len(memory) > 0
+        x, last = self.embed(tokens, cache.last_embedding)
+        for i, layer in enumerate(self.model.layers):
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            keys, values = cache.extend(i, *attention.key_value(h, rope))
+            chosen = ()
+            if i in config.memory_layers:
+                if routes:
+                    cache.selections.append(memory.select(i - config.first_memory_layer, attention.routing_query(h),
+                                                          routing_mask, config.top_k, force))
+                if cache.selections:
+                    s = cache.selections[i - config.first_memory_layer]
+                    chosen = (s.keys, s.values, s.index, s.slots, cache.prefix_length)
+            x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values, *chosen))
+        cache.length, cache.last_embedding = cache.length + tokens.size(1), last
+        x = self.model.norm(x if positions is None else x[positions])
+        head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
+        return Output(F.linear(x, head.weight).float(), cache.selections)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    def forward(self, documents, numbers, batches):
+        """encode + read + losses of one pool: its questions share its documents.
+
+        documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T), positive and
+        appended (B, M), as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens)
+        and `aux` (Eq. 5, mean over positives, layers and questions) carry gradients; the others do not: `answer`, the part of `lm`
+        in answers; `recall` (layers + 1,), the share of positives among the first k of each layer's own ranking, then of the
+        mean score's, documents in the sample left out; `top1` of the latter; `chance`, what recall a random ranking has.
+        """
+        memory = self.encode(documents, numbers)
+        lm, answer, aux, recall, top1 = 0.0, 0.0, 0.0, 0.0, 0.0
+        predicted, answered, routed = 0, 0, 0
+        for batch in batches:
+            tokens, target = batch["tokens"], batch["target_mask"]
+            output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
+            asks = batch["positive"].any(1)  # the others answer: nothing is left to retrieve
+            token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")
+            in_answer = (target & ~asks[:, None])[target]
+            lm, predicted = lm + token_losses.sum(), predicted + len(token_losses)
+            answer, answered = answer + token_losses.detach()[in_answer].sum(), answered + int(in_answer.sum())
+            positive, appended = batch["positive"][asks], batch["appended"][asks]
+            scores = torch.stack([selection.all_scores[asks] for selection in output.selections])       # (layers, B', M)
+            aux = aux + contrastive_loss(scores, positive, appended, self.config.router_temperature).mean(0).sum()
+            routed += len(positive)
+            ranked = torch.cat([scores, scores.mean(0, keepdim=True)]).detach().masked_fill(appended, float("-inf"))
+            recall = recall + hit_rate(ranked, positive, self.config.top_k).sum(1)
+            top1 = top1 + hit_rate(ranked[-1:], positive, 1).sum()
+        asked = max(routed, 1)
+        return dict(lm=lm / max(predicted, 1), answer=answer / max(answered, 1), aux=aux / asked, recall=recall / asked, top1=top1 / asked,
+                    chance=torch.tensor(min(1.0, self.config.top_k / len(numbers))))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    def save(self, folder):
+        """Write config.json and model.safetensors, each atomically."""
+        values = asdict(self.config)
+        msa = {name: values.pop(name) for name in MSA_FIELDS}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_file(Path(folder) / "model.safetensors", "wb") as file:
+            file.write(save(tensors, {"format": "pt"}))
+        write_json(Path(folder) / "config.json", {"architectures": ["MSA"], "model_type": "nanomsa", **values, "msa_config": msa})
+
+    @staticmethod
+    def load(folder, device="cpu"):
+        """The model of a checkpoint folder, in evaluation mode. Raises UserError for a folder that does not hold one."""
+        config = load_config(folder)
+        path = Path(folder) / "model.safetensors"
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; {folder} is not a checkpoint") from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        model = MSA(config)
+        model.load_tensors(tensors, path)
+        return model.to(device).eval()
+
+    def load_tensors(self, tensors, path):
+        """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""
+        own = self.state_dict()
+        for name in sorted(own.keys() | tensors.keys()):
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            expected = tuple(own[name].shape) if name in own else "absent"
+            if found != expected:
+                raise UserError(f"{path}: tensor {name} is {found}; the configuration says {expected}")
+        self.load_state_dict(tensors)
+
+
+def load_config(folder):
+    """The ModelConfig of a checkpoint folder. Raises UserError."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= values.pop("msa_config")
+        return ModelConfig(**{name: values[name] for name in ModelConfig.__dataclass_fields__})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {folder} is not a checkpoint (train.py writes one)") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint's configuration ({type(error).__name__}: {error})") from None
+
+
+def contrastive_loss(scores, positive, excluded, temperature):
+    """Eq. 5 per question: each positive against all negatives, never against other positives.
+
+    scores: (..., B, M) fp32; positive, excluded: (B, M) bool; excluded documents are neither positive nor negative.
+    Every question needs a positive. Returns (..., B): the mean over a question's positives of
+    -log(e^{s_i/tau} / (e^{s_i/tau} + sum over negatives e^{s_j/tau})).
+    """
+    scores = scores / temperature
+    negatives = scores.masked_fill(positive | excluded, float("-inf")).logsumexp(-1, keepdim=True)       # (..., B, 1)
+    loss = F.softplus(negatives - scores).masked_fill(~positive, 0)                                      # log(1 + e^{n - s})
+    return loss.sum(-1) / positive.sum(-1)
+
+
+def hit_rate(scores, positive, k):
+    """The share of each question's positives among its first k: (layers, B, M) scores, (B, M) -> (layers, B)."""
+    first = torch.zeros_like(scores, dtype=torch.bool)
+    for layer, s in enumerate(scores):
+        top, _ = top_documents(s, min(k, s.size(1)))
+        first[layer].scatter_(1, top.clamp(min=0), top >= 0)
+    return (first & positive).sum(-1) / positive.sum(-1)

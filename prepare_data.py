@@ -1,0 +1,599 @@
+"""Documents, questions and training files.
+
+    python prepare_data.py config/demo.toml                                            # the [data] table of a run
+    python prepare_data.py --documents FOLDER --questions FILE.jsonl --out data/mine   # your own
+
+The synthetic tasks are RULER's needles written as documents. A key is an adjective and a noun, a value seven digits:
+
+    needle    One of the special magic numbers for gentle-otter is: 4729103.
+    link      One of the special magic numbers for brave-lamp is the one for gentle-otter.      (a chain's first document)
+    noise     The quiet river can follow the amber castle near the old road.
+    question  What is the special magic number for brave-lamp?
+
+A question does not say whether its answer is one hop away or two. The pairs (adjective, noun) are divided once and for
+all, whatever the seed: 60 % test, 5 % validation, 35 % training, so that test keys are never seen in training as a pair.
+
+Training data is a sequence of **pools**: the documents of one step and the questions about them. Every question
+becomes one-step samples (`collate`): question -> first document; question and first document -> second; all -> answer.
+On disk (`data/demo/train/`) a pool is rows of six ragged arrays, each a `.bin` of values and a `.offsets` of int64,
+written as they are made and memory-mapped by `Pools`.
+
+Your own questions are lines {"question": ..., "answer": ..., "documents": ["a.txt", "b.txt:12"]}: files of the folder in
+the order of the hops, with a line where a long file was split.
+"""
+import dataclasses
+import json
+import shutil
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UserError, command_line, main, write_json
+from tokenizer import Tokenizer, named_encoding, train_encoding
+
+TASKS = ("niah_single", "niah_multikey", "two_hop")
+
+
+@dataclass
+class DataConfig:
+    out: str = "data/demo"           # folder to write
+    seed: int = 1337                 # same seed, same bytes
+    pools: int = 2000                # training pools; one optimizer step reads one per rank
+    validation_pools: int = 16       # pools whose keys are neither trained on nor tested
+    needles: int = 16                # one-hop needles in a pool, each asked about
+    chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
+    noise: int = 4                   # noise documents in a pool
+    encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
+    vocab_size: int = 4096           # of the trained BPE, special tokens included
+    documents: str = ""              # a folder of .txt and .md files: your own documents instead of the synthetic ones
+    questions: str = ""              # a .jsonl file: your own questions about them
+    max_document_tokens: int = 512   # longer files are split at paragraphs
+    documents_per_pool: int = 48     # your own data: documents that a step encodes
+    questions_per_pool: int = 16     # your own data: questions that a step asks; their documents are in its pool
+
+    def __post_init__(self):
+        for name in ("pools", "validation_pools", "max_document_tokens", "documents_per_pool", "questions_per_pool"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("needles", "chains", "noise"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.needles + self.chains == 0:
+            raise UserError("needles and chains are both 0; a pool needs something to ask about")
+        if bool(self.documents) != bool(self.questions):
+            raise UserError("documents and questions go together: a folder and a .jsonl file of questions about it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of a folder
+
+@dataclass(frozen=True)
+class Document:
+    """A document's text and where it came from, for citations; lines count from 1."""
+    text: str
+    source: str = ""
+    first_line: int = 0
+    last_line: int = 0
+
+    def where(self):
+        return f"{self.source}:{self.first_line}-{self.last_line}" if self.source else "(generated)"
+
+
+def read_folder(folder, count_tokens, max_tokens):
+    """The .txt and .md files below `folder`, in the order of their names, as a list of Documents.
+
+    A file of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at lines, a longer
+    line at words. Raises UserError for a missing or empty folder and for a file that cannot be read or is not UTF-8.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder of documents")
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".md") and path.is_file())
+    documents = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it out of the folder") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        source = str(path.relative_to(root))
+        documents += [Document(piece, source, first, last)
+                      for first, last, piece in split_text(text, count_tokens, max_tokens)]
+    if not documents:
+        raise UserError(f"{folder}: no text in it; expected .txt or .md files that are not empty")
+    return documents
+
+
+def split_text(text, count_tokens, max_tokens):
+    """Pieces of at most `max_tokens` as (first line, last line, text): whole paragraphs where they fit."""
+    pieces, current = [], []  # `current`: numbered lines of the piece being filled
+
+    def flush():
+        lines = [line for line in current if line[1].strip()]
+        if lines:
+            pieces.append((lines[0][0], lines[-1][0], "\n".join(line for _, line in current).strip()))
+        current.clear()
+
+    def fits(block):
+        return count_tokens("\n".join(line for _, line in current + block)) <= max_tokens
+
+    for paragraph in paragraphs(text):
+        blocks = [paragraph] if count_tokens("\n".join(line for _, line in paragraph)) <= max_tokens else \
+            [[part] for line in paragraph for part in split_line(line, count_tokens, max_tokens)]
+        for block in blocks:
+            if not fits(block):
+                flush()
+            current.extend(block)
+    flush()
+    return pieces
+
+
+def paragraphs(text):
+    """Lists of (line number, line), each up to and including the blank lines behind it."""
+    block = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if block and not block[-1][1].strip() and line.strip():
+            yield block
+            block = []
+        block.append((number, line))
+    if block:
+        yield block
+
+
+def split_line(line, count_tokens, max_tokens):
+    """One numbered line as several of at most `max_tokens`, cut between words (inside a word that alone is too long)."""
+    number, text = line
+    if count_tokens(text) <= max_tokens or len(text) < 2:
+        return [line]
+    middle = text.find(" ", len(text) // 2)
+    middle = len(text) // 2 if middle < 0 else middle
+    return (split_line((number, text[:middle]), count_tokens, max_tokens)
+            + split_line((number, text[middle:].lstrip()), count_tokens, max_tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The synthetic tasks
+
+@dataclass(frozen=True)
+class Question:
+    """A question's text, the documents that answer it in the order of the hops (as indices), and the answer."""
+    text: str
+    gold: tuple
+    answer: str
+
+
+class Words:
+    """The words of wonderwords, and the division of all pairs (adjective, noun) into train, validation and test."""
+
+    def __init__(self):
+        try:
+            from wonderwords import RandomWord
+        except ImportError:
+            raise UserError("the synthetic tasks need wonderwords: pip install -e '.[data]'") from None
+        def words(category):
+            found = RandomWord().filter(include_categories=[category])
+            return sorted({word for word in found if word.isascii() and word.isalpha() and word.islower()})
+        self.adjectives, self.nouns, self.verbs = words("adjective"), words("noun"), words("verb")
+        draw = np.random.default_rng(0).random(len(self.adjectives) * len(self.nouns), dtype=np.float32)
+        self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # per pair: 0 test, 1 validation, 2 train
+
+    def key(self, pair):
+        """The key "adjective-noun" of pair number `pair`."""
+        return f"{self.adjectives[pair // len(self.nouns)]}-{self.nouns[pair % len(self.nouns)]}"
+
+    def pairs(self, split, count, rng):
+        """`count` distinct pairs of one split ("test", "validation", "train"), shuffled."""
+        pairs = np.flatnonzero(self.split == ("test", "validation", "train").index(split))
+        if count > len(pairs):
+            raise UserError(f"{count:,} keys were asked for, but there are {len(pairs):,} {split} pairs; ask for a smaller memory")
+        return rng.permutation(pairs)[:count].tolist()  # a larger count extends a smaller one
+
+    def similar_pairs(self, split, count, rng):
+        """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives."""
+        code = ("test", "validation", "train").index(split)
+        chosen = []
+        while len(chosen) < count:
+            adjective, noun = int(rng.integers(len(self.adjectives))), int(rng.integers(len(self.nouns)))
+            if chosen and len(chosen) % 2:
+                other = chosen[int(rng.integers(len(chosen)))]
+                if rng.random() < 0.5:
+                    adjective = other // len(self.nouns)
+                else:
+                    noun = other % len(self.nouns)
+            pair = adjective * len(self.nouns) + noun
+            if self.split[pair] == code and pair not in chosen:
+                chosen.append(pair)
+        return chosen
+
+    def noise(self, rng):
+        """One sentence about nothing."""
+        a, b = rng.integers(len(self.adjectives), size=2)
+        n, m, o = rng.integers(len(self.nouns), size=3)
+        verb = self.verbs[rng.integers(len(self.verbs))]
+        return (f"The {self.adjectives[a]} {self.nouns[n]} can {verb} the {self.adjectives[b]} {self.nouns[m]} "
+                f"near the {self.nouns[o]}.")
+
+    def distinct_noise(self, count, rng):
+        """`count` noise sentences, all different."""
+        sentences = {}
+        while len(sentences) < count:
+            sentences[self.noise(rng)] = None
+        return list(sentences)
+
+
+def needle_text(key, value):
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+def link_text(key, next_key):
+    return f"One of the special magic numbers for {key} is the one for {next_key}."
+
+
+def question_text(key):
+    return f"What is the special magic number for {key}?"
+
+
+def values(count, rng):
+    """`count` strings of seven digits."""
+    return [str(value) for value in rng.integers(1_000_000, 10_000_000, size=count)]
+
+
+def make_pool(words, config, split, rng):
+    """One step's documents (list of texts, shuffled) and questions about them (list of Question)."""
+    count = config.needles + 2 * config.chains
+    keys = [words.key(pair) for pair in words.similar_pairs(split, count, rng)]
+    order = rng.permutation(count).tolist()  # similar keys land in needles and in chains alike
+    keys, numbers = [keys[i] for i in order], values(count, rng)
+    texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
+    golds = [(i,) for i in range(config.needles)]
+    for first in range(config.needles, count, 2):
+        texts[first] = link_text(keys[first], keys[first + 1])
+        golds.append((first, first + 1))
+    texts += words.distinct_noise(config.noise, rng)
+    place = rng.permutation(len(texts))  # document i of this list lies at place[i]
+    documents = [""] * len(texts)
+    for i, text in enumerate(texts):
+        documents[place[i]] = text
+    questions = [Question(question_text(keys[gold[0]]), tuple(int(place[i]) for i in gold), numbers[gold[-1]])
+                 for gold in golds]
+    return documents, questions
+
+
+def make_memory(words, task, documents, questions, seed):
+    """A test memory: texts of `documents` documents and `questions` questions about the first of them.
+
+    The documents that answer the questions come first (shuffle the ones that the shortest memory holds).
+    For `niah_single` they are `questions` needles, one for each question, followed by noise only: a question's memory is
+    its own needle and the noise. Everything depends on `seed` alone; more documents extend the same memory.
+    """
+    rng = np.random.default_rng([seed, TASKS.index(task)])
+    if task == "niah_single":
+        keys = [words.key(pair) for pair in words.pairs("test", questions, rng)]
+        numbers = values(questions, rng)
+        texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
+        asked = [Question(question_text(key), (i,), numbers[i]) for i, key in enumerate(keys)]
+        return texts + words.distinct_noise(documents - questions, rng), asked
+    hops = 2 if task == "two_hop" else 1
+    count = max(documents, questions * hops)
+    count += count % hops
+    keys = [words.key(pair) for pair in words.pairs("test", count, rng)]
+    numbers = values(count, rng)
+    texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
+    if hops == 2:
+        texts[::2] = [link_text(key, next_key) for key, next_key in zip(keys[::2], keys[1::2])]
+    asked = [Question(question_text(keys[i]), tuple(range(i, i + hops)), numbers[i + hops - 1])
+             for i in range(0, questions * hops, hops)]
+    return texts[:documents], asked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own questions
+
+def read_questions(path, documents):
+    """Questions of a .jsonl file about `documents`. Raises UserError that names the line."""
+    places = {}
+    for i, document in enumerate(documents):
+        places.setdefault(document.source, []).append(i)
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            gold = tuple(find_document(name, places, documents) for name in row["documents"])
+            if not gold:
+                raise UserError("'documents' is empty")
+            questions.append(Question(str(row["question"]), gold, str(row["answer"])))
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not an object with \"question\", \"answer\" and \"documents\"") from None
+    if len(questions) < 2:
+        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train on and one to validate")
+    return questions
+
+
+def find_document(name, places, documents):
+    """The index of the document "file" or "file:line"."""
+    source, _, line = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
+    candidates = [i for i in places.get(source, [])
+                  if not line or documents[i].first_line <= int(line) <= documents[i].last_line]
+    if len(candidates) != 1:
+        raise UserError(f"'{name}' names {len(candidates)} documents of the folder; give a file below it, "
+                        "and \"file:line\" where a long file was split")
+    return candidates[0]
+
+
+def own_pool(documents, questions, config, rng):
+    """Document indices and question indices of one pool: random questions, their documents, random others."""
+    asked = rng.choice(len(questions), min(config.questions_per_pool, len(questions)), replace=False).tolist()
+    gold = list(dict.fromkeys(i for q in asked for i in questions[q].gold))
+    others = [i for i in rng.permutation(len(documents)).tolist()[:config.documents_per_pool + len(gold)] if i not in set(gold)]
+    pool = gold + others[:max(0, config.documents_per_pool - len(gold))]
+    return rng.permutation(pool).tolist(), asked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+class RaggedWriter:
+    """Rows of unequal length, streamed to `path.bin`; `path.offsets` (int64, rows + 1) says where each begins."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.offsets = path, np.dtype(dtype), array("q", [0])
+        self.file = open(f"{path}.bin", "wb")
+
+    def append(self, row):
+        self.file.write(np.asarray(row, dtype=self.dtype).tobytes())
+        self.offsets.append(self.offsets[-1] + len(row))
+
+    def close(self):
+        self.file.close()
+        np.frombuffer(self.offsets, dtype=np.int64).tofile(f"{self.path}.offsets")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+
+class Ragged:
+    """What RaggedWriter wrote, memory-mapped: `ragged[i]` is row i."""
+
+    def __init__(self, path, dtype):
+        try:
+            self.offsets = np.fromfile(f"{path}.offsets", dtype=np.int64)
+            size = Path(f"{path}.bin").stat().st_size
+            self.values = np.memmap(f"{path}.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: no such file; run prepare_data.py first") from None
+        if not len(self.offsets) or self.offsets[-1] != len(self.values):
+            raise UserError(f"{path}.bin: {len(self.values)} values, but its offsets say otherwise; run prepare_data.py again")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        return self.values[self.offsets[i]:self.offsets[i + 1]]
+
+
+ARRAYS = ("documents", "questions", "answers", "gold", "pool_documents", "pool_questions")  # the first three: tokens
+
+
+class PoolWriter:
+    """Writes one split. Tokens are uint16 where the vocabulary allows, else uint32."""
+
+    def __init__(self, folder, tokenizer):
+        folder.mkdir(parents=True)
+        self.tokenizer = tokenizer
+        for name, dtype in array_types(tokenizer.vocab_size).items():
+            setattr(self, name, RaggedWriter(folder / name, dtype))
+
+    def add_documents(self, texts):
+        """Append documents; returns the index of the first."""
+        first = len(self.documents)
+        for text in texts:
+            self.documents.append(self.tokenizer.encode(text))
+        return first
+
+    def add_questions(self, questions, first_document=0):
+        """Append Questions whose gold indices count from `first_document`; returns the index of the first."""
+        first = len(self.questions)
+        for question in questions:
+            self.questions.append(self.tokenizer.encode(question.text))
+            self.answers.append(self.tokenizer.encode(question.answer))
+            self.gold.append([first_document + i for i in question.gold])
+        return first
+
+    def add_pool(self, documents, questions):
+        self.pool_documents.append(documents)
+        self.pool_questions.append(questions)
+
+    def close(self):
+        for name in ARRAYS:
+            getattr(self, name).close()
+
+
+def array_types(vocab_size):
+    token = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    return {name: token if i < 3 else np.int64 for i, name in enumerate(ARRAYS)}
+
+
+class Pools:
+    """A split on disk: `pools[i]` is (documents, questions); a document is an array of ids, a question a tuple
+    (question ids, answer ids, gold indices into the pool's documents)."""
+
+    def __init__(self, folder, vocab_size):
+        """Raises UserError for missing or broken files, and (when a pool is read) for ids outside the vocabulary."""
+        self.folder, self.vocab_size = Path(folder), vocab_size
+        about = read_about(self.folder.parent)
+        for name, dtype in array_types(about["vocab_size"]).items():
+            setattr(self, name, Ragged(self.folder / name, dtype))
+
+    def __len__(self):
+        return len(self.pool_documents)
+
+    def __getitem__(self, i):
+        ids = self.pool_documents[i].tolist()
+        place = {document: at for at, document in enumerate(ids)}
+        documents = [self.documents[d] for d in ids]
+        questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()])
+                     for q in self.pool_questions[i].tolist()]
+        largest = max(int(row.max(initial=0)) for row in documents + [row for q in questions for row in q[:2]])
+        if largest >= self.vocab_size:
+            raise UserError(f"{self.folder}: pool {i} holds token id {largest}, but the model's vocabulary ends at "
+                            f"{self.vocab_size - 1}; set vocab_size in [model] to the tokenizer's")
+        return documents, questions
+
+
+def read_about(folder):
+    """The description of prepared data. Raises UserError when there is none."""
+    try:
+        return json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no prepared data here; run python prepare_data.py with the same configuration") from None
+
+
+def draw_numbers(count, limit, rng):
+    """`count` distinct document numbers below `limit`, increasing; every number of digits is as likely as any other."""
+    digits = len(str(limit - 1))
+    numbers = set()
+    while len(numbers) < count:
+        n = int(rng.integers(10 ** int(rng.integers(1, digits + 1))))
+        if n < limit:
+            numbers.add(n)
+    return sorted(numbers)
+
+
+def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
+    """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4 of the paper).
+
+    Documents get random numbers, increasing with their place: the order of a pool is random already.
+    Returns (documents, numbers, batches): a list of LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
+        tokens (B, T) int64; routing_mask (B, T) bool: tokens that route; target_mask (B, T) bool: tokens to predict;
+        positive (B, M) bool: the documents to route to; appended (B, M) bool: those whose text is in the sample
+    Samples of similar length share a batch of at most `batch_tokens` tokens, padding included.
+    """
+    documents, questions = pool
+    texts = [document.tolist() for document in documents]
+    numbers = draw_numbers(len(texts), number_limit, rng)
+    samples = []  # (prompt, target, positive, appended)
+    for question, answer, gold in questions:
+        prompt = tokenizer.question(question.tolist())
+        for hop, document in enumerate(gold):
+            target = [*tokenizer.number(numbers[document]), tokenizer.stop]
+            samples.append((prompt, target, [document], gold[:hop]))
+            prompt = prompt + tokenizer.appended(numbers[document], texts[document])
+        samples.append((prompt, [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end], [], gold))
+    samples.sort(key=lambda sample: len(sample[0]) + len(sample[1]))
+    batches, batch = [], []
+    for sample in reversed(samples):  # longest first: the first of a batch sets its width
+        width = len((batch or [sample])[0][0]) + len((batch or [sample])[0][1]) + 1
+        if batch and ((len(batch) + 1) * width > batch_tokens):
+            batches.append(stack(batch, tokenizer.retrieve, len(texts)))
+            batch = []
+        batch.append(sample)
+    batches.append(stack(batch, tokenizer.retrieve, len(texts)))
+    spelled = [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)]
+    return spelled, numbers, batches
+
+
+def stack(samples, retrieve, documents):
+    """Samples as the padded tensors of one batch; see `collate`."""
+    width = max(len(prompt) + 1 + len(target) for prompt, target, _, _ in samples)
+    tokens = torch.zeros(len(samples), width, dtype=torch.long)
+    routing_mask, target_mask = tokens.bool(), tokens.bool()
+    positive = torch.zeros(len(samples), documents, dtype=torch.bool)
+    appended = positive.clone()
+    for i, (prompt, target, gold, seen) in enumerate(samples):
+        begin, end = len(prompt) + 1, len(prompt) + 1 + len(target)
+        tokens[i, :end] = torch.tensor([*prompt, retrieve, *target])
+        routing_mask[i, :len(prompt)] = True
+        target_mask[i, begin:end] = True
+        positive[i, gold] = True
+        appended[i, seen] = True
+    return dict(tokens=tokens, routing_mask=routing_mask, target_mask=target_mask, positive=positive, appended=appended)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def synthetic_splits(config):
+    """Generators of pools (texts, questions), by split."""
+    words = Words()
+    def generate(split, count, stream):
+        for i in range(count):
+            yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
+    return {"train": lambda: generate("train", config.pools, 0),
+            "validation": lambda: generate("validation", config.validation_pools, 1)}
+
+
+def write_synthetic(config, folder):
+    splits = synthetic_splits(config)
+    def sample_texts():  # 1,000 pools are enough to learn merges from
+        for _, (documents, questions) in zip(range(1000), splits["train"]()):
+            yield from documents
+            yield from (q.text for q in questions)
+    tokenizer = train_encoding(sample_texts(), config.vocab_size) if config.encoding == "train" else named_encoding(config.encoding)
+    for split, pools in splits.items():
+        writer = PoolWriter(folder / split, tokenizer)
+        total = config.pools if split == "train" else config.validation_pools
+        for documents, questions in tqdm(pools(), desc=f"{split} pools", total=total, unit="pool"):
+            document, question = writer.add_documents(documents), writer.add_questions(questions, len(writer.documents) - len(documents))
+            writer.add_pool(range(document, document + len(documents)), range(question, question + len(questions)))
+        writer.close()
+    return tokenizer
+
+
+def write_own(config, folder):
+    documents = read_folder(config.documents, lambda text: len(text) // 4, config.max_document_tokens)
+    if config.encoding == "train":
+        tokenizer = train_encoding((d.text for d in documents), config.vocab_size)
+    else:
+        tokenizer = named_encoding(config.encoding)
+    documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
+    questions = read_questions(config.questions, documents)
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(len(questions))
+    held_out = max(1, len(questions) // 20)  # one question in twenty validates
+    for split, chosen, pools in (("train", order[held_out:], config.pools), ("validation", order[:held_out], config.validation_pools)):
+        asked = [questions[i] for i in chosen]
+        writer = PoolWriter(folder / split, tokenizer)
+        writer.add_documents([d.text for d in documents])
+        writer.add_questions(asked)
+        for _ in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
+            writer.add_pool(*own_pool(documents, asked, config, rng))
+        writer.close()
+    return tokenizer
+
+
+def script():
+    config = command_line(DataConfig, __doc__, table="data")
+    out = Path(config.out)
+    if out.exists() and not (out / "about.json").exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not prepared data; give another --out")
+    building = out.with_name(out.name + ".tmp")  # the folder appears whole or not at all
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        tokenizer = write_own(config, building) if config.documents else write_synthetic(config, building)
+        tokenizer.save(building)
+        write_json(building / "about.json", {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)})
+        shutil.rmtree(out, ignore_errors=True)
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    pools = Pools(out / "train", tokenizer.vocab_size)
+    tokens = len(pools.documents.values)
+    print(f"{out}: {len(pools):,} training pools, {len(pools.documents):,} documents of {tokens / len(pools.documents):.0f} tokens "
+          f"on average, {len(pools.questions):,} questions; vocabulary {tokenizer.vocab_size:,}")
+
+
+if __name__ == "__main__":
+    main(script)

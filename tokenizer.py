@@ -1,0 +1,140 @@
+"""Text <-> tokens, and the spelling of everything the model reads and writes.
+
+Every encoding is a `tiktoken.Encoding`: trained on a corpus (`train_encoding`) or a named one (`named_encoding`).
+User text goes through `encode_ordinary`, which never parses special tokens: a document that contains the characters
+"<|end|>" is just text.
+
+Spelling (design: a document's number is part of it for good, before and after the text):
+
+    document     [7]. One of the special magic numbers for gentle-otter is: 4729103.[7]
+    question     <|question|>What is the special magic number for gentle-otter?\\n            these tokens route
+    appended     [7]. One of the special magic numbers for gentle-otter is: 4729103.\\n       these too
+    a round      <|retrieve|>[7][12]<|stop|>                        the model names documents, then stops, or
+                 <|retrieve|><|end_of_retrieval|>4729103<|end|>     it ends the retrieval and answers
+"""
+import base64
+import json
+from pathlib import Path
+
+import tiktoken
+
+from common import UserError, atomic_file, write_json
+
+SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
+
+# GPT-4's split pattern, but with at most two digits to a token: a small vocabulary then holds all of them, so that
+# every number of n digits is spelled in ceil(n / 2) tokens. Brackets stand alone: "[7]" is spelled alike everywhere.
+PATTERN = (r"[\[\]]|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}\[\]]?+\p{L}+|\p{N}{1,2}"
+           r"| ?[^\s\p{L}\p{N}\[\]]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """A `tiktoken.Encoding` and how things are spelled in it. All methods return plain lists of token ids."""
+
+    def __init__(self, encoding):
+        """`encoding`: a tiktoken.Encoding that has SPECIAL_TOKENS."""
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        missing = [token for token in SPECIAL_TOKENS if token not in encoding._special_tokens]
+        if missing:
+            raise UserError(f"encoding {encoding.name}: it lacks the special tokens {', '.join(missing)}")
+        self.question_start, self.retrieve, self.stop, self.end_of_retrieval, self.end = (
+            encoding.encode_single_token(token) for token in SPECIAL_TOKENS)
+        self.open_bracket, self.close_bracket = self.encode("["), self.encode("]")
+        if len(self.open_bracket) != 1 or len(self.close_bracket) != 1:
+            raise UserError(f"encoding {encoding.name}: '[' and ']' must be one token each, to spell document numbers")
+        self.open_bracket = self.open_bracket[0]
+
+    def encode(self, text):
+        """Ordinary text to ids; special tokens in it are not parsed."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """`encode` for many texts at once (several threads)."""
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode(self, tokens):
+        """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
+        try:
+            return self.encoding.decode(tokens)
+        except KeyError as error:
+            raise UserError(f"token id {error} is not in the vocabulary of {self.vocab_size} tokens") from None
+
+    def number(self, number):
+        """`[n]`, as the model writes it to name a document."""
+        return [self.open_bracket, *self.encode(str(number)), *self.close_bracket]
+
+    def document(self, number, text):
+        """`[n]. text[n]`; `text` is a list of ids."""
+        return [*self.number(number), *self.encode(". "), *text, *self.number(number)]
+
+    def appended(self, number, text):
+        """`[n]. text\\n`: a document whose text the system appends to the question; `text` is a list of ids."""
+        return [*self.number(number), *self.encode(". "), *text, *self.encode("\n")]
+
+    def question(self, text):
+        """A question as it stands before the first round: all of these tokens route. `text` is a list of ids."""
+        return [self.question_start, *text, *self.encode("\n")]
+
+    def save(self, folder):
+        """Write `tokenizer.tiktoken` (mergeable ranks) and `tokenizer_msa.json` (name, pattern, special tokens)."""
+        with atomic_file(Path(folder) / "tokenizer.tiktoken", "wb") as file:
+            file.write(tiktoken_bytes(self.encoding._mergeable_ranks))
+        write_json(Path(folder) / "tokenizer_msa.json", {
+            "name": self.encoding.name, "pattern": self.encoding._pat_str,
+            "special_tokens": self.encoding._special_tokens})
+
+    @staticmethod
+    def load(folder):
+        """Read what `save` wrote. Raises UserError when a file is missing or malformed."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
+            ranks = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes())
+            return Tokenizer(tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
+                                               special_tokens=about["special_tokens"]))
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: no tokenizer here; give a folder that train.py or prepare_data.py wrote") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
+
+
+def tiktoken_bytes(ranks):
+    """Mergeable ranks in tiktoken's file format: one "base64 rank" line per token."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+
+
+def parse_tiktoken(data):
+    """The inverse of `tiktoken_bytes`."""
+    pairs = (line.split() for line in data.splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def train_encoding(texts, vocab_size, name="bpe"):
+    """Train a byte-level BPE of `vocab_size` tokens (special tokens included) on an iterator of texts."""
+    try:
+        import rustbpe
+    except ImportError:
+        raise UserError("training a tokenizer needs rustbpe: pip install -e '.[data]'") from None
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UserError(f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+                        f"need at least {256 + len(SPECIAL_TOKENS)}")
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    return Tokenizer(tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+
+
+def named_encoding(name):
+    """One of tiktoken's own encodings, such as "gpt2", with our special tokens behind its own (needs a download once)."""
+    try:
+        base = tiktoken.get_encoding(name)
+    except ValueError:
+        raise UserError(f"encoding '{name}' is unknown; tiktoken knows {', '.join(tiktoken.list_encoding_names())}") from None
+    except OSError as error:
+        raise UserError(f"encoding '{name}' could not be downloaded ({type(error).__name__}); "
+                        "connect once, or train one on your data (encoding = \"train\")") from None
+    special = base._special_tokens | {token: base.n_vocab + i for i, token in enumerate(SPECIAL_TOKENS)}
+    return Tokenizer(tiktoken.Encoding(f"{name}+msa", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+                                       special_tokens=special))

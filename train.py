@@ -1,0 +1,247 @@
+"""Train a model with memory layers, from scratch or from a checkpoint of its own.
+
+    python prepare_data.py config/demo.toml                              # the data of the run, once
+    python train.py config/demo.toml                                     # a laptop CPU, one GPU: what is there is used
+    python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
+    python train.py config/demo.toml --resume                            # go on where it stopped, exactly
+    torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
+
+A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
+3.4): `router_steps` steps of 0.1 * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
+config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png.
+"""
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
+from model import MSA, ModelConfig
+from prepare_data import DataConfig, Pools, collate, read_about
+from tokenizer import Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    out: str = "out/demo"               # folder of the checkpoint
+    max_steps: int = 1500               # optimizer steps
+    router_steps: int = 300             # the first phase: 0.1 * LM + aux; until recall@k is near 1
+    learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 for 4B parameters)
+    final_learning_rate: float = 2e-5   # at the last step; cosine decay in the second phase (the paper: 6e-6)
+    warmup_steps: int = 50              # linear warm-up
+    weight_decay: float = 0.1           # matrices only
+    gradient_clip: float = 1.0          # norm
+    accumulate: int = 1                 # pools per rank and step; raise it when memory, not time, is short
+    number_limit: int = 10_000_000      # documents' numbers are drawn below this: as wide as the largest memory will need
+    seed: int = 1337                    # weights and document numbers
+    log_every: int = 10                 # steps
+    evaluate_every: int = 250           # steps; the checkpoint is written first
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
+    resume: bool = False                # continue the run in `out`
+    overwrite: bool = False             # start anew although `out` holds a checkpoint
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "number_limit"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+def learning_rate(step, config):
+    """Linear warm-up, constant through the router phase, then cosine down to the final rate."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    start = max(config.router_steps, config.warmup_steps)
+    progress = min(max((step - start) / max(config.max_steps - start, 1), 0), 1)
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def next_pool(pools, position, tokenizer, config, device):
+    """Pool number `position` (the data is read again when it ends), collated; its numbers depend on the position alone."""
+    rng = np.random.default_rng([config.seed, position])
+    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+METRICS = ("lm", "answer", "aux", "top1", "chance")  # scalars of a step; "recall" is a list: each memory layer's own, then the mean score's
+
+
+def flatten_metrics(losses):
+    """A step's metrics as one detached tensor, to average over pools and ranks."""
+    return torch.cat([torch.stack([losses[name].detach().float().cpu() for name in METRICS]), losses["recall"].float().cpu()])
+
+
+def name_metrics(values):
+    values = [round(v, 6) for v in values.tolist()]
+    return {**dict(zip(METRICS, values)), "recall": values[len(METRICS):]}
+
+
+def plot(rows, path):
+    """Draw the curves of a log: losses, and every memory layer's recall beside chance."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # the plot extra is not installed
+    train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("lm", "next token (LM)"), ("answer", "of these, answers"), ("aux", "routing (Eq. 5)")):
+        line, = left.plot([r["step"] for r in train], [r[name] for r in train], lw=0.8, label=label)
+        left.plot([r["step"] for r in validation], [r[name] for r in validation], "o", color=line.get_color(), ms=4)
+    left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
+    layers = len(train[0]["recall"]) - 1
+    for i in range(layers + 1):
+        right.plot([r["step"] for r in train], [r["recall"][i] for r in train], lw=0.8,
+                   label="mean score" if i == layers else f"memory layer {i}")
+    right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
+    right.set(xlabel="step", ylabel="recall@k, unforced", ylim=(0, 1.02), title="routing")
+    left.legend()
+    right.legend()
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def script():
+    config = command_line(TrainConfig, __doc__)
+    keep_freed_memory()
+    device, dtype, reason = detect_device(config.device, config.dtype)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    first = rank == 0
+    say = print if first else lambda *_: None
+    say(f"device: {device} ({reason}); ranks: {world}")
+
+    # data
+    about = read_about(config.data.out)
+    if about["config"] != asdict(config.data):
+        changed = next(name for name, value in asdict(config.data).items() if about["config"].get(name) != value)
+        raise UserError(f"{config.data.out}: prepared with {changed} = {about['config'].get(changed)!r}, but this run says "
+                        f"{getattr(config.data, changed)!r}; run prepare_data.py with the same configuration")
+    tokenizer = Tokenizer.load(config.data.out)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
+                        f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
+    train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
+    validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
+
+    # model and optimizer
+    torch.manual_seed(config.seed)
+    model = MSA(config.model).to(device)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)],
+                                  lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(config.model.memory_layers)}; "
+        f"data: {len(train_pools):,} pools")
+
+    # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there is no other state.
+    out, step, position, rows = Path(config.out), 0, 0, []
+    state_path = out / "training_state.pt"
+    if config.resume:
+        try:
+            state = torch.load(state_path, map_location=device, weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
+        model.load_tensors(state["model"], state_path)
+        optimizer.load_state_dict(state["optimizer"])
+        step, position = state["step"], state["position"]
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        say(f"resumed from {out} at step {step}")
+    elif state_path.exists() and not config.overwrite:
+        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
+
+    def save():
+        """Write the checkpoint; each file appears whole or not at all."""
+        if first:
+            with atomic_file(state_path, "wb") as file:
+                torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, position=position), file)
+            model.save(out)
+            tokenizer.save(out)
+            with atomic_file(out / "log.jsonl") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def validate():
+        """Mean metrics over the validation pools, dealt to the ranks."""
+        model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), autocast(device, dtype):
+            for i in range(rank, len(validation_pools), world):
+                total, count = total + flatten_metrics(model(*next_pool(validation_pools, i, tokenizer, config, device))), count + 1
+        model.train()
+        sums = torch.cat([total, torch.tensor([float(count)])]) if count else torch.zeros(len(METRICS) + 2 + len(config.model.memory_layers))
+        if world > 1:
+            dist.all_reduce(sums)
+        return sums[:-1] / sums[-1]
+
+    stop = torch.zeros(1)
+    signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))  # Ctrl-C: finish the step, save, stop
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    model.train()
+    began, tokens_done, start_step = time.time(), 0, step
+    while step < config.max_steps and not stop:
+        routing, generating = (1.0, 0.1) if step < config.router_steps else (0.1, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        metrics = 0.0
+        for micro in range(config.accumulate):
+            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer, config, device)
+            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
+            if world > 1:
+                wrapped.require_backward_grad_sync = micro == config.accumulate - 1
+            with autocast(device, dtype):
+                losses = wrapped(documents, numbers, batches)
+            ((generating * losses["lm"] + routing * losses["aux"]) / config.accumulate).backward()
+            metrics = metrics + flatten_metrics(losses) / config.accumulate
+        position += config.accumulate * world
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if world > 1:  # every rank logs the same and stops at the same step
+            dist.all_reduce(metrics)
+            metrics /= world
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if not math.isfinite(metrics.sum()):
+            raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last checkpoint in {out} is intact)")
+        rows.append({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
+        if step % config.log_every == 0 or step == 1:
+            spent = time.time() - began
+            left = spent / (step - start_step) * (config.max_steps - step)
+            row = rows[-1]
+            say(f"step {step:5d}/{config.max_steps} | LM {row['lm']:.3f} | answer {row['answer']:.3f} | aux {row['aux']:.3f} | recall@{config.model.top_k} "
+                + " ".join(f"{r:.2f}" for r in row["recall"]) + f" (chance {row['chance']:.2f}) | top-1 {row['top1']:.2f} | "
+                f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+        if step % config.evaluate_every == 0 or step == config.max_steps or stop:
+            save()
+            if not stop:
+                rows.append({"step": step, "split": "validation", **name_metrics(validate())})
+                say(f"step {step:5d} validation | LM {rows[-1]['lm']:.3f} | answer {rows[-1]['answer']:.3f} | aux {rows[-1]['aux']:.3f} | recall "
+                    + " ".join(f"{r:.2f}" for r in rows[-1]["recall"]) + f" | top-1 {rows[-1]['top1']:.2f}", flush=True)
+    if first:
+        plot(rows, out / "curves.png")
+        with atomic_file(out / "log.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)" + ("; go on with --resume" if stop else ""))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(script)
