@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import tomllib
+import typing
 from pathlib import Path
 
 import torch
@@ -29,39 +30,39 @@ class UserError(ValueError):
 def main(script):
     """Run `script()`; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
     try:
-        script()
+        return script()
     except UserError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
-        if error.errno is None:  # not from the operating system: a defect of ours, or of a library
+        if error.errno is None or isinstance(error, BrokenPipeError):  # a library's, or `| head`: not about a file
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}"
         if error.errno == errno.ENOSPC:
             message += "; free some space and run again (what was saved before is intact)"
-    except BrokenPipeError:
-        message = "the output was closed"
-    else:
-        return
-    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def command_line(config_class, description, args=None, table=None):
+def command_line(config_class, description, args=None, table=None, takes_file=True):
     """Build `config_class` from its defaults, an optional TOML file (first argument) and flags, in that order.
 
-    `table`: read this table of the file only; the rest belongs to another script.
+    `table`: read this table of the file only; the rest belongs to another script. `takes_file`: whether there is a file at all.
 
     Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of the wrong type.
     tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
     """
     args = list(sys.argv[1:] if args is None else args)
     default = config_class()
-    if args and args[0].endswith(".toml"):
+    if takes_file and args and args[0].endswith(".toml"):
         path = args.pop(0)
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-            default = merge(default, values.get(table, {}) if table else values, path)
+            values = values.get(table, {}) if table else values
+            if not isinstance(values, dict):
+                raise UserError(f"{path}: {table} = {values!r} is a value; it must be a table, [{table}]")
+            default = merge(default, values, path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such configuration file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -71,7 +72,7 @@ def command_line(config_class, description, args=None, table=None):
 
 def merge(config, table, path, prefix=""):
     """`config` (a dataclass) with the values of a TOML `table`; nested tables fill nested dataclasses."""
-    known = {field.name for field in dataclasses.fields(config)}
+    known = {field.name: field.type for field in dataclasses.fields(config)}
     changes = {}
     for key, value in table.items():
         if key not in known:
@@ -84,6 +85,8 @@ def merge(config, table, path, prefix=""):
         elif old is not None and type(value) is not type(old):
             raise UserError(f"{path}: {prefix}{key} = {value!r} is of type {type(value).__name__}; "
                             f"it must be of type {type(old).__name__}, such as {old!r}")
+        elif typing.get_origin(known[key]) is typing.Literal and value not in typing.get_args(known[key]):
+            raise UserError(f"{path}: {prefix}{key} = {value!r}; it must be one of {', '.join(typing.get_args(known[key]))}")
         changes[key] = value
     try:
         return dataclasses.replace(config, **changes)

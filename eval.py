@@ -14,7 +14,6 @@ score, nothing forced, union over rounds. top-1: gold documents that ranked firs
 """
 import dataclasses
 import re
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,8 +25,8 @@ from tqdm import tqdm
 
 from common import UserError, atomic_file, autocast, command_line, detect_device, main, write_json
 from model import Memory
-from prepare_data import TASKS, Words, make_memory
 from sample import InterleaveConfig, answer_question, encode_texts, load_checkpoint
+from tasks import Words, make_memory
 
 
 @dataclass
@@ -46,6 +45,8 @@ class EvalConfig:
 
     def __post_init__(self):
         parse_lengths(self.lengths)
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be at least 0")
         if self.questions < 1:
             raise UserError(f"--questions is {self.questions}; it must be at least 1")
         if self.top_k < 0:
@@ -63,69 +64,62 @@ def parse_lengths(text):
     return sorted(set(lengths))
 
 
-def document_lengths(tokenizer, texts, numbers):
-    """Tokens of each spelled document, without spelling it."""
-    empty = [len(tokenizer.document(n, [])) for n in numbers]
-    return np.array([len(text) for text in texts]) + np.array(empty)
-
-
 def build(words, tokenizer, config, lengths):
-    """The longest memory and its questions: (texts as ids, questions, documents of each length).
+    """The longest memory and its questions: (texts as ids, numbers, documents of each length, questions, needles).
 
-    For `niah_single`, texts begin with the needles; otherwise the documents that answer are shuffled into the shortest memory.
+    Documents stand in the order in which the memory grows; the ones that answer are shuffled into the shortest. Numbers are a
+    random permutation: where a document stands says nothing about whether it answers. For `niah_single` document 0 is the
+    place of a question's own needle, and `needles` holds their texts.
     """
-    average = len(tokenizer.document(100_000, tokenizer.encode(make_memory(words, config.task, 64, 1, config.seed)[0][1])))
-    count = config.questions * 2 + lengths[-1] // average
+    rng, single = np.random.default_rng(config.seed), config.task == "niah_single"
+    documents, questions = make_memory(words, config.task, 64, 1, config.seed)
+    count = lengths[-1] // (len(tokenizer.encode(documents[-1])) + 8) + config.questions
     while True:
         documents, questions = make_memory(words, config.task, count, config.questions, config.seed)
         texts = tokenizer.encode_batch(documents)
-        ends = document_lengths(tokenizer, texts, range(len(texts))).cumsum()
-        first = config.questions if config.task == "niah_single" else 0
-        if ends[-1] - (ends[first - 1] if first else 0) >= lengths[-1]:
+        needles, texts = (texts[:config.questions], texts[config.questions - 1:]) if single else ([], texts)
+        numbers = rng.permutation(len(texts)).tolist()
+        around = {digits: len(tokenizer.document(10 ** (digits - 1), [])) for digits in range(1, 10)}
+        ends = np.cumsum([len(text) + around[len(str(number))] for text, number in zip(texts, numbers)])
+        if ends[-1] >= lengths[-1]:
             break
-        count += count // 10 + 1
-    if config.task != "niah_single":
-        shortest = int(lengths[0] // (ends[:4096].max() // min(len(ends), 4096) + 2))  # documents that are surely in it
-        gold = max(max(q.gold) for q in questions) + 1
-        if gold > shortest:
-            raise UserError(f"--lengths {config.lengths}: the shortest memory holds about {shortest} documents, but {config.questions} "
-                            f"questions of {config.task} need {gold}; ask fewer --questions or begin with a longer memory")
-        place = np.random.default_rng(config.seed).permutation(shortest)  # document i moves to place[i]
-        shuffled = list(texts)
-        for i, to in enumerate(place):
-            shuffled[to] = texts[i]
-        texts = shuffled
-        questions = [dataclasses.replace(q, gold=tuple(int(place[i]) for i in q.gold)) for q in questions]
-    return texts, questions
+        count += count // 8 + 1
+    counts = np.searchsorted(ends, lengths, side="right").tolist()  # documents that fit into each length
+    gold = 1 if single else max(max(q.gold) for q in questions) + 1
+    if gold > counts[0]:
+        raise UserError(f"--lengths {config.lengths}: {lengths[0]:,} tokens hold {counts[0]} documents, but {config.questions} questions "
+                        f"of {config.task} need {gold}; ask fewer --questions or begin with a longer memory")
+    place = list(range(len(texts)))
+    if not single:
+        place[:counts[0]] = rng.permutation(counts[0]).tolist()  # document i moves to place[i]
+    texts = [text for _, text in sorted(zip(place, texts), key=lambda pair: pair[0])]
+    questions = [dataclasses.replace(q, gold=(0,) if single else tuple(place[i] for i in q.gold)) for q in questions]
+    return texts[:counts[-1]], numbers[:counts[-1]], counts, questions, needles
 
 
-def prefixes(tokenizer, texts, lengths):
-    """How many first documents fit into each length, and their tokens."""
-    ends = document_lengths(tokenizer, texts, range(len(texts))).cumsum()
-    counts = [max(1, int(np.searchsorted(ends, length, side="right"))) for length in lengths]
-    return counts, [int(ends[count - 1]) for count in counts]
-
-
-def score(question, rounds, answer, place, top_k):
-    """(recall@k, top-1, exact match) of one answered question; `place`: gold documents by number."""
+def score(question, gold, rounds, answer, top_k):
+    """(recall@k, top-1, exact match) of one answered question; gold: the numbers of its documents."""
     ranked, first, seen = set(), set(), set()
     for r in rounds:
         ranked |= {n for n, _ in r.routed[:top_k]}
         first |= {n for n, _ in [pair for pair in r.routed if pair[0] not in seen][:1]}
         seen |= set(r.appended)
-    gold = set(place)
     return len(gold & ranked) / len(gold), len(gold & first) / len(gold), float(answer.strip() == question.answer)
 
 
-def ask_all(model, tokenizer, memory_of, texts_of, questions, golds, config, label):
-    """Ask every question of its memory; returns mean (recall@k, top-1, exact match) and seconds per question."""
+def ask_all(model, tokenizer, memory_of, numbers, questions, config, label):
+    """Ask every question; returns mean (recall@k, top-1, exact match) and seconds per question.
+
+    memory_of(i): the Memory of question i and the texts of its documents, by position in it; numbers: of the documents that
+    gold indices mean.
+    """
     scores, seconds = [], 0.0
     for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1)):
-        memory, texts = memory_of(i), texts_of(i)
+        memory, texts = memory_of(i)
         began = time.perf_counter()
         answer, rounds = answer_question(model, tokenizer, memory, texts, question.text, config.interleave)
         seconds += time.perf_counter() - began
-        scores.append(score(question, rounds, answer, golds[i], model.config.top_k))
+        scores.append(score(question, {numbers[d] for d in question.gold}, rounds, answer, model.config.top_k))
     return *np.mean(scores, 0).tolist(), seconds / len(questions)
 
 
@@ -137,9 +131,10 @@ def plot(rows, path):
         raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{rows[0]['top_k']}"), ("router_top1", "router top-1")):
-        axes.plot([row["memory_tokens"] for row in rows], [row[name] for row in rows], "o-", label=label)
-    axes.plot([row["memory_tokens"] for row in rows], [min(1, row["top_k"] / row["documents"]) for row in rows], "k:", label="recall@k by chance")
+    tokens, k = [row["memory_tokens"] for row in rows], rows[0]["top_k"]
+    for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"), ("router_top1", "router top-1")):
+        axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
+    axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
              title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
     axes.legend()
@@ -153,39 +148,31 @@ def script():
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     model.config.top_k = config.top_k or model.config.top_k
     lengths, words = parse_lengths(config.lengths), Words()
-    texts, questions = build(words, tokenizer, config, lengths)
-    needles = []
-    if config.task == "niah_single":  # a question's memory is the noise with its own needle in the middle of the shortest
-        needles, texts = texts[:config.questions], texts[config.questions:]
-        hole = prefixes(tokenizer, texts, lengths[:1])[0][0] // 2
-        texts.insert(hole, needles[0])
-    counts, tokens = prefixes(tokenizer, texts, lengths)
-    texts = texts[:counts[-1]]
-    print(f"{config.task}: {len(texts):,} documents, {tokens[-1]:,} tokens; device: {device} ({reason})")
+    texts, numbers, counts, questions, needles = build(words, tokenizer, config, lengths)
+    spelled = np.cumsum([len(tokenizer.document(n, text)) for n, text in zip(numbers, texts)])
+    print(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
     rows = []
     with torch.no_grad(), autocast(device, dtype):
-        memory, speed = encode_texts(model, tokenizer, texts)
-        if needles:
-            needle_memories = [model.encode([torch.tensor(tokenizer.document(hole, needle))], [hole]) for needle in needles]
-            behind = memory.suffix(hole + 1)
+        order = np.argsort(numbers)  # a memory is in the order of its numbers
+        memory, speed = encode_texts(model, tokenizer, [texts[d] for d in order], [numbers[d] for d in order])
+        own = [model.encode([torch.tensor(tokenizer.document(numbers[0], needle))], [numbers[0]]) for needle in needles]
         print(f"{'tokens':>10} {'documents':>9} {'recall@' + str(model.config.top_k):>9} {'top-1':>6} {'exact':>6} {'s/question':>10}")
-        for length, count, size in zip(lengths, counts, tokens):
-            if needles:
-                part = behind.prefix(count - hole - 1)
-                def memory_of(i): return Memory.cat([memory.prefix(hole), needle_memories[i], part])
-                def texts_of(i): return texts[:hole] + [needles[i]] + texts[hole + 1:count]
-                golds = [(hole,)] * len(questions)
+        for count in counts:
+            held = np.flatnonzero(order < count)  # where the first `count` documents stand in the memory
+            part, part_texts = memory.subset(held), [texts[order[d]] for d in held]
+            if needles:  # a question's memory is the noise with its own needle in place of document 0
+                at = part.numbers.index(numbers[0])
+                before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
+                memory_of = lambda i: (Memory.cat([before, own[i], behind]), part_texts[:at] + [needles[i]] + part_texts[at + 1:])
             else:
-                whole = memory.prefix(count)
-                def memory_of(i): return whole
-                def texts_of(i): return texts
-                golds = [q.gold for q in questions]
-            recall, top1, exact, seconds = ask_all(model, tokenizer, memory_of, texts_of, questions, golds, config, f"{size:,} tokens")
-            rows.append(dict(task=config.task, memory_tokens=size, documents=count, questions=len(questions), top_k=model.config.top_k,
-                             recall_at_k=recall, router_top1=top1, exact_match=exact, seconds_per_question=round(seconds, 5),
-                             encode_tokens_per_second=round(speed), seed=config.seed, max_rounds=config.interleave.max_rounds,
-                             router_weight=config.interleave.router_weight, checkpoint=config.checkpoint, device=str(device)))
-            print(f"{size:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {exact:>6.3f} {seconds:>10.3f}", flush=True)
+                memory_of = lambda i: (part, part_texts)
+            recall, top1, exact, seconds = ask_all(model, tokenizer, memory_of, numbers, questions, config, f"{count:,} documents")
+            rows.append(dict(task=config.task, memory_tokens=int(spelled[count - 1]), documents=count, questions=len(questions),
+                             top_k=model.config.top_k, recall_at_k=recall, router_top1=top1, exact_match=exact,
+                             seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed), seed=config.seed,
+                             max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                             checkpoint=config.checkpoint, device=str(device)))
+            print(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {exact:>6.3f} {seconds:>10.3f}", flush=True)
             if config.json:
                 write_json(config.json, rows)  # after every length: long runs end early
     print(f"{len(questions)} questions, seed {config.seed}; encoded {speed:,.0f} tokens/s")

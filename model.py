@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common import UserError, atomic_file, write_json
+from common import UserError, atomic_file, merge, write_json
 from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, route, sparse_attention, top_documents
 
 
@@ -104,7 +104,8 @@ class Memory:
         """Route (section 3.2) and point at what was found; nothing is copied.
 
         layer: counts memory layers from 0; routing_query: (B, T, G * D) from `group_queries`; routing_mask: (B, T) bool;
-        force: optional (B, M) bool, documents that are selected whatever their score (an experiment: see recipes against it).
+        force: optional (B, M) bool, documents that are selected whatever their score (training with it
+        hides a router at chance: what one layer then reads tells the next which documents are right).
         """
         scores = route(routing_query, routing_mask, self.routing_keys[layer], self.offsets)
         ranked = scores.detach() if force is None else scores.detach().masked_fill(force, float("inf"))
@@ -113,17 +114,14 @@ class Memory:
         index, slots = document_slots(documents, self.offsets)
         return Selection(self.keys[layer], self.values[layer], index, slots, documents, own, scores)
 
-    def prefix(self, documents):
-        """The memory of the first `documents` documents; a view."""
-        chunks = int(self.offsets[documents])
-        return Memory(*([x[:chunks] for x in xs] for xs in (self.keys, self.values, self.routing_keys)),
-                      self.offsets[:documents + 1], self.numbers[:documents])
-
-    def suffix(self, first):
-        """The memory without its first `first` documents; a view."""
-        chunks = int(self.offsets[first])
-        return Memory(*([x[chunks:] for x in xs] for xs in (self.keys, self.values, self.routing_keys)),
-                      self.offsets[first:] - chunks, self.numbers[first:])
+    def subset(self, documents):
+        """The memory of these documents only: a copy. documents: increasing indices."""
+        documents = torch.as_tensor(documents, dtype=torch.long, device=self.offsets.device)
+        counts = self.offsets.diff()[documents]
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        rows = ranges(self.offsets[documents], counts)
+        return Memory(*([x[rows] for x in xs] for xs in (self.keys, self.values, self.routing_keys)), offsets,
+                      [self.numbers[d] for d in documents.tolist()])
 
     @staticmethod
     def cat(memories):
@@ -135,6 +133,12 @@ class Memory:
         layers = [[torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
                   for name in ("keys", "values", "routing_keys")]
         return Memory(*layers, F.pad(counts.cumsum(0), (1, 0)), numbers)
+
+
+def ranges(starts, counts):
+    """The numbers starts[i], starts[i] + 1, ... (counts[i] of them), for all i one after another."""
+    ends = counts.cumsum(0)
+    return torch.repeat_interleave(starts - ends + counts, counts) + torch.arange(int(counts.sum()), device=counts.device)
 
 
 class Cache:
@@ -346,14 +350,10 @@ class MSA(nn.Module):
 
     def assemble(self, parts, offsets, numbers):
         """Batches of encoded documents, put back into the order given."""
-        documents = torch.tensor([i for batch, _ in parts for i in batch])
+        back = torch.tensor([i for batch, _ in parts for i in batch]).argsort()             # where document m lies among the parts
         counts = offsets.diff()
-        if len(parts) == 1 and len(counts) == offsets[-1]:
-            rows = documents.argsort()
-        else:
-            starts = F.pad(counts[documents].cumsum(0), (1, 0))[:-1][documents.argsort()]     # of document m among the parts
-            rows = torch.repeat_interleave(starts - offsets[:-1], counts) + torch.arange(int(offsets[-1]))
-        rows, layers = rows.to(self.device), []
+        starts = F.pad(counts[back.argsort()].cumsum(0), (1, 0))[back]
+        rows, layers = ranges(starts, counts).to(self.device), []
         for name in range(3):
             layers.append([])
             for layer in range(len(self.config.memory_layers)):
@@ -387,6 +387,8 @@ class MSA(nn.Module):
         place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0
+        if routes and routing_mask is None:
+            raise ValueError("read needs a routing_mask with a memory: which tokens route?")
         x, last = self.embed(tokens, cache.last_embedding)
         for i, layer in enumerate(self.model.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
@@ -435,7 +437,7 @@ class MSA(nn.Module):
             top1 = top1 + hit_rate(ranked[-1:], positive, 1).sum()
         asked = max(routed, 1)
         return dict(lm=lm / max(predicted, 1), answer=answer / max(answered, 1), aux=aux / asked, recall=recall / asked, top1=top1 / asked,
-                    chance=torch.tensor(min(1.0, self.config.top_k / len(numbers))))
+                    chance=recall.new_tensor(min(1.0, self.config.top_k / len(numbers))))
 
     # -----------------------------------------------------------------------------------------------------------------
     def save(self, folder):
@@ -479,7 +481,7 @@ def load_config(folder):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= values.pop("msa_config")
-        return ModelConfig(**{name: values[name] for name in ModelConfig.__dataclass_fields__})
+        return merge(ModelConfig(), {name: values[name] for name in ModelConfig.__dataclass_fields__}, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {folder} is not a checkpoint (train.py writes one)") from None
     except UserError:
@@ -503,8 +505,8 @@ def contrastive_loss(scores, positive, excluded, temperature):
 
 def hit_rate(scores, positive, k):
     """The share of each question's positives among its first k: (layers, B, M) scores, (B, M) -> (layers, B)."""
-    first = torch.zeros_like(scores, dtype=torch.bool)
-    for layer, s in enumerate(scores):
-        top, _ = top_documents(s, min(k, s.size(1)))
-        first[layer].scatter_(1, top.clamp(min=0), top >= 0)
-    return (first & positive).sum(-1) / positive.sum(-1)
+    layers, B, M = scores.shape
+    top, _ = top_documents(scores.reshape(layers * B, M), k)
+    first = torch.zeros(layers * B, M + 1, dtype=torch.bool, device=scores.device)
+    first.scatter_(1, top.masked_fill(top < 0, M), True)  # the last column: places that no document fills
+    return (first[:, :M].view(layers, B, M) & positive).sum(-1) / positive.sum(-1)

@@ -6,7 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-ROUTE_TILE = 16384  # chunks scored at a time: B * T * ROUTE_TILE * 4 bytes is the largest intermediate
+ROUTE_TILE = 4096  # chunks scored at a time: B * T * ROUTE_TILE * 4 bytes is the largest intermediate
 
 
 def chunk_offsets(lengths, chunk_size):
@@ -46,13 +46,16 @@ def route(query, mask, routing_keys, offsets):
 
     query: (B, T, G * D) from `group_queries`; mask: (B, T) bool, the tokens that route; routing_keys: (C, G, D), unit
     length per head; offsets: (M + 1,). Returns (B, M) fp32; -inf for a question without routing tokens.
+    Chunks are scored in padded tiles of one shape, so that a chunk's score does not depend, even in its last bit, on where it
+    lies: equal documents tie. (In training the tiles are small: a pool has few chunks.)
     """
-    keys = routing_keys.flatten(1)
-    best = []
-    for start in range(0, len(keys), ROUTE_TILE):
-        scores = query @ keys[start:start + ROUTE_TILE].float().T                       # (B, T, tile)
+    keys, best = routing_keys.flatten(1), []
+    tile = 64 if torch.is_grad_enabled() else ROUTE_TILE
+    for start in range(0, len(keys), tile):
+        part = keys[start:start + tile].float()
+        scores = query @ F.pad(part, (0, 0, 0, tile - len(part))).T                     # (B, T, tile)
         best.append(scores.masked_fill(~mask[:, :, None], float("-inf")).amax(1))
-    best = torch.cat(best, 1)                                                           # (B, C)
+    best = torch.cat(best, 1)[:, :len(keys)]                                            # (B, C)
     documents = len(offsets) - 1
     if documents == len(keys):                                                          # one chunk each
         return best
@@ -68,7 +71,7 @@ def top_documents(scores, k):
     document fills (fewer than k, or score -inf) hold index -1 and score -inf.
     """
     B, M = scores.shape
-    if M > 4 * k:  # a full sort of millions is slow: keep those that reach the k-th score, ties included
+    if B and M > 4 * k:  # a full sort of millions is slow: keep those that reach the k-th score, ties included
         kth = scores.topk(k, sorted=False).values.amin()  # over the batch: one threshold keeps the candidates rectangular
         kept = (scores >= kth).any(0).nonzero().squeeze(1)
         values, order = scores[:, kept].sort(dim=1, descending=True, stable=True)

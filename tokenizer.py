@@ -55,10 +55,10 @@ class Tokenizer:
 
     def decode(self, tokens):
         """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
-        try:
-            return self.encoding.decode(tokens)
-        except KeyError as error:
-            raise UserError(f"token id {error} is not in the vocabulary of {self.vocab_size} tokens") from None
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size} tokens")
+        return self.encoding.decode(tokens)
 
     def number(self, number):
         """`[n]`, as the model writes it to name a document."""
@@ -90,12 +90,14 @@ class Tokenizer:
         folder = Path(folder)
         try:
             about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
-            ranks = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes())
+            ranks, special = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes()), about["special_tokens"]
+            if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))):
+                raise ValueError("its ids are not 0, 1, 2, ... without gaps")
             return Tokenizer(tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
-                                               special_tokens=about["special_tokens"]))
+                                               special_tokens=special))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no tokenizer here; give a folder that train.py or prepare_data.py wrote") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
 
 

@@ -10,6 +10,7 @@ A step reads one pool of documents per rank, encodes it once, and asks all of th
 3.4): `router_steps` steps of 0.1 * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
 config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png.
 """
+import io
 import json
 import math
 import os
@@ -57,6 +58,8 @@ class TrainConfig:
         for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be at least 0")
 
 
 def learning_rate(step, config):
@@ -80,12 +83,19 @@ METRICS = ("lm", "answer", "aux", "top1", "chance")  # scalars of a step; "recal
 
 def flatten_metrics(losses):
     """A step's metrics as one detached tensor, to average over pools and ranks."""
-    return torch.cat([torch.stack([losses[name].detach().float().cpu() for name in METRICS]), losses["recall"].float().cpu()])
+    return torch.cat([torch.stack([losses[name].detach().float() for name in METRICS]), losses["recall"].float()])
 
 
 def name_metrics(values):
     values = [round(v, 6) for v in values.tolist()]
     return {**dict(zip(METRICS, values)), "recall": values[len(METRICS):]}
+
+
+def describe(row, top_k):
+    """A log row in one line: recall of each memory layer, then of their mean score."""
+    recall = " ".join(f"{r:.2f}" for r in row["recall"])
+    return (f"| LM {row['lm']:.3f} | answer {row['answer']:.3f} | aux {row['aux']:.3f} | recall@{top_k} {recall} "
+            f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
 def plot(rows, path):
@@ -119,9 +129,11 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     first = rank == 0
-    say = print if first else lambda *_: None
+    say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
 
     # data
@@ -157,6 +169,8 @@ def script():
             raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
         except Exception as error:  # torch raises many kinds for a file that is not its own
             raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
+        if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "position"}:
+            raise UserError(f"{state_path}: not a whole training state; start anew with --overwrite")
         model.load_tensors(state["model"], state_path)
         optimizer.load_state_dict(state["optimizer"])
         step, position = state["step"], state["position"]
@@ -169,29 +183,34 @@ def script():
     def save():
         """Write the checkpoint; each file appears whole or not at all."""
         if first:
+            buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, position=position), buffer)
             with atomic_file(state_path, "wb") as file:
-                torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, position=position), file)
+                file.write(buffer.getbuffer())
             model.save(out)
             tokenizer.save(out)
-            with atomic_file(out / "log.jsonl") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            save_log()
+
+    def save_log():
+        with atomic_file(out / "log.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
+        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)  # the metrics; last: how many pools
         model.eval()
-        total, count = 0.0, 0
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):
-                total, count = total + flatten_metrics(model(*next_pool(validation_pools, i, tokenizer, config, device))), count + 1
+                losses = model(*next_pool(validation_pools, i, tokenizer, config, device))
+                sums += torch.cat([flatten_metrics(losses), sums.new_ones(1)])
         model.train()
-        sums = torch.cat([total, torch.tensor([float(count)])]) if count else torch.zeros(len(METRICS) + 2 + len(config.model.memory_layers))
         if world > 1:
             dist.all_reduce(sums)
         return sums[:-1] / sums[-1]
 
-    stop = torch.zeros(1)
-    signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))  # Ctrl-C: finish the step, save, stop
-    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    signals, stop = [], torch.zeros(1, device=device)  # what this rank was told; what all ranks agreed on after a step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: signals.append(1))  # Ctrl-C: finish the step, save, stop
     wrapped = DistributedDataParallel(model) if world > 1 else model
     model.train()
     began, tokens_done, start_step = time.time(), 0, step
@@ -214,6 +233,7 @@ def script():
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        stop.fill_(bool(signals))
         if world > 1:  # every rank logs the same and stops at the same step
             dist.all_reduce(metrics)
             metrics /= world
@@ -224,20 +244,19 @@ def script():
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
-            row = rows[-1]
-            say(f"step {step:5d}/{config.max_steps} | LM {row['lm']:.3f} | answer {row['answer']:.3f} | aux {row['aux']:.3f} | recall@{config.model.top_k} "
-                + " ".join(f"{r:.2f}" for r in row["recall"]) + f" (chance {row['chance']:.2f}) | top-1 {row['top1']:.2f} | "
+            say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config.model.top_k)} | "
                 f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
-        if step % config.evaluate_every == 0 or step == config.max_steps or stop:
-            save()
-            if not stop:
+        due = step % config.evaluate_every == 0 or step == config.max_steps
+        if due or stop:
+            save()  # before the evaluation, which might fail
+            if due:
                 rows.append({"step": step, "split": "validation", **name_metrics(validate())})
-                say(f"step {step:5d} validation | LM {rows[-1]['lm']:.3f} | answer {rows[-1]['answer']:.3f} | aux {rows[-1]['aux']:.3f} | recall "
-                    + " ".join(f"{r:.2f}" for r in rows[-1]["recall"]) + f" | top-1 {rows[-1]['top1']:.2f}", flush=True)
+                if first:
+                    save_log()
+                say(f"step {step:5d} validation {describe(rows[-1], config.model.top_k)}", flush=True)
     if first:
+        save_log()
         plot(rows, out / "curves.png")
-        with atomic_file(out / "log.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)" + ("; go on with --resume" if stop else ""))
     if world > 1:
         dist.destroy_process_group()

@@ -1,0 +1,38 @@
+# make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
+# make test    the test suite
+# Both create .venv and install what they need; what is done already is not done again.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: out/demo/two_hop.json out/demo/niah_multikey.json
+	@echo && echo "Asking the new model about the files in examples/:"
+	$(RUN) sample.py --checkpoint out/demo --documents examples --trace "What is the special magic number for gentle-otter?"
+	@echo && echo "Curves: out/demo/curves.png (training), out/demo/niah_multikey.png, out/demo/two_hop.png (growing memory)"
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf data/demo out/demo
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,dev]'
+	@touch $@
+
+data/demo/about.json: config/demo.toml | .venv/installed
+	$(RUN) prepare_data.py config/demo.toml
+
+# an interrupted training goes on where it stopped
+out/demo/trained: data/demo/about.json
+	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume)
+	@touch $@
+
+out/demo/%.json: out/demo/trained
+	$(RUN) eval.py --checkpoint out/demo --task $* --lengths 16k,64k,256k,1m --questions 50 --json $@ --plot out/demo/$*.png

@@ -1,0 +1,119 @@
+"""What several test files need: the scripts, run in this process; a tiny prepared data set; a tiny untrained checkpoint."""
+import contextlib
+import functools
+import io
+import re
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import eval as evaluation
+import prepare_data
+from model import MSA, ModelConfig
+from tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+
+TINY = """
+out = "checkpoint"
+max_steps = 8
+router_steps = 3
+warmup_steps = 2
+evaluate_every = 3
+log_every = 1
+device = "cpu"
+[model]
+vocab_size = 608
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 8
+chunk_size = 16
+top_k = 2
+[data]
+out = "{data}"
+pools = 4
+validation_pools = 2
+needles = 2
+chains = 1
+noise = 1
+vocab_size = 600
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def words():
+    """The word lists: reading them takes seconds, so that everything here shares one."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(prepare_data.Words)
+        patch.setattr(prepare_data, "Words", cached)
+        patch.setattr(evaluation, "Words", cached)
+        yield cached
+
+
+def run_script(module, *args):
+    """Run a script's main as `python module.py args` does; returns its exit code and what it printed.
+
+    `error` is stderr without line breaks and boxes; the handlers that the script set for signals are taken back.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        patch.setenv("COLUMNS", "400")
+        try:
+            common.main(module.script)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    error = " ".join(re.sub("[\u2500-\u257f]", " ", err.getvalue()).split())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), error=error)
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with `tiny.toml`, a configuration of a run that takes a tenth of a second, and its data in `data`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.toml").write_text(TINY.format(data=(folder / "data").as_posix()))
+    result = run_script(prepare_data, folder / "tiny.toml")
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    return Tokenizer.load(tiny / "data")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny, tokenizer):
+    """A checkpoint of an untrained model, whose vocabulary is the tokenizer's."""
+    torch.manual_seed(0)
+    MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=8, chunk_size=16, top_k=2)).save(tiny / "untrained")
+    tokenizer.save(tiny / "untrained")
+    return tiny / "untrained"
+
+
+def read_files(folder):
+    """The bytes of every file below a folder, by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def files_of():
+    return read_files

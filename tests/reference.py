@@ -1,0 +1,224 @@
+"""Memory Sparse Attention (arXiv 2603.23516), slow and obvious: the oracle of the tests.
+
+Plain loops over documents, chunks, heads and tokens, one vector at a time, in double precision; no batches, no padding, no masks,
+no cache. It shares no code with the modules it judges: it takes a state dict with Hugging Face names and a configuration with plain
+attributes. Everything is made of torch operations, so that autograd gives the true gradients.
+
+    reference = Reference(state_dict, config)
+    memory = reference.encode(documents)                        # [document][memory layer][chunk] -> Chunk
+    reading = reference.read(tokens, memory, routes)            # logits, and per memory layer scores and chosen documents
+    losses = reference.losses(documents, samples)               # what training minimises and prints
+"""
+import math
+from collections import namedtuple
+
+import torch
+
+Chunk = namedtuple("Chunk", "key value routing_key")            # each (G, D); the routing key has unit length per head
+Reading = namedtuple("Reading", "logits scores chosen")         # (T, V); per memory layer: list of M or None, list of documents
+Sample = namedtuple("Sample", "tokens routes targets positive appended")  # lists over tokens (two of bools), sets of documents
+
+
+def linear(weight, x):
+    return weight @ x
+
+
+def rms_norm(weight, x, eps):
+    return weight * x / torch.sqrt((x * x).mean() + eps)
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def unit(x):
+    return x / torch.sqrt((x * x).sum())
+
+
+def mean(vectors):
+    return sum(vectors) / len(vectors)
+
+
+def rope(heads, position, theta):
+    """Turn the plane of coordinates j and j + D/2 of every head (heads, D) by position * theta^(-2j/D)."""
+    D = heads.size(1)
+    angle = torch.tensor([position * theta ** (-2 * j / D) for j in range(D // 2)], dtype=heads.dtype)
+    a, b = heads[:, :D // 2], heads[:, D // 2:]
+    return torch.cat([a * torch.cos(angle) - b * torch.sin(angle), a * torch.sin(angle) + b * torch.cos(angle)], 1)
+
+
+def chunks_of(items, size):
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def group_of(head, heads, kv_heads):
+    """The key/value head that a query head reads: neighbours share one."""
+    return head // (heads // kv_heads)
+
+
+def attend(query, keys, values):
+    """Softmax attention of all heads of one token: query (H, D); keys and values: lists of (G, D). Returns (H, D)."""
+    keys, values, attended = torch.stack(keys), torch.stack(values), []
+    for h, head in enumerate(query):
+        g = group_of(h, len(query), keys.size(1))
+        attended.append(torch.softmax(keys[:, g] @ head / math.sqrt(len(head)), 0) @ values[:, g])
+    return torch.stack(attended)
+
+
+def cosine(a, b):
+    return a @ b / torch.sqrt((a @ a) * (b @ b))
+
+
+def chunk_score(routing_query, routing_key):
+    """Mean over query heads of the cosine; routing_query (H, D), routing_key (G, D)."""
+    H, G = len(routing_query), len(routing_key)
+    return mean([cosine(routing_query[h], routing_key[group_of(h, H, G)]) for h in range(H)])
+
+
+def document_score(routing_queries, routing_keys):
+    """Over a question's routing tokens and a document's chunks, the best chunk score; None if no token routes."""
+    if not routing_queries:
+        return None
+    return torch.stack([chunk_score(query, key) for query in routing_queries for key in routing_keys]).max()
+
+
+def choose(scores, top_k, forced=()):
+    """The top k documents, best first, ties to the lower number; forced ones before all others."""
+    if None in scores:
+        return []
+    return sorted(range(len(scores)), key=lambda m: (m not in forced, -scores[m].item(), m))[:top_k]
+
+
+def eq5(scores, positive, appended, temperature):
+    """Eq. 5 of one question and layer: every positive against the negatives, averaged over the positives."""
+    negatives = [m for m in range(len(scores)) if m not in positive and m not in appended]
+    below = sum(torch.exp(scores[m] / temperature) for m in negatives)
+    return mean([-torch.log(torch.exp(scores[i] / temperature) / (torch.exp(scores[i] / temperature) + below)) for i in positive])
+
+
+def recall(scores, positive, appended, k):
+    """The share of the positives among the first k documents that are not appended yet."""
+    ranking = [m for m in choose(scores, len(scores)) if m not in appended]
+    return len(positive & set(ranking[:k])) / len(positive)
+
+
+class Reference:
+    def __init__(self, state_dict, config):
+        self.config = config
+        self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
+        self.first_memory_layer = config.num_hidden_layers // 2  # the upper half, the larger one if they are unequal
+
+    # ---- a transformer, token by token
+
+    def weight(self, layer, name):
+        return self.weights[f"model.layers.{layer}.{name}.weight"]
+
+    def norm(self, layer, name, x):
+        return rms_norm(self.weight(layer, name), x, self.config.rms_norm_eps)
+
+    def heads(self, layer, name, count, x):
+        """A projection of one token's normed input, cut into heads (count, D)."""
+        return linear(self.weight(layer, f"self_attn.{name}"), x).reshape(count, self.config.head_dim)
+
+    def placed(self, layer, name, heads, position):
+        """QK-norm if there is one, then RoPE, of every head of a query or a key."""
+        if self.config.qk_norm:
+            heads = torch.stack([self.norm(layer, f"self_attn.{name}_norm", head) for head in heads])
+        return rope(heads, position, self.config.rope_theta)
+
+    def query_key_value(self, layer, x, position):
+        query = self.heads(layer, "q_proj", self.config.num_attention_heads, x)
+        key = self.heads(layer, "k_proj", self.config.num_key_value_heads, x)
+        value = self.heads(layer, "v_proj", self.config.num_key_value_heads, x)
+        return self.placed(layer, "q", query, position), self.placed(layer, "k", key, position), value
+
+    def embed(self, tokens):
+        rows = [self.weights["model.embed_tokens.weight"][token] for token in tokens]
+        if not self.config.smear:
+            return rows
+        smeared = rows[:1]
+        for before, row in zip(rows, rows[1:]):
+            smeared.append(row + linear(self.weights["model.smear.weight"], before))
+        return smeared
+
+    def finish(self, layer, x, attended):
+        """The rest of a layer for one token: output projection and SwiGLU, each added to the residual."""
+        x = x + linear(self.weight(layer, "self_attn.o_proj"), attended.flatten())
+        h = self.norm(layer, "post_attention_layernorm", x)
+        gate, up = linear(self.weight(layer, "mlp.gate_proj"), h), linear(self.weight(layer, "mlp.up_proj"), h)
+        return x + linear(self.weight(layer, "mlp.down_proj"), silu(gate) * up)
+
+    def logits(self, x):
+        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        return linear(self.weights[head], rms_norm(self.weights["model.norm.weight"], x, self.config.rms_norm_eps))
+
+    # ---- section 3.2: encode, route
+
+    def encode(self, documents):
+        return [self.encode_document(document) for document in documents]
+
+    def encode_document(self, tokens):
+        """One document, alone, at positions 0, 1, ...: per memory layer its list of Chunks."""
+        xs, stored = self.embed(tokens), []
+        for layer in range(self.config.num_hidden_layers):
+            hs = [self.norm(layer, "input_layernorm", x) for x in xs]
+            queries, keys, values = zip(*(self.query_key_value(layer, h, t) for t, h in enumerate(hs)))
+            if layer >= self.first_memory_layer:
+                routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h) for h in hs]
+                stored.append([Chunk(mean(k), mean(v), torch.stack([unit(head) for head in mean(r)]))
+                               for k, v, r in zip(*(chunks_of(x, self.config.chunk_size) for x in (keys, values, routing)))])
+            xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1])) for t, x in enumerate(xs)]
+        return stored
+
+    def route(self, layer, hs, memory):
+        """The documents' scores in one layer for the normed inputs of the routing tokens."""
+        queries = [self.heads(layer, "router_q_proj.0", self.config.num_attention_heads, h) for h in hs]
+        return [document_score(queries, [chunk.routing_key for chunk in document[layer - self.first_memory_layer]])
+                for document in memory]
+
+    # ---- section 3.3: read
+
+    def read(self, tokens, memory=None, routes=None, prefix_length=0, forced=()):
+        """One question. tokens: list; routes: list of bools, the tokens that route; the first `prefix_length` are a prefix."""
+        memory = memory or []
+        positions = [*range(prefix_length), *(prefix_length + self.config.top_k + t for t in range(len(tokens) - prefix_length))]
+        xs, all_scores, all_chosen = self.embed(tokens), [], []
+        for layer in range(self.config.num_hidden_layers):
+            hs = [self.norm(layer, "input_layernorm", x) for x in xs]
+            queries, keys, values = zip(*(self.query_key_value(layer, h, p) for h, p in zip(hs, positions)))
+            slots = []
+            if layer >= self.first_memory_layer and memory:
+                scores = self.route(layer, [h for h, routing in zip(hs, routes) if routing], memory)
+                chosen = choose(scores, self.config.top_k, forced)
+                slots = [chunk for m in sorted(chosen) for chunk in memory[m][layer - self.first_memory_layer]]
+                all_scores.append(scores)
+                all_chosen.append(chosen)
+            following = []
+            for t, x in enumerate(xs):
+                seen = slots if t >= prefix_length else []
+                attended = attend(queries[t], [c.key for c in seen] + list(keys[:t + 1]), [c.value for c in seen] + list(values[:t + 1]))
+                following.append(self.finish(layer, x, attended))
+            xs = following
+        return Reading(torch.stack([self.logits(x) for x in xs]), all_scores, all_chosen)
+
+    # ---- losses
+
+    def losses(self, documents, samples):
+        """The losses and the measures of one pool; samples without a positive are those that answer."""
+        memory, k = self.encode(documents), self.config.top_k
+        surprise, answers, aux, recalls, top1 = [], [], [], [], []
+        for sample in samples:
+            reading = self.read(sample.tokens, memory, sample.routes)
+            losses = [-torch.log_softmax(reading.logits[t - 1], 0)[token]
+                      for t, (token, target) in enumerate(zip(sample.tokens, sample.targets)) if target]
+            surprise += losses
+            if not sample.positive:
+                answers += losses
+                continue
+            aux += [eq5(scores, sample.positive, sample.appended, self.config.router_temperature) for scores in reading.scores]
+            average = [mean(layers) for layers in zip(*reading.scores)]
+            recalls.append([recall(scores, sample.positive, sample.appended, k) for scores in [*reading.scores, average]])
+            top1.append(recall(average, sample.positive, sample.appended, 1))
+        return dict(lm=mean(surprise), answer=mean(answers) if answers else 0.0, aux=mean(aux) if aux else 0.0,
+                    recall=[mean(layer) for layer in zip(*recalls)], top1=mean(top1) if top1 else 0.0,
+                    chance=min(1.0, k / len(documents)))

@@ -1,0 +1,355 @@
+"""The scripts as a user calls them: what works, and what one clear sentence must answer."""
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import prepare_data
+import sample
+import train
+from common import UserError, atomic_file, command_line, merge, write_json
+from tokenizer import train_encoding
+
+MISSING_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
+TOML = {
+    "unknown.toml": '[model]\nhiden_size = 16\n[data]\nseeds = 3\n',
+    "string.toml": 'max_steps = "5"\n[data]\npools = "5"\n',
+    "float.toml": 'max_steps = 5.5\n[data]\npools = 5.5\n',
+    "bool.toml": '[model]\ntop_k = true\n',
+    "table.toml": 'model = 3\ndata = 3\n',
+    "zero.toml": '[model]\ntop_k = 0\n[data]\npools = 0\n',
+    "device.toml": 'device = "tpu"\n',
+    "broken.toml": 'max_steps = \n',
+}
+
+
+@pytest.fixture(scope="module")
+def place(tiny, checkpoint, tokenizer, tmp_path_factory):
+    """A folder with one of everything that can be wrong."""
+    folder = tmp_path_factory.mktemp("place")
+    for name, text in TOML.items():
+        (folder / name).write_text(text)
+    (folder / "latin.toml").write_bytes("out = 'Grüße'".encode("latin-1"))
+    shutil.copy(tiny / "tiny.toml", folder / "tiny.toml")
+    for name in ("docs", "empty", "latin"):
+        (folder / name).mkdir()
+    (folder / "docs" / "a.txt").write_text("One of the special magic numbers for gentle-otter is: 4729103.\n")
+    (folder / "docs" / "b.md").write_text("The quiet river can follow the amber castle.\n")
+    (folder / "latin" / "a.txt").write_bytes("Grüße".encode("latin-1"))
+    questions = [{"question": f"What is {i}?", "answer": "it", "documents": ["a.txt"]} for i in range(3)]
+    (folder / "good.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / "bad.jsonl").write_text(json.dumps(questions[0]) + "\n{\n")
+    for name, edits in {"good": {}, "shape": {"hidden_size": 24}, "layers": {"num_hidden_layers": 4}, "type": {"hidden_size": "16"},
+                        "float": {"hidden_size": 16.5}, "topk": {"top_k": 0}, "no_tokenizer": {}, "no_weights": {}, "half": {},
+                        "large_tokenizer": {}}.items():
+        shutil.copytree(checkpoint, folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        for key, value in edits.items():
+            (config["msa_config"] if key in config["msa_config"] else config)[key] = value
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "no_tokenizer" / "tokenizer_msa.json").unlink()
+    (folder / "no_weights" / "model.safetensors").unlink()
+    weights = folder / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:weights.stat().st_size // 2])
+    texts = [f"{a}{b}{c} words" for a in "abcdefghijklm" for b in "nopqrstuvwxyz" for c in "abcdefghijklm"]
+    train_encoding(texts, tokenizer.vocab_size + 50).save(folder / "large_tokenizer")
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.txt").write_text("years of work")
+    shutil.copytree(tiny / "data", folder / "odd_data")
+    about = json.loads((folder / "odd_data" / "about.json").read_text())
+    about["config"]["out"] = "odd_data"
+    (folder / "odd_data" / "about.json").write_text(json.dumps(about))
+    ids = folder / "odd_data" / "train" / "documents.bin"
+    np.full(ids.stat().st_size // 2, 5000, np.uint16).tofile(ids)
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    shutil.rmtree("other", ignore_errors=True)  # what a mistake that was carried out has made
+    monkeypatch.setattr(train, "plot", lambda *_: None)
+    return place
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's mistakes: script, arguments, what the message says
+
+MISTAKES = [
+    # configuration files
+    (train, "none.toml", "error: none.toml: no such configuration file"),
+    (train, "broken.toml", "error: broken.toml: not valid TOML: "),
+    (train, "latin.toml", "error: latin.toml: not valid TOML: "),
+    (train, "unknown.toml", "error: unknown.toml: unknown key 'model.hiden_size'; known here: .*hidden_size"),
+    (train, "string.toml", "error: string.toml: max_steps = '5' is of type str; it must be of type int"),
+    (train, "float.toml", "error: float.toml: max_steps = 5.5 is of type float; it must be of type int"),
+    (train, "bool.toml", "error: bool.toml: model.top_k = True is of type bool; it must be of type int"),
+    (train, "table.toml", "error: table.toml: model = 3 is of type int"),
+    (train, "zero.toml", "error: zero.toml: model.top_k is 0; it must be at least 1"),
+    (train, "device.toml", "error: .*tpu.*cpu"),
+    (prepare_data, "none.toml", "error: none.toml: no such configuration file"),
+    (prepare_data, "unknown.toml", "error: unknown.toml: unknown key '.*seeds'; known here: .*seed"),
+    (prepare_data, "string.toml", "error: string.toml: .*pools = '5' is of type str; it must be of type int"),
+    (prepare_data, "table.toml", "error: table.toml: data = 3"),
+    (prepare_data, "zero.toml", "error: zero.toml: pools is 0; it must be at least 1"),
+    # flags
+    (train, "tiny.toml --max-steps many", "--max-steps: .*'many'"),
+    (train, "tiny.toml --max-steps 0", "max_steps is 0; it must be above 0"),
+    (train, "tiny.toml --model.top-k 0", "model.top_k is 0; it must be at least 1"),
+    (train, "tiny.toml --model.chunk-size 0", "model.chunk_size is 0; it must be at least 1"),
+    (train, "tiny.toml --model.num-hidden-layers 1", "model.num_hidden_layers is 1; at least 2"),
+    (train, "tiny.toml --model.num-key-value-heads 3", "model.num_attention_heads is 2; it must be a multiple"),
+    (train, "tiny.toml --device tpu", "'tpu' .*--device"),
+    (train, f"tiny.toml --device {MISSING_DEVICE}", f"error: --device {MISSING_DEVICE}: not available here; available: .*cpu"),
+    (train, "tiny.toml --maxsteps 5", "--maxsteps"),
+    (train, "tiny.toml --seed -1 --out other", "seed .*-1"),
+    (prepare_data, "tiny.toml --pools 0", "pools is 0; it must be at least 1"),
+    (prepare_data, "tiny.toml --needles 0 --chains 0", "needles and chains are both 0"),
+    (prepare_data, "tiny.toml --seed -1 --out other", "seed .*-1"),
+    (prepare_data, "tiny.toml --vocab-size 260 --out other", "error: vocab_size is 260; .* at least 261"),
+    (prepare_data, "tiny.toml --encoding gpt1 --out other", "error: encoding 'gpt1' is unknown; tiktoken knows .*gpt2"),
+    (prepare_data, "--documents docs --out other", "documents and questions go together"),
+    (sample, "--checkpoint good --documents docs --temperature -1 q", "temperature is -1.0; it must be at least 0"),
+    (sample, "--checkpoint good --documents docs --top-p 0 q", "top_p is 0.0; it must be above 0 and at most 1"),
+    (sample, "--checkpoint good --documents docs --max-documents 0 q", "max_documents is 0; it must be at least 1"),
+    (sample, "--checkpoint good --documents docs --max-document-tokens 0 q", "max_document_tokens is 0; it must be at least 1"),
+    (sample, "--checkpoint good --documents docs --max-rounds two q", "--max-rounds: .*'two'"),
+    (sample, f"--checkpoint good --documents docs --device {MISSING_DEVICE} q", f"error: --device {MISSING_DEVICE}: not available"),
+    (sample, "--checkpoint good q", "error: --documents is missing"),
+    (evaluation, "--checkpoint good --lengths 16q", "--lengths 16q: '16q' is not a length"),
+    (evaluation, "--checkpoint good --lengths 0", "--lengths 0: '0' is not a length"),
+    (evaluation, "--checkpoint good --questions 0", "--questions is 0; it must be at least 1"),
+    (evaluation, "--checkpoint good --top-k -1", "--top-k is -1; it must be at least 1"),
+    (evaluation, "--checkpoint good --task niah", "'niah' .*--task.* 'niah_multikey'"),
+    (evaluation, "--checkpoint good --seed -1 --lengths 1k --questions 1", "seed .*-1"),
+    (evaluation, "--checkpoint good --temperature -1", "temperature is -1.0; it must be at least 0"),
+    (evaluation, "--checkpoint good --lengths 500,1k --questions 100", "error: --lengths 500,1k: .*100 questions .*fewer --questions"),
+    (evaluation, "--checkpoint good --lengths 5 --questions 1", "error: --lengths 5: .*longer memory"),
+    (evaluation, "--checkpoint good --lengths 5 --questions 1 --task niah_single", "error: --lengths 5: .*longer memory"),
+    # folders and files
+    (prepare_data, "--documents none --questions good.jsonl --out other", "error: none: no such folder"),
+    (prepare_data, "--documents empty --questions good.jsonl --out other", "error: empty: no text in it"),
+    (prepare_data, "--documents latin --questions good.jsonl --out other", "error: latin/a.txt: not UTF-8"),
+    (prepare_data, "--documents docs --questions none.jsonl --out other", "error: none.jsonl: "),
+    (prepare_data, "--documents docs --questions bad.jsonl --out other --vocab-size 300", "error: bad.jsonl:2: not an object"),
+    (prepare_data, "tiny.toml --out thesis", "error: thesis: exists and is not prepared data; give another --out"),
+    (prepare_data, "tiny.toml --out tiny.toml", "error: tiny.toml"),
+    (sample, "--checkpoint good --documents none q", "error: none: no such folder"),
+    (sample, "--checkpoint good --documents empty q", "error: empty: no text in it"),
+    (sample, "--checkpoint good --documents latin q", "error: latin/a.txt: not UTF-8"),
+    (evaluation, "--checkpoint good --lengths 300 --questions 1 --json tiny.toml/rows.json", "error: tiny.toml"),
+    # checkpoints
+    (sample, "--checkpoint none --documents docs q", "error: none/config.json: no such file; none is not a checkpoint"),
+    (sample, "--checkpoint empty --documents docs q", "error: empty/config.json: no such file; empty is not a checkpoint"),
+    (sample, "--checkpoint no_weights --documents docs q", "error: no_weights/model.safetensors: no such file"),
+    (sample, "--checkpoint half --documents docs q", "error: half/model.safetensors: not a whole safetensors file"),
+    (sample, "--checkpoint shape --documents docs q", "error: shape/model.safetensors: tensor .* is .*16.*; the configuration says .*24"),
+    (sample, "--checkpoint layers --documents docs q", "error: layers/model.safetensors: tensor model.layers.* the configuration says"),
+    (sample, "--checkpoint type --documents docs q", "error: type/config.json: hidden_size = '16' is of type str"),
+    (sample, "--checkpoint float --documents docs q", "error: float/config.json: "),
+    (sample, "--checkpoint topk --documents docs q", "error: .*top_k is 0; it must be at least 1"),
+    (sample, "--checkpoint no_tokenizer --documents docs q", "error: no_tokenizer/tokenizer_msa.json: no tokenizer here"),
+    (sample, "--checkpoint large_tokenizer --documents docs q", "error: large_tokenizer: the tokenizer has .* the model only"),
+    (evaluation, "--checkpoint none", "error: none/config.json: no such file"),
+    (evaluation, "--checkpoint shape", "error: shape/model.safetensors: tensor"),
+    (evaluation, "--checkpoint large_tokenizer", "error: large_tokenizer: the tokenizer has .* the model only"),
+    # training data that does not fit
+    (train, "tiny.toml --data.out none", "error: none: no prepared data here; run python prepare_data.py"),
+    (train, "tiny.toml --data.pools 5", "error: .*data: prepared with pools = 4, but this run says 5; run prepare_data.py"),
+    (train, "tiny.toml --model.vocab-size 300", "error: model.vocab_size is 300; the tokenizer of .* has .* at least as many"),
+    (train, "tiny.toml --data.out odd_data --out other", "error: odd_data/train: pool 0 holds token id 5000, .*vocabulary ends at 607"),
+]
+
+
+@pytest.mark.parametrize("script,args,message", MISTAKES, ids=[f"{script.__name__} {args}" for script, args, _ in MISTAKES])
+def test_mistakes(run, here, files_of, script, args, message):
+    """A mistake would end in a traceback or in a sentence that does not say what to change, or would be carried out."""
+    before = files_of(here).keys()
+    result = run(script, *args.split())
+    assert result.code == 2
+    assert re.search(message, result.error), result.err
+    assert "Traceback" not in result.err
+    own = result.err.splitlines()[-1].startswith("error: ")  # else a wrong flag, which tyro explains
+    assert own == message.startswith("error: ") or "helptext" in result.err
+    assert files_of(here).keys() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What works
+
+def names_of(config, prefix="", skip=()):
+    """Flags of a configuration, nested ones with their table's name (unless the table is in `skip`)."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from names_of(value, prefix if field.name in skip else f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}".replace("_", "-")
+
+
+@pytest.mark.parametrize("script,config,positional", [
+    (train, train.TrainConfig, []), (prepare_data, prepare_data.DataConfig, []), (sample, sample.SampleConfig, ["question"]),
+    (evaluation, evaluation.EvalConfig, [])])
+def test_help(run, script, config, positional):
+    """--help would fail, or leave out a setting, its explanation or the commands to copy."""
+    result = run(script, "--help")
+    assert result.code == 0 and result.err == ""
+    for name in names_of(config(), skip=("interleave",)):
+        expected = name.upper() if name in positional else f"--{name}"
+        assert re.search(rf"(?<![\w-]){re.escape(expected)}(?![\w-])", result.out), expected
+    assert f"python {script.__name__}.py" in result.out
+    source = open(script.__file__, encoding="utf-8").read()
+    comments = re.findall(r"^    \w+: .*= .*?  +# (.*)$", source, flags=re.M)
+    text = " ".join(re.sub("[\u2500-\u257f|]", " ", result.out).split())
+    missing = [comment for comment in comments if " ".join(comment.split())[:30] not in text]
+    assert len(comments) > 6 and not missing
+
+
+def test_sample(run, here):
+    """An answer would not come, or not with the sources and the trace that were asked for."""
+    question = ["--checkpoint", "good", "--documents", "docs", "What is the special magic number for gentle-otter?"]
+    result = run(sample, *question)
+    assert result.code == 0 and result.out.startswith("2 documents, ") and "round: " not in result.out
+    traced = run(sample, *question, "--trace", "--max-rounds", 1)
+    assert traced.code == 0 and traced.out.count("round: routed to [") == 1
+    assert re.search(r"round: routed to \[[01]\] \S+, \[[01]\] \S+\n +named (\[[01]\]|nothing)", traced.out)
+    for number, source, text in re.findall(r"appended \[(\d)\] (\S+:\d+-\d+): (.*)", traced.out):
+        assert (number, source, text) == (("0", "a.txt:1-1", "One of the special magic numbers for gentle-otter is: 4729103."),
+                                          ("1", "b.md:1-1", "The quiet river can follow the amber castle."))[int(number)]
+        assert f"  [{number}] {source}\n" in traced.out
+    assert run(sample, *question, "--trace", "--max-rounds", 1).out.split("tokens/s")[1] == traced.out.split("tokens/s")[1]
+
+
+def test_sample_is_repeatable(run, here):
+    """The same seed would sample another answer, or another seed the same."""
+    flags = ["--checkpoint", "good", "--documents", "docs", "--temperature", 2, "--max-answer-tokens", 20, "why?"]
+    answers = [run(sample, *flags, "--seed", seed).out.split(" on cpu")[-1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2] and len(answers[0]) > 30
+
+
+@pytest.mark.parametrize("typed,answers", [("why?\n\n  \nwhere?\n", 2), ("", 0), ("why?", 1)])
+def test_sample_asks_for_questions(run, here, monkeypatch, typed, answers):
+    """Without a question on the command line the terminal would not be read, or its end would be a traceback."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    result = run(sample, "--checkpoint", "good", "--documents", "docs", "--trace", "--max-rounds", 1, "--max-answer-tokens", 2)
+    assert result.code == 0 and result.out.count("question> ") >= answers + 1
+    assert result.out.count("round: routed to") == answers
+
+
+def test_a_question_may_end_like_a_file(run, here):
+    """A question that ends in .toml would be taken for a configuration file."""
+    result = run(sample, "--checkpoint", "good", "--documents", "docs", "What is in broken.toml")
+    assert result.code == 0, result.err
+    result = run(sample, "What is in pyproject.toml", "--checkpoint", "good", "--documents", "docs")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("task", ["niah_single", "niah_multikey", "two_hop"])
+def test_eval(run, here, tmp_path, task):
+    """A table would lack rows or columns, or hold numbers that cannot be."""
+    flags = ["--checkpoint", "good", "--task", task, "--lengths", "900,300", "--questions", 2, "--seed", 5, "--max-answer-tokens", 8]
+    result = run(evaluation, *flags, "--json", tmp_path / "new" / "rows.json")
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert len(rows) == 2 and rows[0]["documents"] < rows[1]["documents"]
+    for row, length in zip(rows, (300, 900)):
+        assert {"task", "memory_tokens", "documents", "questions", "top_k", "recall_at_k", "router_top1", "exact_match",
+                "seconds_per_question", "encode_tokens_per_second", "seed"} <= row.keys()
+        assert (row["task"], row["questions"], row["top_k"], row["seed"]) == (task, 2, 2, 5)
+        assert length - 60 < row["memory_tokens"] <= length
+        assert all(row[name] in (0, 0.25, 0.5, 0.75, 1) for name in ("recall_at_k", "router_top1", "exact_match"))
+        assert row["seconds_per_question"] > 0 and row["encode_tokens_per_second"] > 0
+        assert f"{row['memory_tokens']:,}" in result.out
+
+
+def test_own_data_from_start_to_end(run, here, tmp_path):
+    """Your own documents and questions could be prepared, but not trained on or asked about."""
+    data = ["--documents", "docs", "--questions", "good.jsonl", "--out", tmp_path / "data", "--vocab-size", 300, "--pools", 3,
+            "--validation-pools", 1, "--documents-per-pool", 2]
+    assert run(prepare_data, *data).code == 0
+    flags = [f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in data]
+    model = ["--model.vocab-size", 300, "--model.hidden-size", 16, "--model.num-hidden-layers", 2, "--model.intermediate-size", 16]
+    trained = run(train, *flags, *model, "--max-steps", 2, "--out", tmp_path / "run", "--device", "cpu")
+    assert trained.code == 0, trained.err
+    asked = run(sample, "--checkpoint", tmp_path / "run", "--documents", "docs", "--max-answer-tokens", 2, "What is 1?")
+    assert asked.code == 0 and asked.out.startswith("2 documents, "), asked.err
+
+
+def test_eval_plot(run, here, tmp_path):
+    """The curve of an evaluation would not be drawn."""
+    pytest.importorskip("matplotlib")
+    result = run(evaluation, "--checkpoint", "good", "--lengths", "300,600", "--questions", 1, "--max-answer-tokens", 1,
+                 "--plot", tmp_path / "a.png")
+    assert result.code == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations and files
+
+@dataclasses.dataclass
+class Inner:
+    size: int = 3
+    rate: float = 0.5
+
+
+@dataclasses.dataclass
+class Outer:
+    """A configuration."""
+    steps: int = 10
+    name: str = "a"
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+def test_order_of_configuration(tmp_path):
+    """A flag would not override the file, or the file not the defaults."""
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 20\n[inner]\nsize = 5\nrate = 1\n")
+    assert command_line(Outer, "", []) == Outer()
+    assert command_line(Outer, "", [str(path)]) == Outer(20, "a", Inner(5, 1.0))
+    assert command_line(Outer, "", [str(path), "--inner.size", "7", "--name", "b"]) == Outer(20, "b", Inner(7, 1.0))
+    assert command_line(Inner, "", [str(path)], table="inner") == Inner(5, 1.0)
+    assert command_line(Inner, "", [str(path)], table="other") == Inner()
+
+
+@pytest.mark.parametrize("table,message", [
+    ({"step": 1}, "f.toml: unknown key 'step'; known here: inner, name, steps"),
+    ({"inner": {"sizes": 1}}, "f.toml: unknown key 'inner.sizes'; known here: rate, size"),
+    ({"inner": {"rate": "x"}}, "f.toml: inner.rate = 'x' is of type str; it must be of type float, such as 0.5"),
+    ({"steps": True}, "f.toml: steps = True is of type bool; it must be of type int, such as 10")])
+def test_merge(table, message):
+    """A mistake in a configuration file would be ignored, or would not be named."""
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        merge(Outer(), table, "f.toml")
+
+
+def test_atomic_file(tmp_path, files_of):
+    """A file would be half written when its writer fails, be unreadable to others, or leave rubbish."""
+    path = tmp_path / "new" / "file.txt"
+    with atomic_file(path) as file:
+        file.write("Grüße")
+        assert not path.exists()
+    assert path.read_bytes() == "Grüße".encode() and path.stat().st_mode & 0o777 == 0o666 & ~sample_umask()
+    with pytest.raises(RuntimeError, match="stop"), atomic_file(path) as file:
+        file.write("half")
+        file.flush()
+        raise RuntimeError("stop")
+    assert files_of(tmp_path) == {"new/file.txt": "Grüße".encode()}
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def sample_umask():
+    """The permissions that an ordinary new file lacks."""
+    import os
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, "a"), "w"):
+            pass
+        return 0o666 & ~(os.stat(os.path.join(folder, "a")).st_mode & 0o777)

@@ -1,0 +1,248 @@
+"""Pooling, routing and sparse attention against tests/reference.py and against values worked out by hand."""
+import pytest
+import reference
+import torch
+
+import msa_kernel
+from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, route, sparse_attention, top_documents
+
+INF = float("inf")
+HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]  # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two
+
+
+def close(actual, expected, tolerance=1e-6):
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradients(output, inputs):
+    """Gradients of a fixed random projection of the output; zero for an input that it does not depend on."""
+    projection = (output.double() * random(*output.shape, seed=99)).sum()
+    found = torch.autograd.grad(projection, inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, inputs)]
+
+
+def unit_keys(*shape, seed=0):
+    keys = random(*shape, seed=seed)
+    return keys / keys.norm(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling
+
+@pytest.mark.parametrize("lengths, size, expected", [
+    ([1], 64, [0, 1]),
+    ([1, 63, 64, 65, 128, 129], 64, [0, 1, 2, 3, 5, 7, 10]),
+    ([3, 1, 4], 1, [0, 3, 4, 8]),
+])
+def test_chunk_offsets(lengths, size, expected):
+    """A document would own too few or too many chunks at a boundary of the chunk size."""
+    offsets = chunk_offsets(torch.tensor(lengths), size)
+    assert offsets.tolist() == expected and offsets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("lengths, size", [([1], 4), ([5, 1, 4, 3, 8, 9], 4), ([7, 2], 1), ([1, 63, 64, 65], 64), ([3, 7, 5], 3)])
+def test_pool_chunks(lengths, size):
+    """A chunk's mean would count padding, divide by the wrong length, or stand in the wrong place; or its gradient would."""
+    x = random(len(lengths), max(lengths), 2, 3)
+    for m, length in enumerate(lengths):
+        x[m, length:] = 1e6  # what stands in the padding must not matter
+    x.requires_grad_()
+    expected = torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
+                            for chunk in reference.chunks_of(list(x[m, :length]), size)])
+    pooled = pool_chunks(x, torch.tensor(lengths), size)
+    close(pooled, expected, 1e-12)
+    close(gradients(pooled, [x])[0], gradients(expected, [x])[0], 1e-12)
+
+
+def test_pool_chunks_padding_beyond_the_longest():
+    """Padding wider than the longest document would add chunks."""
+    pooled = pool_chunks(random(2, 13, 1, 2), torch.tensor([5, 2]), 4)
+    close(pooled, pool_chunks(random(2, 13, 1, 2)[:, :5], torch.tensor([5, 2]), 4))
+    assert len(pooled) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routing
+
+@pytest.mark.parametrize("H, G, D", HEADS)
+def test_group_queries_is_the_mean_cosine(H, G, D):
+    """The grouped inner product would not be the mean over heads of the cosine, or query heads would meet another group's key."""
+    queries, keys = random(2, 3, H, D), unit_keys(4, G, D)
+    grouped = group_queries(queries, G)
+    assert grouped.shape == (2, 3, G * D)
+    expected = [[[reference.chunk_score(queries[b, t], key) for key in keys] for t in range(3)] for b in range(2)]
+    close(grouped.double() @ keys.flatten(1).T, torch.tensor(expected))
+    close(group_queries(1000 * queries, G), grouped)
+
+
+def test_group_queries_of_zero_is_zero():
+    """A token whose routing query vanishes would poison the scores with NaN."""
+    assert group_queries(torch.zeros(1, 1, 4, 6), 2).eq(0).all()
+
+
+@pytest.mark.parametrize("H, G, D", HEADS)
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1], [2, 1, 4, 3, 1]])
+@pytest.mark.parametrize("tile", [1, 3, 16384])
+def test_route(H, G, D, counts, tile, monkeypatch):
+    """Document scores, or their gradients, would be wrong; or depend on how the chunks are cut into tiles."""
+    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", tile)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    queries, free_keys = random(3, 4, H, D).requires_grad_(), random(sum(counts), G, D, seed=1).requires_grad_()
+    keys = free_keys / free_keys.norm(dim=-1, keepdim=True)
+    mask = torch.tensor([[True] * 4, [False, True, True, False], [False, False, False, True]])
+    expected = torch.stack([torch.stack([reference.document_score(list(queries[b, mask[b]]), list(keys[offsets[m]:offsets[m + 1]]))
+                                         for m in range(len(counts))]) for b in range(3)])
+    scores = route(group_queries(queries, G), mask, keys, offsets)
+    assert scores.dtype == torch.float32
+    close(scores, expected)
+    for actual, wanted in zip(gradients(scores, (queries, free_keys)), gradients(expected, (queries, free_keys))):
+        close(actual, wanted)
+    with torch.no_grad():
+        close(route(group_queries(queries, G), mask, keys, offsets), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("counts", [[63], [64], [1] * 65, [60, 9, 1, 60, 5]])
+def test_route_over_several_tiles(training, counts, monkeypatch):
+    """A document whose chunks lie in two tiles, or the last tile's padding, would be scored wrongly."""
+    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", 64)
+    queries, keys = random(1, 2, 2, 6), -unit_keys(sum(counts), 1, 6).abs()  # cosines below 0, the score of padding
+    queries, offsets = queries.abs(), torch.tensor([0, *counts]).cumsum(0)
+    expected = [reference.document_score(list(queries[0]), list(keys[offsets[m]:offsets[m + 1]])) for m in range(len(counts))]
+    assert max(expected) < 0
+    with torch.set_grad_enabled(training):
+        close(route(group_queries(queries, 1), torch.ones(1, 2, dtype=torch.bool), keys, offsets)[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 3]])
+def test_route_without_routing_tokens(counts):
+    """A question that does not route would get scores, or NaN gradients for its neighbours in the batch."""
+    query, keys = random(2, 3, 4, 6).requires_grad_(), unit_keys(sum(counts), 2, 6).requires_grad_()
+    mask = torch.tensor([[False] * 3, [True] * 3])
+    scores = route(group_queries(query, 2), mask, keys, torch.tensor([0, *counts]).cumsum(0))
+    assert scores[0].eq(-INF).all() and scores[1].isfinite().all()
+    for gradient in torch.autograd.grad(scores[1].sum(), (query, keys)):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+@pytest.mark.parametrize("H, G, D", HEADS + [(4, 2, 32)])
+@pytest.mark.parametrize("training", [True, False])
+def test_route_of_equal_chunks_is_equal(H, G, D, training):
+    """Rounding would depend on where a chunk lies and on how many there are: ties would not be ties, and a memory that is split
+    or grows would select other documents."""
+    query, key = group_queries(random(2, 3, H, D), G), unit_keys(1, G, D).float()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with torch.set_grad_enabled(training):
+        alone = route(query, mask, key, torch.tensor([0, 1]))
+        for chunks in (2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65, 100, 4097):
+            scores = route(query, mask, key.repeat(chunks, 1, 1), torch.arange(chunks + 1))
+            assert scores.equal(alone.expand(2, chunks)), f"{chunks} chunks"
+
+
+def test_route_heads_before_tokens():
+    """The max over tokens would be taken before the mean over heads: two tokens would each supply the head they are good at."""
+    queries = torch.tensor([[[[1., 0.], [-1., 0.]], [[-1., 0.], [1., 0.]]]])    # each token: one head agrees, the other opposes
+    keys = torch.tensor([[[1., 0.]]])
+    assert route(group_queries(queries, 1), torch.ones(1, 2, dtype=torch.bool), keys, torch.tensor([0, 1])).tolist() == [[0.]]
+
+
+@pytest.mark.parametrize("scores, k, indices, values", [
+    ([[.1, .3, .2]], 2, [[1, 2]], [[.3, .2]]),
+    ([[.5, .5, .5]], 2, [[0, 1]], [[.5, .5]]),
+    ([[.1, .7, .1, .7]], 3, [[1, 3, 0]], [[.7, .7, .1]]),
+    ([[.4]], 3, [[0, -1, -1]], [[.4, -INF, -INF]]),
+    ([[-INF, .2, -INF], [-INF] * 3], 2, [[1, -1], [-1, -1]], [[.2, -INF], [-INF, -INF]]),
+    ([[0., 1, 2, 2, 0, 0, 0, 0, 2], [5, 5, 0, 0, 0, 0, 0, 0, 0]], 2, [[2, 3], [0, 1]], [[2, 2], [5, 5]]),
+    ([[3., 0, 0, 0, 0, 0, 0, 0, 0], [-INF] * 9], 2, [[0, 1], [-1, -1]], [[3, 0], [-INF, -INF]]),
+])
+def test_top_documents(scores, k, indices, values):
+    """Ties would not go to the lower number, or places that nothing fills would not hold -1."""
+    found, best = top_documents(torch.tensor(scores), k)
+    assert found.tolist() == indices and found.dtype == torch.int64
+    close(best, torch.tensor(values))
+
+
+@pytest.mark.parametrize("documents", [1, 2, 11, 12, 13, 50, 300])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_top_documents_of_many(documents, levels):
+    """The short cut for many documents would lose a tie or reorder one; levels = 1: all are equal."""
+    scores = torch.randint(levels, (4, documents), generator=torch.Generator().manual_seed(documents)).float()
+    scores[1, ::2] = -INF
+    found, best = top_documents(scores, 3)
+    for b, row in enumerate(scores.tolist()):
+        ranking = [m for m in sorted(range(documents), key=lambda m: (-row[m], m)) if row[m] > -INF][:3]
+        missing = 3 - len(ranking)
+        assert found[b].tolist() == ranking + [-1] * missing
+        assert best[b].tolist() == [row[m] for m in ranking] + [-INF] * missing
+
+
+@pytest.mark.parametrize("documents", [3, 100])
+def test_top_documents_of_no_question(documents):
+    """A batch of questions none of which asks for a document would crash the measures of training."""
+    found, best = top_documents(torch.zeros(0, documents), 2)
+    assert found.shape == best.shape == (0, 2)
+
+
+@pytest.mark.parametrize("documents", [
+    [[2, 0]], [[-1, -1]], [[4, 1, -1], [-1, -1, -1], [0, 3, 2]], [[1], [3]], [[4, 3, 2, 1, 0, -1, -1]],
+])
+def test_document_slots(documents):
+    """A question would read another document's chunks, miss a chunk, or read them out of the order of their documents."""
+    offsets = [0, 1, 3, 4, 8, 10]
+    index, slots = document_slots(torch.tensor(documents), torch.tensor(offsets))
+    assert index.shape == (len(documents), slots.max()) and index.dtype == torch.int64
+    for b, row in enumerate(documents):
+        expected = [chunk for m in sorted(row) if m >= 0 for chunk in range(offsets[m], offsets[m + 1])]
+        assert index[b, :slots[b]].tolist() == expected
+        assert index[b].ge(0).all() and index[b].lt(10).all()  # what is not read must still be a row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0):
+    rows = []
+    for b in range(len(query)):
+        past = keys.size(1) - query.size(1)
+        for t in range(query.size(1)):
+            chunks = [] if index is None or past + t < prefix_length else index[b, :slots[b]].tolist()
+            seen_keys = [memory_keys[c] for c in chunks] + list(keys[b, :past + t + 1])
+            seen_values = [memory_values[c] for c in chunks] + list(values[b, :past + t + 1])
+            rows.append(reference.attend(query[b, t], seen_keys, seen_values))
+    return torch.stack(rows).view(query.shape)
+
+
+@pytest.mark.parametrize("H, G, D", HEADS)
+@pytest.mark.parametrize("T, past", [(1, 0), (5, 0), (1, 4), (3, 2)])
+@pytest.mark.parametrize("slots, prefix_length", [(None, 0), ([0, 0, 0], 0), ([3, 0, 1], 0), ([3, 3, 2], 2), ([1, 2, 3], 9)])
+def test_sparse_attention(H, G, D, T, past, slots, prefix_length):
+    """Attention, or a gradient of it, would see the wrong memory slots, the future, the wrong head, or memory from the prefix."""
+    inputs = [random(3, T, H, D, seed=1), random(3, T + past, G, D, seed=2), random(3, T + past, G, D, seed=3)]
+    chosen = []
+    if slots is not None:
+        inputs += [random(5, G, D, seed=4), random(5, G, D, seed=5)]
+        inputs[3][0] += 10  # row 0 is what unused slots point at: it must not be read through them
+        inputs[4][0] += 10
+        index = torch.tensor([[2, 4, 1], [4, 2, 3], [3, 1, 4]])[:, :max(slots)]
+        index = index.masked_fill(torch.arange(max(slots)) >= torch.tensor(slots)[:, None], 0)
+        chosen = [index, torch.tensor(slots), prefix_length]
+    inputs = [x.requires_grad_() for x in inputs]
+    output, expected = sparse_attention(*inputs, *chosen), attention_by_hand(*inputs, *chosen)
+    close(output, expected, 1e-10)
+    for actual, wanted in zip(gradients(output, inputs), gradients(expected, inputs)):
+        close(actual, wanted, 1e-10)
+
+
+def test_sparse_attention_fp32():
+    """Single precision would not reach the usual 1e-5."""
+    shapes = [(2, 3, 6, 10), (2, 3, 2, 10), (2, 3, 2, 10), (4, 2, 10), (4, 2, 10)]
+    inputs = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    chosen = [torch.tensor([[0, 3], [1, 0]]), torch.tensor([2, 1]), 1]
+    output = sparse_attention(*(x.float() for x in inputs), *chosen)
+    assert output.dtype == torch.float32
+    close(output, attention_by_hand(*inputs, *chosen), 1e-5)

@@ -1,0 +1,513 @@
+"""Documents of a folder, the synthetic tasks, your own questions, files, and the samples made of them."""
+import copy
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+
+import prepare_data
+import tasks
+from common import UserError
+from prepare_data import DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions
+from tasks import make_memory, make_pool
+from tokenizer import Tokenizer
+
+NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
+LINK = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is the one for ([a-z]+-[a-z]+)\.")
+QUESTION = re.compile(r"What is the special magic number for ([a-z]+-[a-z]+)\?")
+CONFIG = DataConfig(needles=16, chains=14, noise=4)
+
+
+def count_words(text):
+    return len(text.split())
+
+
+def keys_of(texts):
+    return [key for text in texts for key in re.findall(r"for ([a-z]+-[a-z]+)", text)]
+
+
+def pools_of(words, split, stream, count=20, seed=1337):
+    return [make_pool(words(), CONFIG, split, np.random.default_rng([seed, stream, i])) for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The synthetic tasks
+
+def test_same_seed_same_bytes(run, tiny, tmp_path, files_of, monkeypatch):
+    """Two people with the same seed would train on different data, or another seed would change nothing."""
+    made = {}
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert run(prepare_data, tiny / "tiny.toml", "--out", "data", "--seed", seed).code == 0
+        made[name] = files_of("data")
+    names = [f"{split}/{name}" for split in ("train", "validation") for name in prepare_data.ARRAYS]
+    assert made["a"].keys() == {"about.json", "tokenizer.tiktoken", "tokenizer_msa.json"} | {
+        f"{name}.{kind}" for name in names for kind in ("bin", "offsets")}
+    assert made["a"] == made["b"]
+    for name in ("train/documents.bin", "train/questions.bin", "train/answers.bin", "validation/documents.bin"):
+        assert made["a"][name] != made["c"][name]
+
+
+def test_pairs_are_divided(words):
+    """Fewer than half of the pairs would be left for tests, or a split would be empty."""
+    split = words().split
+    shares = np.bincount(split, minlength=3) / len(split)
+    assert len(split) == len(words().adjectives) * len(words().nouns) and len(shares) == 3
+    assert shares[0] >= 0.5 and shares[1] >= 0.04 and shares[2] >= 0.3
+    assert len({words().key(pair) for pair in range(0, len(split), 1009)}) == len(range(0, len(split), 1009))
+
+
+def test_splits_are_disjoint(words):
+    """Test keys would be seen in training, whatever the seed: accuracy would then measure memory of the training data."""
+    train = {key for seed in (1, 2) for documents, _ in pools_of(words, "train", 0, seed=seed) for key in keys_of(documents)}
+    validation = {key for documents, _ in pools_of(words, "validation", 1, seed=1) for key in keys_of(documents)}
+    test = {key for task in tasks.TASKS for key in keys_of(make_memory(words(), task, 1500, 400, 1)[0])}
+    assert len(train) > 1500 and len(validation) > 700 and len(test) > 3000
+    assert not train & validation and not train & test and not validation & test
+
+
+def test_prepared_pools_are_the_generated_ones(words, tiny, tokenizer):
+    """What is read back from disk would not be what was generated, or validation pools would hold training keys."""
+    config = DataConfig(needles=2, chains=1, noise=1)
+    for split, stream, count in (("train", 0, 4), ("validation", 1, 2)):
+        pools = Pools(tiny / "data" / split, tokenizer.vocab_size)
+        assert len(pools) == count
+        for i in range(count):
+            texts, questions = make_pool(words(), config, split, np.random.default_rng([1337, stream, i]))
+            documents, asked = pools[i]
+            assert [tokenizer.decode(document.tolist()) for document in documents] == texts
+            assert [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(gold)) for q, a, gold in asked] == \
+                [(q.text, q.answer, q.gold) for q in questions]
+
+
+def check_question(question, documents):
+    """Follow the documents of a question by their texts; returns its hops."""
+    key = QUESTION.fullmatch(question.text)[1]
+    for place in question.gold[:-1]:
+        found = LINK.fullmatch(documents[place])
+        assert found[1] == key
+        key = found[2]
+    found = NEEDLE.fullmatch(documents[question.gold[-1]])
+    assert (found[1], found[2]) == (key, question.answer)
+    return len(question.gold)
+
+
+def test_pools_answer_their_questions(words):
+    """A question's gold documents would not lead to its answer, or a document would stand in a pool twice."""
+    positions = []
+    for documents, questions in pools_of(words, "train", 0):
+        assert len(documents) == len(set(documents)) == 16 + 2 * 14 + 4
+        assert len(set(keys_of(documents))) == 16 + 2 * 14
+        assert sum(not (NEEDLE.fullmatch(text) or LINK.fullmatch(text)) for text in documents) == 4
+        assert [check_question(question, documents) for question in questions] == [1] * 16 + [2] * 14
+        assert len({place for question in questions for place in question.gold}) == 16 + 2 * 14
+        positions += [question.gold[0] for question in questions[:1]]
+    assert len(set(positions)) > 10  # the place of a document says nothing
+
+
+def test_half_of_a_pool_is_similar(words):
+    """Training would lack hard negatives: most keys would share no word with another."""
+    for documents, questions in pools_of(words, "train", 0, count=5):
+        keys = sorted(set(keys_of(documents)))
+        adjectives, nouns = zip(*(key.split("-") for key in keys))
+        similar = [adjectives.count(a) > 1 or nouns.count(n) > 1 for a, n in zip(adjectives, nouns)]
+        assert len(keys) == 44 and sum(similar) >= 22
+        asked = {QUESTION.fullmatch(question.text)[1] for question in questions[:16]}
+        assert 0 < sum(s for key, s in zip(keys, similar) if key in asked) < sum(similar)  # in needles and in chains alike
+
+
+@pytest.mark.parametrize("task,hops", [("niah_single", 1), ("niah_multikey", 1), ("two_hop", 2)])
+def test_memories_answer_their_questions(words, task, hops):
+    """Evaluation would ask what its memory does not hold, or hold a document twice."""
+    documents, questions = make_memory(words(), task, 301, 40, 3)
+    assert len(documents) == len(set(documents)) == 301 and len(questions) == 40
+    assert [check_question(question, documents) for question in questions] == [hops] * 40
+    assert sorted(place for question in questions for place in question.gold) == list(range(40 * hops))  # they come first
+    assert sum(bool(NEEDLE.fullmatch(text)) for text in documents) == {"niah_single": 40, "niah_multikey": 301, "two_hop": 150}[task]
+    assert make_memory(words(), task, 301, 40, 4)[0] != documents
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_more_documents_extend_a_memory(words, task):
+    """Lengths of one evaluation would be different memories: their accuracies could not be compared."""
+    documents, questions = make_memory(words(), task, 301, 5, 3)
+    for count in (40, 41):
+        shorter, asked = make_memory(words(), task, count, 5, 3)
+        assert len(shorter) == count and shorter == documents[:count] and asked == questions
+
+
+def test_few_words(words):
+    """Where words are few, a pool would hold a key or a sentence twice: two documents would answer one question."""
+    few = copy.copy(words())
+    few.adjectives, few.nouns, few.verbs = words().adjectives[:3], words().nouns[:5], words().verbs[:2]
+    few.split = np.array([0, 2] * 7 + [0])
+    for seed in range(5):
+        pairs = few.similar_pairs("train", 7, np.random.default_rng(seed))
+        assert sorted(pairs) == list(range(1, 15, 2)) == sorted(few.pairs("train", 7, np.random.default_rng(seed)))
+        assert len(set(few.distinct_noise(300, np.random.default_rng(seed)))) == 300
+
+
+def test_more_keys_than_there_are(words):
+    """A memory that is too large would repeat keys or never end."""
+    with pytest.raises(UserError, match="there are .* test pairs"):
+        words().pairs("test", 10 ** 9, np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+@pytest.fixture(scope="module")
+def pool(tokenizer):
+    """A pool whose samples are written by hand below."""
+    def array(text):
+        return np.array(tokenizer.encode(text), dtype=np.uint16)
+    documents = [array(text) for text in ("Noise.", "The one for b is 12.", "a is the one for b.", "[1]. <|end|>")]
+    return documents, [(array("b?"), array("12"), [1]), (array("And a?"), array("12"), [2, 1])]
+
+
+def expected_samples(numbers):
+    """(what routes, what follows, targets, positive, appended) of each sample of `pool`."""
+    _, n1, n2, _ = numbers
+    b, a = f"[{n1}]. The one for b is 12.\n", f"[{n2}]. a is the one for b.\n"
+    one, two = "<|question|>b?\n", "<|question|>And a?\n"
+    answer = "<|end_of_retrieval|>12<|end|>"
+    return sorted([
+        (one, f"[{n1}]<|stop|>", [1], []),
+        (one + b, answer, [], [1]),
+        (two, f"[{n2}]<|stop|>", [2], []),
+        (two + a, f"[{n1}]<|stop|>", [1], [2]),
+        (two + a + b, answer, [], [1, 2]),
+    ])
+
+
+@pytest.mark.parametrize("batch_tokens,batches", [(2048, 1), (120, None), (1, 5)])
+def test_collate_spells_samples(tokenizer, pool, batch_tokens, batches):
+    """The model would be trained on other spellings, targets, routing tokens or positives than inference uses."""
+    spelled, numbers, made = collate(pool, tokenizer, 10_000_000, np.random.default_rng(5), batch_tokens)
+    texts = [tokenizer.decode(document.tolist()) for document in pool[0]]
+    assert [tokenizer.decode(document.tolist()) for document in spelled] == [f"[{n}]. {text}[{n}]" for n, text in zip(numbers, texts)]
+    assert all(document.dtype.is_signed and document.ndim == 1 for document in spelled)
+    found = []
+    for batch in made:
+        tokens, routing, target = batch["tokens"], batch["routing_mask"], batch["target_mask"]
+        assert tokens.shape == routing.shape == target.shape and batch["positive"].shape == batch["appended"].shape == (len(tokens), 4)
+        assert len(tokens) == 1 or tokens.numel() <= batch_tokens
+        for i in range(len(tokens)):
+            begin, end = int(routing[i].sum()), int(target[i].nonzero().max()) + 1
+            assert routing[i, :begin].all() and tokens[i, begin] == tokenizer.retrieve and not target[i, begin]
+            assert target[i, begin + 1:end].all() and not target[i, :begin].any() and not tokens[i, end:].any()
+            found.append((tokenizer.decode(tokens[i, :begin].tolist()), tokenizer.decode(tokens[i, begin + 1:end].tolist()),
+                          batch["positive"][i].nonzero().flatten().tolist(), batch["appended"][i].nonzero().flatten().tolist()))
+        assert max(int(row.nonzero().max()) for row in target) == tokens.size(1) - 1  # no more padding than needed
+    assert sorted(found) == expected_samples(numbers)  # every sample once
+    assert len(made) == batches if batches else 1 < len(made) < 5
+
+
+@pytest.mark.parametrize("count,limit", [(48, 10_000_000), (9, 10), (10, 10), (1, 1), (40, 101)])
+def test_document_numbers(count, limit):
+    """Documents of one step would share a number, or get one that the largest memory does not use."""
+    for seed in range(20):
+        numbers = draw_numbers(count, limit, np.random.default_rng(seed))
+        assert len(numbers) == count and 0 <= numbers[0] and numbers[-1] < limit
+        assert all(a < b for a, b in zip(numbers, numbers[1:]))
+
+
+def test_numbers_of_all_widths():
+    """Small memories have short numbers: a model trained on seven digits only could not name their documents."""
+    rng = np.random.default_rng(0)
+    widths = np.bincount([len(str(draw_numbers(1, 10_000_000, rng)[0])) for _ in range(3000)], minlength=8)[1:] / 3000
+    assert len(widths) == 7 and widths.min() > 0.10 and widths.max() < 0.19
+
+
+def test_fewer_numbers_than_documents():
+    """A limit below the number of documents would draw numbers for ever."""
+    def too_long(*_):
+        raise TimeoutError("still drawing")
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    try:
+        with pytest.raises(UserError, match="number_limit"):
+            draw_numbers(5, 4, np.random.default_rng(0))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("rows", [[], [[]], [[1], [], [2, 3, 60_000], []]])
+def test_ragged(tmp_path, dtype, rows):
+    """Rows would come back shifted, cut or of another type."""
+    writer = RaggedWriter(tmp_path / "rows", dtype)
+    for row in rows:
+        writer.append(row)
+    assert len(writer) == len(rows)
+    writer.close()
+    ragged = Ragged(tmp_path / "rows", dtype)
+    assert [ragged[i].tolist() for i in range(len(ragged))] == rows
+    assert all(ragged[i].dtype == dtype for i in range(len(rows)))
+
+
+@pytest.mark.parametrize("vocab_size,dtype", [(65_536, np.uint16), (65_537, np.uint32)])
+def test_token_types(vocab_size, dtype):
+    """Ids above 65,535 would wrap around."""
+    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 3
+
+
+@pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8), ("rows.offsets", 24)])
+def test_truncated_files(tmp_path, name, cut):
+    """A copy that was cut short would be trained on, or end in a traceback."""
+    writer = RaggedWriter(tmp_path / "rows", np.uint32)
+    for row in ([1, 2, 3], [4]):
+        writer.append(row)
+    writer.close()
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "rows.")) + ".*run prepare_data.py again"):
+        Ragged(tmp_path / "rows", np.uint32)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "rows.offsets"])
+def test_missing_file(tmp_path, name):
+    """A missing file of the data would end in a traceback."""
+    RaggedWriter(tmp_path / "rows", np.uint16).close()
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))}: no such file"):
+        Ragged(tmp_path / "rows", np.uint16)
+
+
+@pytest.mark.parametrize("name", ["documents", "questions", "answers"])
+def test_token_id_out_of_range(tiny, tokenizer, name):
+    """An id outside the vocabulary would end in an index error inside the model (or, on a GPU, in a failed assertion)."""
+    pools = Pools(tiny / "data" / "train", tokenizer.vocab_size)
+    largest = int(max(getattr(pools, part).values.max() for part in ("documents", "questions", "answers")))
+    setattr(pools, name, [np.array([largest + 1])] * 100)
+    pools.vocab_size = largest + 1
+    with pytest.raises(UserError, match=f"{re.escape(str(tiny / 'data' / 'train'))}: pool 1 holds token id {largest + 1}, .* {largest};"):
+        pools[1]
+    pools.vocab_size = largest + 2
+    pools[1]
+
+
+@pytest.mark.parametrize("about", [b"{", b"[]", b"{}", b"\xff"])
+def test_malformed_about(tiny, tmp_path, tokenizer, about):
+    """A broken description of the data would end in a traceback."""
+    (tmp_path / "about.json").write_bytes(about)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        Pools(tmp_path / "train", tokenizer.vocab_size)
+
+
+def test_failure_keeps_the_old_data(run, tiny, tmp_path, files_of, monkeypatch):
+    """A failed preparation would leave half of the new data, or nothing of the old."""
+    out = tmp_path / "data"
+    assert run(prepare_data, tiny / "tiny.toml", "--out", out).code == 0
+    before = files_of(out)
+    for args in (("--vocab-size", 200), ("--encoding", "nope"), ("--documents", tmp_path / "none", "--questions", "none.jsonl")):
+        assert run(prepare_data, tiny / "tiny.toml", "--out", out, *args).code == 2
+        assert files_of(out) == before and [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert run(prepare_data, tiny / "tiny.toml", "--out", out, "--pools", 5).code == 0
+    assert len(Pools(out / "train", 600)) == 5 and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_other_folders_are_not_replaced(run, tiny, tmp_path, files_of):
+    """`--out` of a folder that holds something else would delete it."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = run(prepare_data, tiny / "tiny.toml", "--out", tmp_path)
+    assert result.code == 2 and f"{tmp_path}: exists and is not prepared data" in result.error
+    assert files_of(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of a folder
+
+def as_tuples(documents):
+    return [(d.source, d.first_line, d.last_line, d.text) for d in documents]
+
+
+def test_read_folder(tmp_path):
+    """Files would be left out, in another order on another machine, with a byte order mark, or with wrong lines."""
+    (tmp_path / "sub" / "deeper").mkdir(parents=True)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfWith a mark.\n")
+    (tmp_path / "a.md").write_bytes("\r\n\r\nWindows lines\r\nare two.\r\n\r\nGrüße.\r\n".encode())
+    (tmp_path / "sub" / "deeper" / "c.txt").write_text("Deep.", encoding="utf-8")
+    (tmp_path / "sub" / "empty.txt").write_text("")
+    (tmp_path / "sub" / "blank.md").write_text("\n \n\t\n")
+    (tmp_path / "image.png").write_bytes(b"\xff\xfe")
+    documents = read_folder(tmp_path, count_words, 100)
+    assert as_tuples(documents) == [("a.md", 3, 6, "Windows lines\nare two.\n\nGrüße."), ("b.txt", 1, 1, "With a mark."),
+                                    (os.path.join("sub", "deeper", "c.txt"), 1, 1, "Deep.")]
+    assert documents[0].where() == "a.md:3-6"
+
+
+def test_long_files_are_split_at_paragraphs(tmp_path):
+    """A long file would be cut inside paragraphs that fit, or its pieces would cite wrong lines."""
+    (tmp_path / "a.txt").write_text("one two\nthree\n\n\nfour five\n\nsix seven eight nine ten\n\neleven\n")
+    assert as_tuples(read_folder(tmp_path, count_words, 5)) == [
+        ("a.txt", 1, 5, "one two\nthree\n\n\nfour five"), ("a.txt", 7, 7, "six seven eight nine ten"), ("a.txt", 9, 9, "eleven")]
+
+
+def test_long_paragraphs_are_split_at_lines(tmp_path):
+    """A paragraph that is too long would be one piece, or lose lines."""
+    (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\nseven eight\n\nnine\n")
+    assert as_tuples(read_folder(tmp_path, count_words, 4)) == [
+        ("a.txt", 1, 2, "one two\nthree four"), ("a.txt", 3, 4, "five six\nseven eight"), ("a.txt", 6, 6, "nine")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_line_is_in_one_piece(tmp_path, seed):
+    """Lines would be lost, doubled, reordered or cited wrongly, or a piece would be longer than allowed."""
+    rng = np.random.default_rng(seed)
+    words = [[f"w{i}.{j}" for j in range(rng.integers(1, 8))] if rng.random() < 0.7 else [] for i in range(60)]
+    lines = [" " * int(rng.integers(3)) * bool(line) + " ".join(line) for line in words]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    most = int(rng.integers(8, 20))
+    documents = read_folder(tmp_path, count_words, most)
+    covered = []
+    for document in documents:
+        assert document.text == "\n".join(lines[document.first_line - 1:document.last_line]).strip()
+        assert lines[document.first_line - 1].strip() and lines[document.last_line - 1].strip()
+        assert count_words(document.text) <= most
+        covered += range(document.first_line, document.last_line + 1)
+    assert len(covered) == len(set(covered)) and {i + 1 for i, line in enumerate(lines) if line.strip()} <= set(covered)
+    assert covered == sorted(covered)
+
+
+@pytest.mark.parametrize("text,count", [
+    (" ".join(f"w{i}" for i in range(50)), count_words), ("x" * 300, len), ("ab " * 50 + "y" * 90, len)])
+def test_long_lines_are_split(tmp_path, text, count):
+    """A line that is too long would be one piece, lose words, or never end."""
+    (tmp_path / "a.txt").write_text(f"first\n\n{text}\nlast\n")
+    documents = read_folder(tmp_path, count, 16)
+    assert all(count(document.text) <= 16 for document in documents) and len(documents) >= 4
+    assert "".join("".join(document.text.split()) for document in documents) == "first" + text.replace(" ", "") + "last"
+    assert {line for d in documents for line in (d.first_line, d.last_line)} == {1, 3, 4}
+    if " " in text and "y" not in text:
+        assert " ".join(document.text for document in documents).split() == ["first", *text.split(), "last"]
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda folder: None, "no such folder of documents"),
+    (lambda folder: folder.mkdir(), "no text in it; expected .txt or .md files"),
+    (lambda folder: folder.write_text("a file"), "no such folder of documents"),
+    (lambda folder: [folder.mkdir(), (folder / "a.txt").write_text(" \n")], "no text in it"),
+    (lambda folder: [folder.mkdir(), (folder / "a.pdf").write_text("text")], "no text in it"),
+])
+def test_folders_without_documents(tmp_path, make, message):
+    """A missing or empty folder would end in a traceback, or in a memory of nothing."""
+    make(tmp_path / "docs")
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'docs'))}: {message}"):
+        read_folder(tmp_path / "docs", count_words, 10)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    """The user would not learn which of many files is not UTF-8, and where."""
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'latin.txt'))}: not UTF-8 .byte 2."):
+        read_folder(tmp_path, count_words, 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_cannot_be_read(tmp_path):
+    """The user would not learn which of many files cannot be read."""
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.txt").chmod(0)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'secret.txt'))}: cannot be read"):
+        read_folder(tmp_path, count_words, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own questions
+
+ALPHA = {"question": "What is alpha?", "answer": "one", "documents": ["a.txt"]}
+BETA = {"question": "What is beta?", "answer": "two", "documents": ["sub/b.md:3", "a.txt"]}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of documents; sub/b.md is split in two."""
+    folder = tmp_path / "docs"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("Alpha is one.\n")
+    (folder / "sub" / "b.md").write_text("A river is long and wide here.\n\nBeta is the one after alpha there.\n")
+    for i in range(5):
+        (folder / f"other{i}.txt").write_text(f"Nothing is said in {i}.\n")
+    return tmp_path
+
+
+def write_lines(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_own_questions(run, own, tokenizer):
+    """Your own data would be prepared with wrong documents, without a question's documents, or with nothing to validate."""
+    write_lines(own / "q.jsonl", [ALPHA, "", BETA] + [ALPHA | {"question": f"Alpha, {i} times?"} for i in range(30)])
+    result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out", own / "data", "--vocab-size", 300,
+                 "--pools", 6, "--validation-pools", 2, "--max-document-tokens", 40, "--documents-per-pool", 4, "--questions-per-pool", 3)
+    assert result.code == 0, result.err
+    own_tokenizer = Tokenizer.load(own / "data")
+    asked = {}
+    for split, count, questions in (("train", 6, 3), ("validation", 2, 1)):
+        pools = Pools(own / "data" / split, own_tokenizer.vocab_size)
+        assert len(pools) == count
+        asked[split] = {own_tokenizer.decode(question.tolist()) for question in pools.questions}
+        for i in range(count):
+            documents, rows = pools[i]
+            texts = [own_tokenizer.decode(document.tolist()) for document in documents]
+            assert len(texts) == len(set(texts)) == 4 and len(rows) == questions
+            for question, answer, gold in rows:
+                two = own_tokenizer.decode(question.tolist()) == "What is beta?"
+                assert [texts[g] for g in gold] == ["Beta is the one after alpha there."] * two + ["Alpha is one."]
+                assert own_tokenizer.decode(answer.tolist()) == ("two" if two else "one")
+            collate(pools[i], own_tokenizer, 1000, np.random.default_rng(0))
+    assert len(asked["train"] | asked["validation"]) == 32 and len(asked["validation"]) == 1 and not asked["train"] & asked["validation"]
+
+
+@pytest.mark.parametrize("line,message", [
+    ("{", "not an object"), ("3", "not an object"), ("[]", "not an object"), ('"text"', "not an object"), ("null", "not an object"),
+    ({"question": "What?", "answer": "one"}, "not an object with"),
+    ({"question": "What?", "documents": ["a.txt"]}, "not an object with"),
+    ({"answer": "one", "documents": ["a.txt"]}, "not an object with"),
+    (ALPHA | {"documents": None}, "not an object with"),
+    (ALPHA | {"documents": [3]}, ""),
+    (ALPHA | {"documents": []}, "'documents' is empty"),
+    (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names 0 documents"),
+    (ALPHA | {"documents": ["a.txt:7"]}, "'a.txt:7' names 0 documents"),
+    (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents .*\"file:line\""),
+])
+def test_malformed_questions(own, line, message):
+    """The user would not learn which line of the file of questions is wrong, and why."""
+    documents = read_folder(own / "docs", count_words, 8)
+    write_lines(own / "q.jsonl", [ALPHA, BETA, "", line, ALPHA])
+    with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}:4: {message}"):
+        read_questions(own / "q.jsonl", documents)
+
+
+@pytest.mark.parametrize("write,message", [
+    (lambda path: None, "cannot be read"),
+    (lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
+    (lambda path: path.write_text(""), "holds 0 questions; at least 2"),
+    (lambda path: write_lines(path, [ALPHA]), "holds 1 questions; at least 2"),
+])
+def test_files_without_questions(own, write, message):
+    """A file of questions that holds too few, or nothing readable, would end in a traceback."""
+    documents = read_folder(own / "docs", count_words, 8)
+    write(own / "q.jsonl")
+    with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}: {message}"):
+        read_questions(own / "q.jsonl", documents)
+
+
+def test_questions_as_windows_writes_them(own):
+    """A byte order mark, or a line separator inside a string, would make a correct file malformed."""
+    documents = read_folder(own / "docs", count_words, 8)
+    odd = ALPHA | {"question": "Two\u2028lines?"}
+    lines = [json.dumps(question, ensure_ascii=False) for question in (ALPHA, odd, BETA)]
+    (own / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    texts = [question.text for question in read_questions(own / "q.jsonl", documents)]
+    assert texts == ["What is alpha?", "Two\u2028lines?", "What is beta?"]

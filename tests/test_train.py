@@ -1,0 +1,326 @@
+"""The training loop: resuming, ranks, the schedule, and checkpoints that survive what goes wrong."""
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from model import MSA
+from prepare_data import Pools
+from train import TrainConfig, learning_rate, next_pool
+
+REPOSITORY = Path(train.__file__).parent
+CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "training_state.pt", "log.jsonl"}
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """The real `plot`, which is left out otherwise: drawing takes longer than a training here."""
+    real = train.plot
+    monkeypatch.setattr(train, "plot", lambda *_: None)
+    return lambda: monkeypatch.setattr(train, "plot", real)
+
+
+@pytest.fixture
+def fit(run, tiny, draw):
+    """Train with the tiny configuration and these flags."""
+    return lambda *flags: run(train, tiny / "tiny.toml", *flags)
+
+
+@pytest.fixture(scope="module")
+def whole(run, tiny, tmp_path_factory, files_of):
+    """The files of a run that nothing interrupted: 8 steps over 4 pools, evaluated at steps 3, 6 and 8."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot", lambda *_: None)
+        assert run(train, tiny / "tiny.toml", "--out", out).code == 0
+    return files_of(out)
+
+
+def read_log(files):
+    return [json.loads(line) for line in files["log.jsonl"].splitlines()]
+
+
+class Killed(BaseException):
+    """Stands for what gives a program no time to save."""
+
+
+def at_position(monkeypatch, position, action):
+    """Do `action` when training asks for its pool at this position."""
+    def observed(pools, at, *rest):
+        if at == position and pools.folder.name == "train":
+            action()
+        return next_pool(pools, at, *rest)
+    monkeypatch.setattr(train, "next_pool", observed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
+    """A run would not leave the checkpoint, the log and the curves that its documentation names."""
+    draw()
+    result = fit("--out", tmp_path / "run", "--max-steps", 2)
+    assert result.code == 0 and "done at step 2" in result.out and "Traceback" not in result.err
+    files = files_of(tmp_path / "run")
+    assert files.keys() == CHECKPOINT | {"curves.png"} and files["curves.png"].startswith(b"\x89PNG")
+    model = MSA.load(tmp_path / "run")
+    assert (model.config.vocab_size, model.config.hidden_size, model.config.top_k) == (608, 16, 2)
+    rows = read_log(files)
+    assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train"), (2, "validation")]
+    for row in rows:
+        assert set(row) - {"norm"} == {"step", "split", "lm", "answer", "aux", "top1", "chance", "recall"}
+        assert len(row["recall"]) == 2 and row["chance"] == 0.4  # one memory layer, the mean score; 2 of 5 documents
+    assert rows[0]["lm"] == pytest.approx(np.log(608), abs=0.1)  # an untrained model knows nothing
+
+
+def test_training_learns(fit, tmp_path, files_of):
+    """Steps would not lower the losses: gradients would be lost, or samples not be what they say."""
+    assert fit("--out", tmp_path, "--max-steps", 60, "--router-steps", 20, "--learning-rate", 0.02, "--evaluate-every", 100,
+               "--model.smear", "--model.equal-routers").code == 0
+    rows = [row for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
+    first, last = ({name: np.mean([row[name] for row in part]) for name in ("lm", "aux")} for part in (rows[:4], rows[-4:]))
+    assert last["lm"] < 0.55 * first["lm"] and last["aux"] < 0.8 * first["aux"]
+
+
+@pytest.mark.parametrize("router_steps,lm_weight,aux_weight", [(1, 0.1, 1.0), (0, 1.0, 0.1)])
+def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, lm_weight, aux_weight):
+    """The first phase would not be 0.1 * LM + aux, or the second not LM + 0.1 * aux."""
+    assert fit("--out", tmp_path, "--max-steps", 1, "--router-steps", router_steps).code == 0
+    row = read_log(files_of(tmp_path))[0]
+    config = MSA.load(tmp_path).config
+    torch.manual_seed(1337)
+    model = MSA(config)
+    losses = model(*next_pool(Pools(tiny / "data" / "train", 608), 0, tokenizer, TrainConfig(), torch.device("cpu")))
+    (lm_weight * losses["lm"] + aux_weight * losses["aux"]).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert row["norm"] == pytest.approx(float(norm), abs=1e-4)
+    assert (row["lm"], row["aux"]) == pytest.approx((float(losses["lm"]), float(losses["aux"])), abs=1e-5)
+
+
+@pytest.mark.parametrize("step,expected", [
+    (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (39, 1.0), (40, 1.0), (55, 0.2 + 0.8 * (2 + 2 ** 0.5) / 4), (70, 0.6),
+    (85, 0.2 + 0.8 * (2 - 2 ** 0.5) / 4), (100, 0.2), (500, 0.2)])
+def test_learning_rate(step, expected):
+    """The rate would not rise linearly, stay through the router phase and fall by a cosine to its final value."""
+    config = TrainConfig(warmup_steps=10, router_steps=40, max_steps=100, learning_rate=1.0, final_learning_rate=0.2)
+    assert learning_rate(step, config) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup_steps,router_steps,max_steps,rates", [
+    (0, 0, 2, [1.0, 0.5, 0.0]), (2, 0, 4, [0.5, 1.0, 1.0, 0.5, 0.0]), (0, 9, 2, [1.0, 1.0, 1.0]), (4, 2, 4, [0.25, 0.5, 0.75, 1.0, 1.0])])
+def test_learning_rate_of_odd_schedules(warmup_steps, router_steps, max_steps, rates):
+    """A phase of no steps, or one that is longer than the run, would divide by zero or leave the range."""
+    config = TrainConfig(warmup_steps=warmup_steps, router_steps=router_steps, max_steps=max_steps, learning_rate=1.0,
+                         final_learning_rate=0.0)
+    assert [learning_rate(step, config) for step in range(len(rates))] == pytest.approx(rates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and resuming
+
+@pytest.mark.parametrize("number,position,step", [
+    (signal.SIGINT, 4, 5), (signal.SIGTERM, 5, 6), (signal.SIGINT, 0, 1), (signal.SIGINT, 7, 8)])
+def test_interrupt_and_resume(fit, tmp_path, whole, files_of, monkeypatch, number, position, step):
+    """A run that was stopped and resumed would not be the run that nobody stopped: log and weights, bit for bit."""
+    at_position(monkeypatch, position, lambda: signal.raise_signal(number))
+    stopped = fit("--out", tmp_path)
+    assert stopped.code == 0 and f"stopped at step {step}" in stopped.out and "--resume" in stopped.out
+    assert files_of(tmp_path).keys() == CHECKPOINT
+    assert [row["step"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"] == list(range(1, step + 1))
+    monkeypatch.setattr(train, "next_pool", next_pool)
+    resumed = fit("--out", tmp_path, "--resume")
+    assert resumed.code == 0 and f"resumed from {tmp_path} at step {step}" in resumed.out
+    files = files_of(tmp_path)
+    assert read_log(files) == read_log(whole)
+    assert files["model.safetensors"] == whole["model.safetensors"] and files.keys() == whole.keys()
+
+
+def test_kill_and_resume(fit, tmp_path, whole, files_of, monkeypatch):
+    """A run that was killed between two checkpoints would not continue from the last one as if nothing had been."""
+    def kill():
+        raise Killed
+    at_position(monkeypatch, 4, kill)
+    with pytest.raises(Killed):
+        fit("--out", tmp_path)
+    monkeypatch.setattr(train, "next_pool", next_pool)
+    resumed = fit("--out", tmp_path, "--resume")
+    assert resumed.code == 0 and "at step 3" in resumed.out
+    files = files_of(tmp_path)
+    assert files["model.safetensors"] == whole["model.safetensors"]
+    assert read_log(files) == read_log(whole)
+
+
+def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of, monkeypatch):
+    """An evaluation that fails would cost the steps before it."""
+    def fail(pools, at, *rest):
+        if pools.folder.name == "validation":
+            raise Killed
+        return next_pool(pools, at, *rest)
+    monkeypatch.setattr(train, "next_pool", fail)
+    with pytest.raises(Killed):
+        fit("--out", tmp_path)
+    assert files_of(tmp_path).keys() == CHECKPOINT
+    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 3
+
+
+def test_resume_a_finished_run(fit, tmp_path, whole, files_of):
+    """Resuming what is done would train on, or change it."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    result = fit("--out", tmp_path, "--resume")
+    assert result.code == 0 and "done at step 8" in result.out
+    assert files_of(tmp_path) == whole
+
+
+def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
+    """Starting a second run would overwrite the first."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    refused = fit("--out", tmp_path, "--seed", 1)
+    assert refused.code == 2 and files_of(tmp_path) == whole
+    assert f"error: {tmp_path}: holds a checkpoint; continue it with --resume, replace it with --overwrite" in refused.error
+    assert fit("--out", tmp_path, "--overwrite", "--seed", 1, "--max-steps", 1).code == 0
+    assert files_of(tmp_path)["model.safetensors"] != whole["model.safetensors"]
+    assert len(read_log(files_of(tmp_path))) == 2
+
+
+def test_nothing_to_resume(fit, tmp_path, files_of):
+    """Resuming a run that never was would end in a traceback."""
+    result = fit("--out", tmp_path, "--resume")
+    assert result.code == 2 and result.error == f"error: {tmp_path / 'training_state.pt'}: nothing to resume; leave --resume out to start"
+    assert files_of(tmp_path) == {}
+
+
+class Dangerous:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data, _: data[:len(data) // 2], lambda data, _: data[:-1], lambda data, _: b"", lambda data, _: b"not a state",
+    lambda data, path: pickle.dumps(Dangerous(path), protocol=2), "object", "list", "other state"])
+def test_broken_training_states(fit, tmp_path, whole, files_of, damage):
+    """A broken state would end in a traceback or lose the checkpoint, or a stranger's file would run a command."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    state, made = tmp_path / "training_state.pt", tmp_path / "made"
+    if callable(damage):
+        state.write_bytes(damage(whole["training_state.pt"], made))
+    else:
+        torch.save({"object": Dangerous(made), "list": [1, 2], "other state": {"step": 3}}[damage], state)
+    before = files_of(tmp_path)
+    result = fit("--out", tmp_path, "--resume")
+    assert not made.exists() and files_of(tmp_path) == before
+    assert result.code == 2 and f"error: {state}: not a whole training state" in result.error
+
+
+@pytest.mark.parametrize("flags,name", [(["--model.hidden-size", 24], "model.embed_tokens.weight"), (["--model.qk-norm"], "k_norm.weight")])
+def test_resume_another_model(fit, tmp_path, whole, files_of, flags, name):
+    """A run would be resumed with a model of another shape."""
+    for file, data in whole.items():
+        (tmp_path / file).write_bytes(data)
+    result = fit("--out", tmp_path, "--resume", *flags)
+    assert result.code == 2 and f"{tmp_path / 'training_state.pt'}: tensor" in result.error and name in result.error
+    assert files_of(tmp_path) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Makes files fail: "fsync" when they are made durable, or beyond a number of bytes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(how):
+        if how == "fsync":
+            def fail(_):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(os, "fsync", fail)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (how, old[1]))
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("how", ["fsync", 1000, 100_000])
+def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
+    """A disk that fills up would leave a broken checkpoint in the place of a whole one, rubbish beside it, or a traceback."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    assert len(whole["training_state.pt"]) > 150_000
+    full_disk(how)
+    try:
+        result = fit("--out", tmp_path, "--overwrite", "--seed", 1)
+    finally:
+        full_disk(resource.RLIM_INFINITY)
+        after = files_of(tmp_path)
+    assert after == whole
+    assert result.code == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert result.err.startswith(f"error: {tmp_path / 'training_state.pt'}: ")
+    if how == "fsync":
+        assert "No space left on device; free some space and run again (what was saved before is intact)" in result.err
+
+
+def test_losses_that_are_not_numbers(fit, tmp_path, whole, files_of):
+    """Training would go on with weights that are not numbers and replace the last good checkpoint by them."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    result = fit("--out", tmp_path, "--overwrite", "--learning-rate", 1e30, "--gradient-clip", 1e30, "--evaluate-every", 100)
+    assert result.code == 2 and "the loss is not a number at step" in result.error and "--learning-rate" in result.error
+    assert files_of(tmp_path) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several pools
+
+def test_position_decides(tiny, tokenizer):
+    """Pools or document numbers would depend on what was read before: a resumed run would see other data."""
+    pools, config = Pools(tiny / "data" / "train", 608), TrainConfig()
+    def take(position):
+        documents, numbers, batches = next_pool(pools, position, tokenizer, config, torch.device("cpu"))
+        return [d.tolist() for d in documents], numbers, [{name: t.tolist() for name, t in batch.items()} for batch in batches]
+    assert take(1) == take(1)
+    def texts(position):
+        return [tokenizer.decode(document).split("]")[1].split("[")[0] for document in take(position)[0]]
+    assert texts(1) == texts(5) != texts(2)  # four pools, read again
+    assert take(1)[1] != take(5)[1]          # with new numbers
+
+
+def test_two_ranks_are_one_that_accumulates(fit, tiny, tmp_path, files_of):
+    """Two ranks would average losses or gradients wrongly, read the same pools, or log what one of them saw."""
+    flags = ["--max-steps", "3", "--evaluate-every", "3", "--learning-rate", "1e-3", "--number-limit", "1000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPOSITORY / "train.py",
+               tiny / "tiny.toml", "--out", tmp_path / "two", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done at step 3") == 1  # one rank speaks
+    assert fit("--out", tmp_path / "one", "--accumulate", 2, *flags).code == 0
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert two.keys() - {"curves.png"} == one.keys() == CHECKPOINT
+    assert len(read_log(one)) == len(read_log(two)) == 4
+    for a, b in zip(read_log(one), read_log(two)):
+        assert a.pop("recall") == pytest.approx(b.pop("recall"), abs=1e-5)
+        assert a.pop("split") == b.pop("split") and a == pytest.approx(b, abs=2e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+    states = [torch.load(tmp_path / name / "training_state.pt", weights_only=True) for name in ("one", "two")]
+    assert states[0]["position"] == states[1]["position"] == 6
