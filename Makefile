@@ -7,10 +7,10 @@ RUN = .venv/bin/python
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: out/demo/two_hop.json out/demo/niah_multikey.json
+demo: out/demo/two_hop.json
 	@echo && echo "Asking the new model about the files in examples/:"
-	$(RUN) sample.py --checkpoint out/demo --documents examples --trace "What is the special magic number for gentle-otter?"
-	@echo && echo "Curves: out/demo/curves.png (training), out/demo/niah_multikey.png, out/demo/two_hop.png (growing memory)"
+	$(RUN) sample.py --checkpoint out/demo --documents examples --trace "What is the special magic number for nervous-baker?"
+	@echo && echo "Curves: out/demo/curves.png (training), out/demo/two_hop.png (accuracy as the memory grows)"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
@@ -28,11 +28,12 @@ clean:
 
 data/demo/about.json: config/demo.toml | .venv/installed
 	$(RUN) prepare_data.py config/demo.toml
+	rm -f out/demo/training_state.pt  # other data: train anew
 
 # an interrupted training goes on where it stopped
 out/demo/trained: data/demo/about.json
 	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume)
 	@touch $@
 
-out/demo/%.json: out/demo/trained
-	$(RUN) eval.py --checkpoint out/demo --task $* --lengths 16k,64k,256k,1m --questions 50 --json $@ --plot out/demo/$*.png
+out/demo/two_hop.json: out/demo/trained
+	$(RUN) eval.py --checkpoint out/demo --task two_hop --lengths 16k,64k,256k,1m --questions 50 --json $@ --plot out/demo/two_hop.png

@@ -35,8 +35,11 @@ def main(script):
         message = str(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.errno is None or isinstance(error, BrokenPipeError):  # a library's, or `| head`: not about a file
+        if error.errno is None:  # a library's, not about a file
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}"
         if error.errno == errno.ENOSPC:
@@ -133,6 +136,8 @@ def keep_freed_memory():
 def atomic_file(path, mode="w"):
     """Open a file that appears under `path` whole or not at all: temporary file, fsync, rename."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file; it would be replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

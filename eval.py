@@ -16,6 +16,7 @@ import dataclasses
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,15 +33,15 @@ from tasks import Words, make_memory
 @dataclass
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"    # folder that train.py wrote
-    task: Literal["niah_single", "niah_multikey", "two_hop"] = "niah_multikey"
+    task: Literal["niah_single", "niah_multikey", "two_hop"] = "niah_multikey"  # what is asked
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200                    # asked at every length; their documents lie in the shortest memory
     seed: int = 1                           # of documents and questions
     json: str = ""                          # write the rows to this file
     plot: str = ""                          # draw them to this .png
     top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
@@ -145,6 +146,8 @@ def plot(rows, path):
 def script():
     config = command_line(EvalConfig, __doc__)
     device, dtype, reason = detect_device(config.device, config.dtype)
+    for path in filter(None, (config.json, config.plot)):  # an unusable folder is better known before the first question
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     model.config.top_k = config.top_k or model.config.top_k
     lengths, words = parse_lengths(config.lengths), Words()

@@ -115,8 +115,10 @@ class Memory:
         return Selection(self.keys[layer], self.values[layer], index, slots, documents, own, scores)
 
     def subset(self, documents):
-        """The memory of these documents only: a copy. documents: increasing indices."""
+        """The memory of these documents only: a copy. documents: increasing indices, else ValueError."""
         documents = torch.as_tensor(documents, dtype=torch.long, device=self.offsets.device)
+        if (documents.diff() <= 0).any():
+            raise ValueError("the documents of a subset must be increasing indices")
         counts = self.offsets.diff()[documents]
         offsets = F.pad(counts.cumsum(0), (1, 0))
         rows = ranges(self.offsets[documents], counts)
@@ -350,9 +352,8 @@ class MSA(nn.Module):
 
     def assemble(self, parts, offsets, numbers):
         """Batches of encoded documents, put back into the order given."""
-        back = torch.tensor([i for batch, _ in parts for i in batch]).argsort()             # where document m lies among the parts
-        counts = offsets.diff()
-        starts = F.pad(counts[back.argsort()].cumsum(0), (1, 0))[back]
+        encoded, counts = torch.tensor([i for batch, _ in parts for i in batch]), offsets.diff()
+        starts = F.pad(counts[encoded].cumsum(0), (1, 0))[encoded.argsort()]                # where document m's chunks lie in the parts
         rows, layers = ranges(starts, counts).to(self.device), []
         for name in range(3):
             layers.append([])

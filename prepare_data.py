@@ -16,6 +16,7 @@ the order of the hops, with a line where a long file was split.
 import dataclasses
 import json
 import shutil
+import tempfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Document:
 
 
 def read_folder(folder, count_tokens, max_tokens):
-    """The .txt and .md files below `folder`, in the order of their names, as a list of Documents.
+    """The .txt and .md files below `folder` (hidden ones left out), in the order of their names, as a list of Documents.
 
     A file of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at lines, a longer
     line at words. Raises UserError for a missing or empty folder and for a file that cannot be read or is not UTF-8.
@@ -83,7 +84,8 @@ def read_folder(folder, count_tokens, max_tokens):
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder of documents")
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".md") and path.is_file())
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".txt", ".md") and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
     documents = []
     for path in files:
         try:
@@ -165,14 +167,17 @@ def read_questions(path, documents):
             continue
         try:
             row = json.loads(line)
-            gold = tuple(find_document(str(name), places, documents) for name in row["documents"])
+            question, answer, names = row["question"], row["answer"], row["documents"]
+            if not (question and isinstance(question, str) and answer and isinstance(answer, str) and isinstance(names, list)):
+                raise TypeError
+            gold = tuple(find_document(str(name), places, documents) for name in names)
             if not gold:
                 raise UserError("'documents' is empty")
-            questions.append(Question(str(row["question"]), gold, str(row["answer"])))
+            questions.append(Question(question, gold, answer))
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not an object with \"question\", \"answer\" and \"documents\"") from None
+            raise UserError(f"{path}:{number}: not an object with \"question\", \"answer\" (text) and \"documents\" (a list)") from None
     if len(questions) < 2:
         raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train on and one to validate")
     return questions
@@ -299,9 +304,12 @@ class Pools:
     def __getitem__(self, i):
         ids = self.pool_documents[i].tolist()
         place = {document: at for at, document in enumerate(ids)}
-        documents = [self.documents[d] for d in ids]
-        questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()])
-                     for q in self.pool_questions[i].tolist()]
+        try:
+            documents = [self.documents[d] for d in ids]
+            questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()])
+                         for q in self.pool_questions[i].tolist()]
+        except (IndexError, KeyError):
+            raise UserError(f"{self.folder}: pool {i} names a row that does not exist; run prepare_data.py again") from None
         largest = max(int(row.max(initial=0)) for row in documents + [row for q in questions for row in q[:2]])
         if largest >= self.vocab_size:
             raise UserError(f"{self.folder}: pool {i} holds token id {largest}, but the model's vocabulary ends at "
@@ -439,14 +447,14 @@ def script():
     out = Path(config.out)
     if out.exists() and not (out / "about.json").exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
-    building = out.with_name(out.name + ".tmp")  # the folder appears whole or not at all
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # the folder appears whole or not at all
     try:
         tokenizer = write_own(config, building) if config.documents else write_synthetic(config, building)
         tokenizer.save(building)
         write_json(building / "about.json", {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)})
         shutil.rmtree(out, ignore_errors=True)
+        building.chmod(0o755)  # mkdtemp made it private
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)

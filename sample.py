@@ -24,15 +24,14 @@ from tokenizer import Tokenizer
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 4.0      # how much routing scores count in naming; 0: the paper's pure generation; lower it for a model
-                                    # whose numbers can be trusted (demo, niah_multikey at 1M: 1 gives .885, 4 .990, 1000 .995)
+    router_weight: float = 4.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone
     max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave
     max_documents: int = 8          # documents named in one round
-    max_answer_tokens: int = 64
+    max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
         for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", 0), ("max_documents", 1), ("max_answer_tokens", 1)):
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -40,14 +39,14 @@ class InterleaveConfig:
 
 @dataclass
 class SampleConfig:
-    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = ""  # without one, they are read from the terminal
+    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""  # without one, they are read from the terminal
     checkpoint: str = "checkpoints/demo"                 # folder that train.py wrote
     documents: str = ""                                  # folder of .txt and .md files, required
     max_document_tokens: int = 128                       # longer files are split at paragraphs; the demo model knows short ones
     trace: bool = False                                  # print each round: routed to, named, appended
     seed: int = 1337                                     # of sampling
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):

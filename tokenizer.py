@@ -55,10 +55,11 @@ class Tokenizer:
 
     def decode(self, tokens):
         """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size} tokens")
-        return self.encoding.decode(tokens)
+        try:
+            return self.encoding.decode(tokens)
+        except (KeyError, OverflowError) as error:  # "Invalid token for decoding: 533"
+            token = str(error).strip("'").split()[-1]
+            raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size} tokens") from None
 
     def number(self, number):
         """`[n]`, as the model writes it to name a document."""
@@ -82,6 +83,7 @@ class Tokenizer:
             file.write(tiktoken_bytes(self.encoding._mergeable_ranks))
         write_json(Path(folder) / "tokenizer_msa.json", {
             "name": self.encoding.name, "pattern": self.encoding._pat_str,
+            "tokens": len(self.encoding._mergeable_ranks) + len(self.encoding._special_tokens),
             "special_tokens": self.encoding._special_tokens})
 
     @staticmethod
@@ -91,8 +93,9 @@ class Tokenizer:
         try:
             about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
             ranks, special = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes()), about["special_tokens"]
-            if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))):
-                raise ValueError("its ids are not 0, 1, 2, ... without gaps")
+            ids = {*ranks.values(), *special.values()}
+            if len(ids) != about["tokens"] or len(ids) != len(ranks) + len(special) or min(ids) < 0:
+                raise ValueError(f"{len(ids)} different ids, but {about['tokens']} tokens were saved")
             return Tokenizer(tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
                                                special_tokens=special))
         except FileNotFoundError as error:

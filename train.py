@@ -47,7 +47,7 @@ class TrainConfig:
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
     evaluate_every: int = 250           # steps; the checkpoint is written first
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     resume: bool = False                # continue the run in `out`
     overwrite: bool = False             # start anew although `out` holds a checkpoint
@@ -55,11 +55,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "number_limit"):
+        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("seed", "router_steps", "warmup_steps", "final_learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
 def learning_rate(step, config):
@@ -139,9 +140,10 @@ def script():
     # data
     about = read_about(config.data.out)
     if about["config"] != asdict(config.data):
-        changed = next(name for name, value in asdict(config.data).items() if about["config"].get(name) != value)
+        asked = asdict(config.data)
+        changed = next(name for name in [*asked, *about["config"]] if about["config"].get(name) != asked.get(name))
         raise UserError(f"{config.data.out}: prepared with {changed} = {about['config'].get(changed)!r}, but this run says "
-                        f"{getattr(config.data, changed)!r}; run prepare_data.py with the same configuration")
+                        f"{asked.get(changed)!r}; run prepare_data.py with the same configuration")
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
@@ -171,14 +173,21 @@ def script():
             raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
         if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "position"}:
             raise UserError(f"{state_path}: not a whole training state; start anew with --overwrite")
-        model.load_tensors(state["model"], state_path)
-        optimizer.load_state_dict(state["optimizer"])
-        step, position = state["step"], state["position"]
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        try:
+            model.load_tensors(state["model"], state_path)
+            optimizer.load_state_dict(state["optimizer"])
+            step, position = int(state["step"]), int(state["position"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
+        try:
+            lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with --overwrite") from None
         say(f"resumed from {out} at step {step}")
     elif state_path.exists() and not config.overwrite:
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
 
     def save():
         """Write the checkpoint; each file appears whole or not at all."""
@@ -209,8 +218,14 @@ def script():
         return sums[:-1] / sums[-1]
 
     signals, stop = [], torch.zeros(1, device=device)  # what this rank was told; what all ranks agreed on after a step
+
+    def finish_step(number, _):
+        """Ctrl-C: finish the step, save, stop. A second one stops at once."""
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: signals.append(1))  # Ctrl-C: finish the step, save, stop
+        signal.signal(number, finish_step)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     model.train()
     began, tokens_done, start_step = time.time(), 0, step

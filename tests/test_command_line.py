@@ -62,10 +62,11 @@ def place(tiny, checkpoint, tokenizer, tmp_path_factory):
     train_encoding(texts, tokenizer.vocab_size + 50).save(folder / "large_tokenizer")
     (folder / "thesis").mkdir()
     (folder / "thesis" / "thesis.txt").write_text("years of work")
-    shutil.copytree(tiny / "data", folder / "odd_data")
-    about = json.loads((folder / "odd_data" / "about.json").read_text())
-    about["config"]["out"] = "odd_data"
-    (folder / "odd_data" / "about.json").write_text(json.dumps(about))
+    for name, edits in (("odd_data", {}), ("later_data", {"a_setting_of_tomorrow": 1})):
+        shutil.copytree(tiny / "data", folder / name)
+        about = json.loads((folder / name / "about.json").read_text())
+        about["config"] |= {"out": name} | edits
+        (folder / name / "about.json").write_text(json.dumps(about))
     ids = folder / "odd_data" / "train" / "documents.bin"
     np.full(ids.stat().st_size // 2, 5000, np.uint16).tofile(ids)
     return folder
@@ -163,6 +164,7 @@ MISTAKES = [
     # training data that does not fit
     (train, "tiny.toml --data.out none", "error: none: no prepared data here; run python prepare_data.py"),
     (train, "tiny.toml --data.pools 5", "error: .*data: prepared with pools = 4, but this run says 5; run prepare_data.py"),
+    (train, "tiny.toml --data.out later_data --out other", "error: later_data: .*a_setting_of_tomorrow.*run prepare_data.py"),
     (train, "tiny.toml --model.vocab-size 300", "error: model.vocab_size is 300; the tokenizer of .* has .* at least as many"),
     (train, "tiny.toml --data.out odd_data --out other", "error: odd_data/train: pool 0 holds token id 5000, .*vocabulary ends at 607"),
 ]

@@ -173,6 +173,20 @@ def test_named_encoding(monkeypatch, tmp_path):
     assert Tokenizer.load(tmp_path).document(12, [104]) == named.document(12, [104]) == list(b"[12]. h[12]")
 
 
+def test_named_encoding_with_gaps(monkeypatch, tmp_path):
+    """An encoding whose ids have gaps, as those of cl100k_base and o200k_base, could not be saved and loaded."""
+    base = tiktoken.Encoding("gaps", pat_str=r"\w+|\W", mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={"<|endoftext|>": 257, "<|endofprompt|>": 276})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: base)
+    named = named_encoding("gaps")
+    named.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab_size == named.vocab_size == 282 and loaded.question_start == named.question_start == 277
+    assert loaded.decode(loaded.document(12, [104])) == "[12]. h[12]"
+    with pytest.raises(UserError, match="token id 256 is not in the vocabulary"):  # a model that is not yet trained may say it
+        loaded.decode([104, 256])
+
+
 def test_unknown_encoding():
     """A wrong name of an encoding would end in a traceback, or would not say which names there are."""
     with pytest.raises(UserError, match="encoding 'gpt1' is unknown; tiktoken knows .*gpt2"):

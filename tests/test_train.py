@@ -85,12 +85,10 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
 
 
 def test_training_learns(fit, tmp_path, files_of):
-    """Steps would not lower the losses: gradients would be lost, or samples not be what they say."""
-    assert fit("--out", tmp_path, "--max-steps", 60, "--router-steps", 20, "--learning-rate", 0.02, "--evaluate-every", 100,
-               "--model.smear", "--model.equal-routers").code == 0
-    rows = [row for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
-    first, last = ({name: np.mean([row[name] for row in part]) for name in ("lm", "aux")} for part in (rows[:4], rows[-4:]))
-    assert last["lm"] < 0.55 * first["lm"] and last["aux"] < 0.8 * first["aux"]
+    """Steps would not lower the loss: gradients would be lost, or samples not be what they say."""
+    assert fit("--out", tmp_path, "--max-steps", 40, "--learning-rate", 0.02, "--evaluate-every", 100).code == 0
+    losses = [row["lm"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
+    assert np.mean(losses[-4:]) < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("router_steps,lm_weight,aux_weight", [(1, 0.1, 1.0), (0, 1.0, 0.1)])
@@ -172,6 +170,27 @@ def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of
         fit("--out", tmp_path)
     assert files_of(tmp_path).keys() == CHECKPOINT
     assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 3
+
+
+def test_resume_an_older_checkpoint(fit, tmp_path, whole, files_of, monkeypatch):
+    """A log that goes on behind the checkpoint would keep rows of steps that are taken again."""
+    at_position(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert "stopped at step 3" in fit("--out", tmp_path).out
+    monkeypatch.setattr(train, "next_pool", next_pool)
+    (tmp_path / "log.jsonl").write_bytes(whole["log.jsonl"])
+    assert fit("--out", tmp_path, "--resume").code == 0
+    assert read_log(files_of(tmp_path)) == read_log(whole)
+
+
+def test_resume_with_a_broken_log(fit, tmp_path, whole, files_of):
+    """A log that was cut short would end in a traceback, or be lost."""
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "log.jsonl").write_bytes(whole["log.jsonl"][:-20])
+    before = files_of(tmp_path)
+    result = fit("--out", tmp_path, "--resume")
+    assert result.code == 2 and f"error: {tmp_path / 'log.jsonl'}: " in result.error
+    assert files_of(tmp_path) == before
 
 
 def test_resume_a_finished_run(fit, tmp_path, whole, files_of):
