@@ -138,7 +138,7 @@ def plot(rows, path):
     axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
              title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
-    axes.legend()
+    axes.legend(loc="center left")
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
 
