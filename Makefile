@@ -22,6 +22,7 @@ clean:
 	rm -rf data/demo out/demo
 
 .venv/installed: requirements.txt pyproject.toml
+	@echo "installing into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,dev]'
 	@touch $@

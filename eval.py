@@ -2,7 +2,7 @@
 
     python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --questions 200 --seed 1 --json FILE --plot FILE.png
 
-Tasks (keys that were never seen in training as a pair; documents as in prepare_data.py):
+Tasks (keys that were never seen in training as a pair; documents as in tasks.py):
 
     niah_single     one needle among distinct noise documents
     niah_multikey   every document a needle with a key of its own
