@@ -167,17 +167,16 @@ def script():
     if config.resume:
         try:
             state = torch.load(state_path, map_location=device, weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
-        if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "position"}:
-            raise UserError(f"{state_path}: not a whole training state; start anew with --overwrite")
-        try:
+            if state.keys() != {"model", "optimizer", "step", "position"}:
+                raise KeyError
             model.load_tensors(state["model"], state_path)
             optimizer.load_state_dict(state["optimizer"])
             step, position = int(state["step"]), int(state["position"])
-        except (AttributeError, KeyError, TypeError) as error:
+        except FileNotFoundError:
+            raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
+        except UserError:
+            raise
+        except Exception as error:  # torch raises many kinds for a file that is not its own
             raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
         try:
             lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
