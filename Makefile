@@ -24,7 +24,7 @@ clean:
 .venv/installed: requirements.txt pyproject.toml
 	@echo "installing into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,baselines,dev]'
 	@touch $@
 
 data/demo/about.json: config/demo.toml | .venv/installed

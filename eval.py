@@ -7,10 +7,17 @@ Tasks (keys that were never seen in training as a pair; documents as in tasks.py
     niah_single     one needle among distinct noise documents
     niah_multikey   every document a needle with a key of its own
     two_hop         chains: the first document names the key of the second; all documents look alike
+    read_pooled     every document states one of 16 colours; asked with --max-rounds 0, nothing is named or appended and the
+                    answer can only come from pooled values (chance 1/16)
+
+Baselines, same questions, same table (`--baseline`): no_memory: the question alone; oracle: its documents appended, in order; bm25: as
+many documents as the question needs, found by BM25, each search extended by the text found before; full: a checkpoint trained with
+`--model.full-attention` reads all documents as one text. `--zero-values` zeroes the pooled values: memory attention brings nothing.
 
 Lengths are nested prefixes of one memory (k = 1,024 tokens, numbers and punctuation of documents counted), encoded once;
 the same questions are asked at every length. recall@k: gold documents among the first k of the ranking by mean routing
 score, nothing forced, union over rounds. top-1: gold documents that ranked first, among those not yet appended, in some round.
+named: gold documents that the model named first in the round that wants them.
 """
 import dataclasses
 import re
@@ -25,15 +32,18 @@ import tyro
 from tqdm import tqdm
 
 from common import UserError, atomic_file, autocast, command_line, detect_device, main, write_json
-from model import Memory
-from sample import InterleaveConfig, answer_question, encode_texts, load_checkpoint
-from tasks import Words, make_memory
+from model import Cache, Memory
+from sample import InterleaveConfig, Round, answer_question, encode_texts, generate_answer, load_checkpoint, read
+from tasks import TASKS, Words, make_memory
 
 
 @dataclass
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"    # folder that train.py wrote
-    task: Literal["niah_single", "niah_multikey", "two_hop"] = "niah_multikey"  # what is asked
+    task: Literal[TASKS] = "niah_multikey"  # what is asked
+    filler: int = 0                         # noise sentences around every document's own; 2 make documents of about 64 tokens
+    baseline: Literal["none", "no_memory", "oracle", "bm25", "full"] = "none"  # what answers in place of the memory
+    zero_values: bool = False               # pooled values become zero
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200                    # asked at every length; their documents lie in the shortest memory
     seed: int = 1                           # of documents and questions
@@ -50,6 +60,13 @@ class EvalConfig:
             raise UserError(f"--seed is {self.seed}; it must be at least 0")
         if self.questions < 1:
             raise UserError(f"--questions is {self.questions}; it must be at least 1")
+        if self.filler < 0:
+            raise UserError(f"--filler is {self.filler}; it must be at least 0")
+        if self.zero_values and self.baseline != "none":
+            raise UserError(f"--zero-values is about the memory, --baseline {self.baseline} has none; leave one of them out")
+        if self.baseline in ("bm25", "full") and self.task == "niah_single":
+            raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a memory of its own; "
+                            "choose another --task")
         if self.top_k < 0:
             raise UserError(f"--top-k is {self.top_k}; it must be at least 1 (or 0 for the checkpoint's own)")
 
@@ -73,14 +90,14 @@ def build(words, tokenizer, config, lengths):
     place of a question's own needle, and `needles` holds their texts.
     """
     rng, single = np.random.default_rng(config.seed), config.task == "niah_single"
-    documents, questions = make_memory(words, config.task, 64, 1, config.seed)
+    documents, questions = make_memory(words, config.task, 64, 1, config.seed, config.filler)
     count = lengths[-1] // (len(tokenizer.encode(documents[-1])) + 8) + config.questions
     while True:
-        documents, questions = make_memory(words, config.task, count, config.questions, config.seed)
+        documents, questions = make_memory(words, config.task, count, config.questions, config.seed, config.filler)
         texts = tokenizer.encode_batch(documents)
         needles, texts = (texts[:config.questions], texts[config.questions - 1:]) if single else ([], texts)
         numbers = rng.permutation(len(texts)).tolist()
-        around = {digits: len(tokenizer.document(10 ** (digits - 1), [])) for digits in range(1, 10)}
+        around = {digits: len(tokenizer.document(10 ** (digits - 1), [])) for digits in range(1, len(str(len(texts))) + 1)}
         ends = np.cumsum([len(text) + around[len(str(number))] for text, number in zip(texts, numbers)])
         if ends[-1] >= lengths[-1]:
             break
@@ -99,29 +116,114 @@ def build(words, tokenizer, config, lengths):
 
 
 def score(question, gold, rounds, answer, top_k):
-    """(recall@k, top-1, exact match) of one answered question; gold: the numbers of its documents."""
+    """(recall@k, top-1, named, exact match) of one answered question; gold: the numbers of its documents, in the order of the hops."""
     ranked, first, seen = set(), set(), set()
     for r in rounds:
         ranked |= {n for n, _ in r.routed[:top_k]}
         first |= {n for n, _ in [pair for pair in r.routed if pair[0] not in seen][:1]}
         seen |= set(r.appended)
-    return len(gold & ranked) / len(gold), len(gold & first) / len(gold), float(answer.strip() == question.answer)
+    named = sum(r.named[:1] == [n] for n, r in zip(gold, rounds))
+    exact = float(answer.strip() == question.answer)
+    return len(set(gold) & ranked) / len(gold), len(set(gold) & first) / len(gold), named / len(gold), exact
 
 
-def ask_all(model, tokenizer, memory_of, numbers, questions, config, label):
-    """Ask every question; returns mean (recall@k, top-1, exact match) and seconds per question.
+def ask_all(ask, numbers, questions, top_k, label):
+    """Ask every question; returns mean (recall@k, top-1, named, exact match) and seconds per question.
 
-    memory_of(i): the Memory of question i and the texts of its documents, by position in it; numbers: of the documents that
-    gold indices mean.
+    ask(i, question) -> (answer, rounds); numbers: of the documents that gold indices mean.
     """
     scores, seconds = [], 0.0
     for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1)):
-        memory, texts = memory_of(i)
         began = time.perf_counter()
-        answer, rounds = answer_question(model, tokenizer, memory, texts, question.text, config.interleave)
+        answer, rounds = ask(i, question)
         seconds += time.perf_counter() - began
-        scores.append(score(question, {numbers[d] for d in question.gold}, rounds, answer, model.config.top_k))
+        scores.append(score(question, [numbers[d] for d in question.gold], rounds, answer, top_k))
     return *np.mean(scores, 0).tolist(), seconds / len(questions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is asked: each returns at_length(count), which returns ask(i, question) -> (answer, rounds) over the first `count` documents
+
+def memory_asker(model, tokenizer, texts, numbers, needles, config):
+    """The model with its memory, encoded once. Also returns the tokens encoded per second."""
+    order = np.argsort(numbers)  # a memory is in the order of its numbers
+    memory, speed = encode_texts(model, tokenizer, [texts[d] for d in order], [numbers[d] for d in order])
+    own = [encode_texts(model, tokenizer, [needle], [numbers[0]])[0] for needle in needles]
+    if config.zero_values:
+        for part in (memory, *own):
+            part.values = [torch.zeros_like(values) for values in part.values]
+
+    def at_length(count):
+        held = np.flatnonzero(order < count)  # where the first `count` documents stand in the memory
+        part, part_texts = memory.subset(held), [texts[order[d]] for d in held]
+        if needles:  # a question's memory is the noise with its own needle in place of document 0
+            at = part.numbers.index(numbers[0])
+            before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
+            memory_of = lambda i: (Memory.cat([before, own[i], behind]), part_texts[:at] + [needles[i]] + part_texts[at + 1:])
+        else:
+            memory_of = lambda i: (part, part_texts)
+        return lambda i, question: answer_question(model, tokenizer, *memory_of(i), question.text, config.interleave)
+    return at_length, speed
+
+
+def answer_from_text(model, tokenizer, question, appended, config, context=None):
+    """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing retrieved.
+
+    context: a Cache that the question continues, for the full-attention baseline.
+    """
+    prompt = tokenizer.question(tokenizer.encode(question))
+    for number, text in appended:
+        prompt = prompt + tokenizer.appended(number, text)
+    cache = context.expand(1) if context else Cache()
+    read(model, [*prompt, tokenizer.retrieve], cache=cache)
+    return "".join(generate_answer(model, tokenizer, cache, config.interleave))
+
+
+def baseline_asker(model, tokenizer, texts, numbers, needles, config):
+    """What answers in place of the memory; see the module's docstring."""
+    def no_memory(count):
+        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config), [])
+
+    def oracle(count):
+        def ask(i, question):
+            gold = [(numbers[d], needles[i] if needles else texts[d]) for d in question.gold]
+            return answer_from_text(model, tokenizer, question.text, gold, config), []
+        return ask
+
+    def bm25(count):
+        search = bm25_search([tokenizer.decode(text) for text in texts[:count]])
+        def ask(i, question):
+            found, rounds, query = [], [], question.text
+            for _ in question.gold:
+                ranked = search(query, model.config.top_k + len(found))
+                best = next(d for d, _ in ranked if d not in found)
+                rounds.append(Round([(numbers[d], s) for d, s in ranked], [numbers[best]], [numbers[best]]))
+                found, query = [*found, best], f"{query} {tokenizer.decode(texts[best])}"
+            return answer_from_text(model, tokenizer, question.text, [(numbers[d], texts[d]) for d in found], config), rounds
+        return ask
+
+    def full(count):
+        order = np.argsort(numbers[:count])
+        context = model.context([torch.tensor(tokenizer.document(numbers[d], texts[d])) for d in order])
+        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config, context), [])
+
+    return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]
+
+
+def bm25_search(texts):
+    """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 (k1 1.5, b 0.75)."""
+    try:
+        import bm25s
+    except ImportError:
+        raise UserError("--baseline bm25 needs bm25s: pip install -e '.[baselines]'") from None
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
+
+    def search(query, k):
+        words = bm25s.tokenize([query], stopwords=None, show_progress=False)
+        found, scores = index.retrieve(words, k=min(k, len(texts)), show_progress=False)
+        return list(zip(found[0].tolist(), scores[0].tolist()))
+    return search
 
 
 def plot(rows, path):
@@ -150,35 +252,31 @@ def script():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     model.config.top_k = config.top_k or model.config.top_k
+    if model.config.full_attention != (config.baseline == "full"):
+        raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
     lengths, words = parse_lengths(config.lengths), Words()
     texts, numbers, counts, questions, needles = build(words, tokenizer, config, lengths)
     spelled = np.cumsum([len(tokenizer.document(n, text)) for n, text in zip(numbers, texts)])
     print(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
-    rows = []
+    rows, k = [], model.config.top_k
     with torch.no_grad(), autocast(device, dtype):
-        order = np.argsort(numbers)  # a memory is in the order of its numbers
-        memory, speed = encode_texts(model, tokenizer, [texts[d] for d in order], [numbers[d] for d in order])
-        own = [model.encode([torch.tensor(tokenizer.document(numbers[0], needle))], [numbers[0]]) for needle in needles]
-        print(f"{'tokens':>10} {'documents':>9} {'recall@' + str(model.config.top_k):>9} {'top-1':>6} {'exact':>6} {'s/question':>10}")
+        if config.baseline == "none":
+            at_length, speed = memory_asker(model, tokenizer, texts, numbers, needles, config)
+            print(f"encoded {speed:,.0f} tokens/s")
+        else:
+            at_length, speed = baseline_asker(model, tokenizer, texts, numbers, needles, config), 0
+        print(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
         for count in counts:
-            held = np.flatnonzero(order < count)  # where the first `count` documents stand in the memory
-            part, part_texts = memory.subset(held), [texts[order[d]] for d in held]
-            if needles:  # a question's memory is the noise with its own needle in place of document 0
-                at = part.numbers.index(numbers[0])
-                before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
-                memory_of = lambda i: (Memory.cat([before, own[i], behind]), part_texts[:at] + [needles[i]] + part_texts[at + 1:])
-            else:
-                memory_of = lambda i: (part, part_texts)
-            recall, top1, exact, seconds = ask_all(model, tokenizer, memory_of, numbers, questions, config, f"{count:,} documents")
-            rows.append(dict(task=config.task, memory_tokens=int(spelled[count - 1]), documents=count, questions=len(questions),
-                             top_k=model.config.top_k, recall_at_k=recall, router_top1=top1, exact_match=exact,
-                             seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed), seed=config.seed,
-                             max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
-                             checkpoint=config.checkpoint, device=str(device)))
-            print(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {exact:>6.3f} {seconds:>10.3f}", flush=True)
+            recall, top1, named, exact, seconds = ask_all(at_length(count), numbers, questions, k, f"{count:,} documents")
+            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(spelled[count - 1]), documents=count,
+                             questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
+                             exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
+                             filler=config.filler, zero_values=config.zero_values, max_rounds=config.interleave.max_rounds,
+                             router_weight=config.interleave.router_weight, checkpoint=config.checkpoint, device=str(device)))
+            print(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
+                  flush=True)
             if config.json:
                 write_json(config.json, rows)  # after every length: long runs end early
-    print(f"{len(questions)} questions, seed {config.seed}; encoded {speed:,.0f} tokens/s")
     if config.plot:
         plot(rows, config.plot)
 

@@ -40,12 +40,19 @@ class ModelConfig:
     router_temperature: float = 0.1     # tau of Eq. 5 and of the naming rule
     smear: bool = False                 # from scratch: e_t + W e_{t-1} before the first layer (recall within 80 steps, not 350)
     equal_routers: bool = False         # from scratch: routing query and key maps start equal, so that like finds like
+    copy_init: bool = False             # from scratch: memory layers start as copiers of what they attend to; see init_weights
+    number_chunk: int = 0               # tokens of a closing number that have a chunk of their own; 5 with number tokens
+    normalize_values: bool = False      # pooled values get unit RMS per head: the mean of many is small
+    score_bias: bool = False            # memory attention adds (a document's routing score - the best one) / tau to its logits
+    full_attention: bool = False        # no memory but the baseline: the documents stand before the question as one text
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if name not in ("tie_word_embeddings", "qk_norm", "smear", "equal_routers") and not value > 0:
+            if type(value) is not bool and name != "number_chunk" and not value > 0:
                 raise UserError(f"model.{name} is {value}; it must be at least 1" if type(value) is int else
                                 f"model.{name} is {value}; it must be positive")
+        if self.number_chunk < 0:
+            raise UserError(f"model.number_chunk is {self.number_chunk}; it must be at least 0")
         if self.num_hidden_layers < 2:
             raise UserError("model.num_hidden_layers is 1; at least 2 are needed, the upper half reads the memory")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -61,10 +68,11 @@ class ModelConfig:
     @property
     def memory_layers(self):
         """Indices of the layers that route and read the memory: the upper half (section 3.2)."""
-        return range(self.first_memory_layer, self.num_hidden_layers)
+        return range(self.num_hidden_layers if self.full_attention else self.first_memory_layer, self.num_hidden_layers)
 
 
-MSA_FIELDS = ("chunk_size", "top_k", "router_temperature", "smear", "equal_routers")  # under "msa_config" in config.json
+OPTIONS = ("copy_init", "number_chunk", "normalize_values", "score_bias", "full_attention")  # a checkpoint without them has them off
+MSA_FIELDS = ("chunk_size", "top_k", "router_temperature", "smear", "equal_routers", *OPTIONS)  # under "msa_config" in config.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +85,7 @@ class Selection:
     values: torch.Tensor               # (C', G, D)
     index: torch.Tensor                # (B, S) int64, rows of keys and values, in document order
     slots: torch.Tensor                # (B,) how many of the S count
+    slot_scores: torch.Tensor          # (B, S) fp32, the score of each slot's document
     documents: torch.Tensor            # (B, K) int64, best first; -1: fewer than K
     scores: torch.Tensor               # (B, K) fp32, descending; -inf where documents is -1
     all_scores: torch.Tensor           # (B, M) fp32, for Eq. 5
@@ -84,7 +93,7 @@ class Selection:
     def expand(self, n):
         """The selection of one question, for n copies of it."""
         rows = {name: getattr(self, name).expand(n, *getattr(self, name).shape[1:])
-                for name in ("index", "slots", "documents", "scores", "all_scores")}
+                for name in ("index", "slots", "slot_scores", "documents", "scores", "all_scores")}
         return Selection(self.keys, self.values, **rows)
 
 
@@ -111,8 +120,8 @@ class Memory:
         ranked = scores.detach() if force is None else scores.detach().masked_fill(force, float("inf"))
         documents, _ = top_documents(ranked, top_k)
         own = scores.detach().gather(1, documents.clamp(min=0)).masked_fill(documents < 0, float("-inf"))
-        index, slots = document_slots(documents, self.offsets)
-        return Selection(self.keys[layer], self.values[layer], index, slots, documents, own, scores)
+        index, slots, owner = document_slots(documents, self.offsets)
+        return Selection(self.keys[layer], self.values[layer], index, slots, own.gather(1, owner), documents, own, scores)
 
     def subset(self, documents):
         """The memory of these documents only: a copy. documents: increasing indices, else ValueError."""
@@ -277,18 +286,24 @@ class MSA(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0, 0.02), output projections smaller by sqrt(2 * layers)."""
+        """GPT-2's: normal(0, 0.02), output projections smaller by sqrt(2 * layers). With `copy_init`: normal(0, E ** -0.5), output
+        projections zero, but in the upper half v_proj orthogonal and o_proj its transpose."""
         config = self.config
+        G, D, E, H = config.num_key_value_heads, config.head_dim, config.hidden_size, config.num_attention_heads
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 shrink = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                nn.init.normal_(parameter, std=0.02 * shrink)
+                std = 0.02 * shrink if not config.copy_init else E ** -0.5 if shrink == 1 else 0
+                nn.init.normal_(parameter, std=std)
+        for layer in self.model.layers[config.first_memory_layer:] if config.copy_init else ():
+            nn.init.orthogonal_(layer.self_attn.v_proj.weight, gain=0.5)
+            values = layer.self_attn.v_proj.weight.data.view(G, 1, D, E)
+            layer.self_attn.o_proj.weight.data.view(E, G, -1, D).copy_(values.permute(3, 0, 1, 2).expand(-1, -1, H // G, -1))
         if config.equal_routers:
-            G, D, E = config.num_key_value_heads, config.head_dim, config.hidden_size
             for i in config.memory_layers:
                 attention = self.model.layers[i].self_attn
                 keys = attention.router_k_proj[0].weight.data.view(G, 1, D, E)
-                attention.router_q_proj[0].weight.data.view(G, -1, D, E).copy_(keys.expand(-1, config.num_attention_heads // G, -1, -1))
+                attention.router_q_proj[0].weight.data.view(G, -1, D, E).copy_(keys.expand(-1, H // G, -1, -1))
 
     @property
     def device(self):
@@ -318,7 +333,9 @@ class MSA(nn.Module):
         if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
             raise ValueError("encode needs one number per document, increasing")
         lengths = torch.tensor([len(document) for document in documents])
-        offsets = chunk_offsets(lengths, self.config.chunk_size)
+        if int(lengths.min()) < self.config.number_chunk:
+            raise ValueError(f"encode found a document shorter than its closing number, {self.config.number_chunk} tokens")
+        offsets = chunk_offsets(lengths, self.config.chunk_size, self.config.number_chunk)
         order, parts = lengths.argsort(stable=True).tolist(), []
         while order:
             width, batch = int(lengths[order[-1]]), order[-max(1, batch_tokens // int(lengths[order[-1]])):]
@@ -344,8 +361,11 @@ class MSA(nn.Module):
             attention, h = layer.self_attn, layer.input_layernorm(x)
             keys, values = attention.key_value(h, rope)
             if i in self.config.memory_layers:
-                pooled = [pool_chunks(t, lengths, self.config.chunk_size) for t in (keys, values, attention.routing_key(h))]
-                stored.append((*pooled[:2], F.normalize(pooled[2].float(), dim=-1).to(pooled[2].dtype)))  # Eq. 1: pool, then norm
+                k, v, routing = (pool_chunks(t, lengths, self.config.chunk_size, self.config.number_chunk)
+                                 for t in (keys, values, attention.routing_key(h)))
+                if self.config.normalize_values:
+                    v = F.rms_norm(v, v.shape[-1:])
+                stored.append((k, v, F.normalize(routing.float(), dim=-1).to(routing.dtype)))  # Eq. 1: pool, then norm
             if i < self.config.num_hidden_layers - 1:
                 x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
         return stored
@@ -401,7 +421,8 @@ class MSA(nn.Module):
                                                           routing_mask, config.top_k, force))
                 if cache.selections:
                     s = cache.selections[i - config.first_memory_layer]
-                    chosen = (s.keys, s.values, s.index, s.slots, cache.prefix_length)
+                    bias = (s.slot_scores - s.scores.amax(1, keepdim=True)) / config.router_temperature if config.score_bias else None
+                    chosen = (s.keys, s.values, s.index, s.slots, cache.prefix_length, bias)
             x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values, *chosen))
         cache.length, cache.last_embedding = cache.length + tokens.size(1), last
         x = self.model.norm(x if positions is None else x[positions])
@@ -412,23 +433,34 @@ class MSA(nn.Module):
     def forward(self, documents, numbers, batches):
         """encode + read + losses of one pool: its questions share its documents.
 
-        documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T), positive and
-        appended (B, M), as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens)
-        and `aux` (Eq. 5, mean over positives, layers and questions) carry gradients; the others do not: `answer`, the part of `lm`
-        in answers; `recall` (layers + 1,), the share of positives among the first k of each layer's own ranking, then of the
-        mean score's, documents in the sample left out; `top1` of the latter; `chance`, what recall a random ranking has.
+        documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T), answers (B,), positive
+        and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens)
+        and `aux` (Eq. 5, mean over positives, layers and questions) carry gradients; the others do not. `naming` and `answer`: the
+        parts of `lm` in samples that name a document and in those that answer; `named` and `answered`: the shares of these samples whose
+        every token is the likeliest. `recall` (layers + 1,), the share of positives among the first k of each layer's own ranking,
+        then of the mean score's, documents in the sample left out; `top1` of the latter; `chance`, what recall a random ranking has.
         """
-        memory = self.encode(documents, numbers)
-        lm, answer, aux, recall, top1 = 0.0, 0.0, 0.0, 0.0, 0.0
-        predicted, answered, routed = 0, 0, 0
+        full = self.config.full_attention
+        memory = None if full else self.encode(documents, numbers)
+        context = self.context(documents) if full else Cache()
+        aux, routed, top1 = torch.zeros((), device=self.device), 0, 0.0
+        recall = torch.zeros(len(self.config.memory_layers) + 1, device=self.device)
+        losses, right, samples = (torch.zeros(2, device=self.device) for _ in range(3))  # of samples that name, that answer
+        predicted = torch.zeros(2, device=self.device)
         for batch in batches:
-            tokens, target = batch["tokens"], batch["target_mask"]
-            output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
-            asks = batch["positive"].any(1)  # the others answer: nothing is left to retrieve
+            tokens, target, answers = batch["tokens"], batch["target_mask"], batch["answers"].long()
+            cache = context.expand(len(tokens)) if full else Cache()
+            output = self.read(tokens, memory, batch["routing_mask"], cache, positions=F.pad(target[:, 1:], (0, 1)))
             token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")
-            in_answer = (target & ~asks[:, None])[target]
-            lm, predicted = lm + token_losses.sum(), predicted + len(token_losses)
-            answer, answered = answer + token_losses.detach()[in_answer].sum(), answered + int(in_answer.sum())
+            row = target.nonzero()[:, 0]
+            losses = losses.index_add(0, answers[row], token_losses)
+            wrong = torch.zeros(len(tokens), device=self.device).index_add(0, row, (output.logits.argmax(-1) != tokens[target]).float())
+            predicted += torch.bincount(answers[row], minlength=2)
+            samples += torch.bincount(answers, minlength=2)
+            right += torch.bincount(answers, (wrong == 0).float(), minlength=2)
+            asks = batch["positive"].any(1)  # the others have read their documents
+            if full or not asks.any():
+                continue
             positive, appended = batch["positive"][asks], batch["appended"][asks]
             scores = torch.stack([selection.all_scores[asks] for selection in output.selections])       # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, self.config.router_temperature).mean(0).sum()
@@ -437,8 +469,18 @@ class MSA(nn.Module):
             recall = recall + hit_rate(ranked, positive, self.config.top_k).sum(1)
             top1 = top1 + hit_rate(ranked[-1:], positive, 1).sum()
         asked = max(routed, 1)
-        return dict(lm=lm / max(predicted, 1), answer=answer / max(answered, 1), aux=aux / asked, recall=recall / asked, top1=top1 / asked,
+        naming, answer = losses.detach() / predicted.clamp(min=1)
+        named, answered = right / samples.clamp(min=1)
+        return dict(lm=losses.sum() / predicted.sum().clamp(min=1), naming=naming, answer=answer, named=named, answered=answered,
+                    aux=aux / asked, recall=recall / asked, top1=recall.new_tensor(float(top1)) / asked,
                     chance=recall.new_tensor(min(1.0, self.config.top_k / len(numbers))))
+
+    def context(self, documents):
+        """The baseline's memory: all documents as one text, read with full attention into a Cache that questions continue."""
+        tokens, cache = torch.cat(list(documents)).to(self.device)[None], Cache()
+        self.check_ids(tokens)
+        self.read(tokens, cache=cache, positions=torch.zeros_like(tokens, dtype=torch.bool))
+        return cache
 
     # -----------------------------------------------------------------------------------------------------------------
     def save(self, folder):
@@ -482,7 +524,8 @@ def load_config(folder):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= values.pop("msa_config")
-        return merge(ModelConfig(), {name: values[name] for name in ModelConfig.__dataclass_fields__}, path)
+        names = [name for name in ModelConfig.__dataclass_fields__ if name in values or name not in OPTIONS]
+        return merge(ModelConfig(), {name: values[name] for name in names}, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {folder} is not a checkpoint (train.py writes one)") from None
     except UserError:

@@ -9,18 +9,28 @@ import torch.nn.functional as F
 ROUTE_TILE = 4096  # chunks scored at a time: B * T * ROUTE_TILE * 4 bytes is the largest intermediate
 
 
-def chunk_offsets(lengths, chunk_size):
-    """Where each document's chunks begin: (M,) token counts -> (M + 1,) int64, ceil(length / chunk_size) chunks each."""
-    chunks = (lengths + chunk_size - 1) // chunk_size
+def chunk_offsets(lengths, chunk_size, last=0):
+    """Where each document's chunks begin: (M,) token counts -> (M + 1,) int64, ceil(length / chunk_size) chunks each.
+
+    last: so many tokens at a document's end (all of its tokens at most) have a chunk of their own.
+    """
+    chunks = (lengths - last + chunk_size - 1) // chunk_size + (last > 0)
     return F.pad(chunks.cumsum(0), (1, 0))
 
 
-def pool_chunks(x, lengths, chunk_size):
+def pool_chunks(x, lengths, chunk_size, last=0):
     """Mean over each chunk's tokens (section 3.2); a last short chunk is averaged over what it has.
 
-    x: (M, L, G, D), right-padded; lengths: (M,) tokens of each document, at least 1.
+    x: (M, L, G, D), right-padded; lengths: (M,) tokens of each document, at least 1; last: as for `chunk_offsets`.
     Returns (C, G, D), documents one after another.
     """
+    if last:
+        body, ends = pool_chunks(x, lengths - last, chunk_size), chunk_offsets(lengths, chunk_size, last)[1:] - 1
+        place = (lengths - last)[:, None] + torch.arange(last, device=x.device)         # (M, last)
+        own = x.gather(1, place[:, :, None, None].expand(-1, -1, *x.shape[2:])).mean(1)  # (M, G, D)
+        is_end = torch.zeros(len(body) + len(own), dtype=torch.bool, device=x.device)
+        is_end[ends] = True
+        return body.new_empty(is_end.numel(), *x.shape[2:]).index_copy(0, ends, own).index_copy(0, (~is_end).nonzero().squeeze(1), body)
     M, L, G, D = x.shape
     valid = torch.arange(L, device=x.device) < lengths[:, None]                         # (M, L)
     x = F.pad(x * valid[:, :, None, None], (0, 0, 0, 0, 0, -L % chunk_size))
@@ -84,8 +94,12 @@ def top_documents(scores, k):
 
 
 def document_slots(documents, offsets):
-    """The chunks of each question's documents, in document order: (B, K) indices (-1: none) -> index (B, S), slots (B,)."""
-    ordered = documents.masked_fill(documents < 0, len(offsets)).sort(1).values         # -1 last
+    """The chunks of each question's documents, in document order.
+
+    documents: (B, K) indices, -1: none. Returns index (B, S), rows of the chunks; slots (B,), how many of the S count;
+    owner (B, S), the column of `documents` that a slot belongs to. Slots that do not count hold 0.
+    """
+    ordered, column = documents.masked_fill(documents < 0, len(offsets)).sort(1)        # -1 last
     exists = ordered < len(offsets)
     ordered = ordered.clamp(max=len(offsets) - 2)
     starts, counts = offsets[ordered], (offsets[ordered + 1] - offsets[ordered]) * exists
@@ -94,14 +108,16 @@ def document_slots(documents, offsets):
     s = torch.arange(int(slots.max()), device=documents.device).expand(len(documents), -1)
     owner = torch.searchsorted(ends, s.contiguous(), right=True).clamp(max=documents.size(1) - 1)
     index = starts.gather(1, owner) + s - (ends - counts).gather(1, owner)
-    return index.masked_fill(s >= slots[:, None], 0), slots
+    none = s >= slots[:, None]
+    return index.masked_fill(none, 0), slots, column.gather(1, owner).masked_fill(none, 0)
 
 
-def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0):
+def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0, bias=None):
     """A question's attention (section 3.3): [the chunks of its selected documents | its own causal past].
 
     query: (B, T, H, D), the last T of T' tokens; keys, values: (B, T', G, D), local; memory_keys, memory_values: (C', G, D);
     index: (B, S) rows of these, of which the first slots[b] count. The first `prefix_length` of the T' tokens do not see the memory.
+    bias: optional (B, S) fp32, added to the memory's logits, alike in all heads.
     Returns (B, T, H, D).
     """
     T, past = query.size(1), keys.size(1) - query.size(1)
@@ -117,4 +133,7 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
         mask = torch.cat([visible[:, None] & (position >= prefix_length), mask], 2)     # (B, T, S + T')
         k = torch.cat([memory_keys[index].to(k.dtype).transpose(1, 2), k], 2)
         v = torch.cat([memory_values[index].to(v.dtype).transpose(1, 2), v], 2)
+        if bias is not None:
+            added = F.pad(bias.to(q.dtype), (0, mask.size(2) - bias.size(1)))[:, None]  # (B, 1, S + T')
+            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)

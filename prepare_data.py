@@ -3,15 +3,16 @@
     python prepare_data.py config/demo.toml                                            # the [data] table of a run
     python prepare_data.py --documents FOLDER --questions FILE.jsonl --out data/mine   # your own
 
-Without documents of your own the data are the synthetic tasks of tasks.py: needles and two-hop chains.
+Without documents of your own the data are the synthetic tasks of tasks.py: needles, two-hop chains and colours.
 
 Training data is a sequence of **pools**: the documents of one step and the questions about them. Every question
 becomes one-step samples (`collate`): question -> first document; question and first document -> second; all -> answer.
-On disk (`data/demo/train/`) a pool is rows of six ragged arrays, each a `.bin` of values and a `.offsets` of int64,
+On disk (`data/demo/train/`) a pool is rows of seven ragged arrays, each a `.bin` of values and a `.offsets` of int64,
 written as they are made and memory-mapped by `Pools`.
 
 Your own questions are lines {"question": ..., "answer": ..., "documents": ["a.txt", "b.txt:12"]}: files of the folder in
-the order of the hops, with a line where a long file was split.
+the order of the hops, with a line where a long file was split. With "pooled": true the answer is learned from the pooled memory of
+the one document, without its text.
 """
 import dataclasses
 import json
@@ -39,8 +40,11 @@ class DataConfig:
     needles: int = 16                # one-hop needles in a pool, each asked about
     chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
     noise: int = 4                   # noise documents in a pool
+    properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
+    filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
     encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
     vocab_size: int = 4096           # of the trained BPE, special tokens included
+    number_tokens: bool = False      # numbers of documents are spelled in three tokens of their own, not in digits; see tokenizer.py
     documents: str = ""              # a folder of .txt and .md files: your own documents instead of the synthetic ones
     questions: str = ""              # a .jsonl file: your own questions about them
     max_document_tokens: int = 512   # longer files are split at paragraphs
@@ -51,11 +55,11 @@ class DataConfig:
         for name in ("pools", "validation_pools", "max_document_tokens", "documents_per_pool", "questions_per_pool"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("needles", "chains", "noise", "seed"):
+        for name in ("needles", "chains", "noise", "properties", "filler", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.needles + self.chains == 0:
-            raise UserError("needles and chains are both 0; a pool needs something to ask about")
+        if self.needles + self.chains + self.properties == 0:
+            raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
         if bool(self.documents) != bool(self.questions):
             raise UserError("documents and questions go together: a folder and a .jsonl file of questions about it")
 
@@ -173,7 +177,9 @@ def read_questions(path, documents):
             gold = tuple(find_document(str(name), places, documents) for name in names)
             if not gold:
                 raise UserError("'documents' is empty")
-            questions.append(Question(question, gold, answer))
+            if type(row.get("pooled", False)) is not bool or (row.get("pooled") and len(gold) != 1):
+                raise UserError(f"'pooled' is {row['pooled']!r}; true or false, and true only with one document")
+            questions.append(Question(question, gold, answer, row.get("pooled", False)))
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         except (ValueError, KeyError, TypeError):
@@ -245,7 +251,7 @@ class Ragged:
         return self.values[self.offsets[i]:self.offsets[i + 1]]
 
 
-ARRAYS = ("documents", "questions", "answers", "gold", "pool_documents", "pool_questions")  # the first three: tokens
+ARRAYS = ("documents", "questions", "answers", "gold", "pooled", "pool_documents", "pool_questions")  # the first three: tokens
 
 
 class PoolWriter:
@@ -271,6 +277,7 @@ class PoolWriter:
             self.questions.append(self.tokenizer.encode(question.text))
             self.answers.append(self.tokenizer.encode(question.answer))
             self.gold.append([first_document + i for i in question.gold])
+            self.pooled.append([question.pooled])
         return first
 
     def add_pool(self, documents, questions):
@@ -289,7 +296,7 @@ def array_types(vocab_size):
 
 class Pools:
     """A split on disk: `pools[i]` is (documents, questions); a document is an array of ids, a question a tuple
-    (question ids, answer ids, gold indices into the pool's documents)."""
+    (question ids, answer ids, gold indices into the pool's documents, pooled)."""
 
     def __init__(self, folder, vocab_size):
         """Raises UserError for missing or broken files, and (when a pool is read) for ids outside the vocabulary."""
@@ -306,7 +313,7 @@ class Pools:
         place = {document: at for at, document in enumerate(ids)}
         try:
             documents = [self.documents[d] for d in ids]
-            questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()])
+            questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()], bool(self.pooled[q][0]))
                          for q in self.pool_questions[i].tolist()]
         except (IndexError, KeyError):
             raise UserError(f"{self.folder}: pool {i} names a row that does not exist; run prepare_data.py again") from None
@@ -341,12 +348,16 @@ def draw_numbers(count, limit, rng):
     return sorted(numbers)
 
 
-def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
+def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True):
     """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4 of the paper).
 
+    A question that is answered from the pooled memory is one sample, and one time in four another with its document
+    appended: reading the text is easier, but must not be forgotten. one_step False (the full-attention baseline, which has the
+    documents before it): a question is one sample, its answer.
     Documents get random numbers, increasing with their place: the order of a pool is random already.
     Returns (documents, numbers, batches): a list of LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
         tokens (B, T) int64; routing_mask (B, T) bool: tokens that route; target_mask (B, T) bool: tokens to predict;
+        answers (B,) bool: the target is an answer, not numbers;
         positive (B, M) bool: the documents to route to; appended (B, M) bool: those whose text is in the sample
     Samples of similar length share a batch of at most `batch_tokens` tokens, padding included.
     """
@@ -354,41 +365,46 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
     texts = [document.tolist() for document in documents]
     numbers = draw_numbers(len(texts), number_limit, rng)
     samples = []  # (prompt, target, positive, appended)
-    for question, answer, gold in questions:
-        prompt = tokenizer.question(question.tolist())
+    for question, answer, gold, pooled in questions:
+        prompt, answer = tokenizer.question(question.tolist()), [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
+        if pooled or not one_step:
+            samples.append((prompt, answer, gold, []))
+            if not one_step or rng.random() > 0.25:
+                continue
         for hop, document in enumerate(gold):
-            target = [*tokenizer.number(numbers[document]), tokenizer.stop]
-            samples.append((prompt, target, [document], gold[:hop]))
+            if not pooled:
+                samples.append((prompt, [*tokenizer.number(numbers[document]), tokenizer.stop], [document], gold[:hop]))
             prompt = prompt + tokenizer.appended(numbers[document], texts[document])
-        samples.append((prompt, [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end], [], gold))
+        samples.append((prompt, answer, [], gold))
     samples.sort(key=lambda sample: len(sample[0]) + len(sample[1]))
     batches, batch = [], []
     for sample in reversed(samples):  # longest first: the first of a batch sets its width
         width = len((batch or [sample])[0][0]) + len((batch or [sample])[0][1]) + 1
         if batch and ((len(batch) + 1) * width > batch_tokens):
-            batches.append(stack(batch, tokenizer.retrieve, len(texts)))
+            batches.append(stack(batch, tokenizer, len(texts)))
             batch = []
         batch.append(sample)
-    batches.append(stack(batch, tokenizer.retrieve, len(texts)))
+    batches.append(stack(batch, tokenizer, len(texts)))
     spelled = [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)]
     return spelled, numbers, batches
 
 
-def stack(samples, retrieve, documents):
+def stack(samples, tokenizer, documents):
     """Samples as the padded tensors of one batch; see `collate`."""
     width = max(len(prompt) + 1 + len(target) for prompt, target, _, _ in samples)
     tokens = torch.zeros(len(samples), width, dtype=torch.long)
-    routing_mask, target_mask = tokens.bool(), tokens.bool()
+    routing_mask, target_mask, answers = tokens.bool(), tokens.bool(), torch.zeros(len(samples), dtype=torch.bool)
     positive = torch.zeros(len(samples), documents, dtype=torch.bool)
     appended = positive.clone()
     for i, (prompt, target, gold, seen) in enumerate(samples):
         begin, end = len(prompt) + 1, len(prompt) + 1 + len(target)
-        tokens[i, :end] = torch.tensor([*prompt, retrieve, *target])
+        tokens[i, :end] = torch.tensor([*prompt, tokenizer.retrieve, *target])
         routing_mask[i, :len(prompt)] = True
         target_mask[i, begin:end] = True
+        answers[i] = target[0] == tokenizer.end_of_retrieval
         positive[i, gold] = True
         appended[i, seen] = True
-    return dict(tokens=tokens, routing_mask=routing_mask, target_mask=target_mask, positive=positive, appended=appended)
+    return dict(tokens=tokens, routing_mask=routing_mask, target_mask=target_mask, answers=answers, positive=positive, appended=appended)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,13 +419,20 @@ def synthetic_splits(config):
             "validation": lambda: generate("validation", config.validation_pools, 1)}
 
 
+def make_encoding(config, texts):
+    """The tokenizer that the configuration asks for: trained on `texts`, or a known one."""
+    if config.encoding == "train":
+        return train_encoding(texts, config.vocab_size, config.number_tokens)
+    return named_encoding(config.encoding, config.number_tokens)
+
+
 def write_synthetic(config, folder):
     splits = synthetic_splits(config)
     def sample_texts():  # 1,000 pools are enough to learn merges from
         for _, (documents, questions) in zip(range(1000), splits["train"]()):
             yield from documents
             yield from (q.text for q in questions)
-    tokenizer = train_encoding(sample_texts(), config.vocab_size) if config.encoding == "train" else named_encoding(config.encoding)
+    tokenizer = make_encoding(config, sample_texts())
     for split, pools in splits.items():
         writer = PoolWriter(folder / split, tokenizer)
         total = config.pools if split == "train" else config.validation_pools
@@ -422,10 +445,7 @@ def write_synthetic(config, folder):
 
 def write_own(config, folder):
     documents = read_folder(config.documents, lambda text: len(text) // 4, config.max_document_tokens)
-    if config.encoding == "train":
-        tokenizer = train_encoding((d.text for d in documents), config.vocab_size)
-    else:
-        tokenizer = named_encoding(config.encoding)
+    tokenizer = make_encoding(config, (d.text for d in documents))
     documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)

@@ -24,8 +24,8 @@ from tokenizer import Tokenizer
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 4.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone
-    max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave
+    router_weight: float = 1.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone
+    max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 
@@ -124,7 +124,7 @@ def number_log_probabilities(model, tokenizer, cache, numbers):
 def interleave(model, tokenizer, memory, texts, question, config):
     """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of text.
 
-    memory: what `MSA.encode` returned; texts: token ids of the documents' texts, by position in the memory; question: str.
+    memory: what `MSA.encode` returned, or None; texts: token ids of the documents' texts, by position in the memory; question: str.
     In a round the model alone decides between another document, stop, and end of retrieval. For another document the
     candidates are those that some memory layer selected and that are not yet named or appended; the highest
     `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite what it did not see.
@@ -147,7 +147,7 @@ def interleave(model, tokenizer, memory, texts, question, config):
             scores = torch.tensor([score for _, score in candidates]) / model.config.router_temperature
             named.append(candidates[choose(log_p + config.router_weight * scores, config.temperature, config.top_p)][0])
             logits = read(model, tokenizer.number(memory.numbers[named[-1]]), cache=cache)[-1]
-        if rounds < config.max_rounds:
+        if rounds < max(config.max_rounds, 1):
             yield Round([(memory.numbers[d], score) for d, score in ranked], [memory.numbers[d] for d in named],
                         [memory.numbers[d] for d in sorted(named)])
         if not named:
@@ -155,6 +155,11 @@ def interleave(model, tokenizer, memory, texts, question, config):
         seen.update(named)
         for d in sorted(named):
             prompt = prompt + tokenizer.appended(memory.numbers[d], texts[d])
+    yield from generate_answer(model, tokenizer, cache, config)
+
+
+def generate_answer(model, tokenizer, cache, config):
+    """Continue a cache, which ends with `<|retrieve|>`, by the end of retrieval and an answer; yields it as pieces of text."""
     token, answer, shown = tokenizer.end_of_retrieval, [], ""
     for _ in range(config.max_answer_tokens):
         logits = read(model, [token], cache=cache)[-1, :tokenizer.vocab_size]  # a model's vocabulary may be padded
@@ -192,6 +197,7 @@ def load_checkpoint(folder, device):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
                         "they do not belong together")
+    tokenizer.check_number_chunk(model.config.number_chunk)
     return model, tokenizer
 
 
@@ -200,13 +206,14 @@ def load_checkpoint(folder, device):
 def show(model, tokenizer, memory, documents, texts, question, config):
     """Stream one answer to the terminal, then its sources."""
     place = dict(zip(memory.numbers, documents))
-    used, answering = [], False
+    used, first, answering = [], None, False
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
             print(event, end="", flush=True)
             answering = True
             continue
         used += event.appended
+        first = next((n for n, _ in event.routed), None) if first is None else first
         if config.trace:
             print("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed))
             print("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
@@ -215,6 +222,8 @@ def show(model, tokenizer, memory, documents, texts, question, config):
     print("" if answering else "(no answer)")
     for n in used:
         print(f"  [{n}] {place[n].where()}")
+    if not used and first is not None:
+        print(f"  [{first}] {place[first].where()} (read in the memory; no text was appended)")
 
 
 def script():
@@ -224,6 +233,8 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(config.checkpoint, device)
+    if model.config.full_attention:
+        raise UserError(f"{config.checkpoint}: trained with full_attention, it has no memory; only eval.py --baseline full reads it")
     documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
     texts = [tokenizer.encode(document.text) for document in documents]
     with autocast(device, dtype):

@@ -11,6 +11,10 @@ Spelling (design: a document's number is part of it for good, before and after t
     appended     [7]. One of the special magic numbers for gentle-otter is: 4729103.\\n       these too
     a round      <|retrieve|>[7][12]<|stop|>                        the model names documents, then stops, or
                  <|retrieve|><|end_of_retrieval|>4729103<|end|>     it ends the retrieval and answers
+
+With number tokens `[7]` is always five tokens, one for each place in base 256 with the lowest place first: [ <|0:7|> <|1:0|> <|2:0|> ].
+A token then says which place it fills, so that the mean over the five loses nothing (from digits it loses their order), and the
+first one written tells almost all documents apart. Numbers are below 256^3 = 16,777,216.
 """
 import base64
 import json
@@ -21,6 +25,8 @@ import tiktoken
 from common import UserError, atomic_file, write_json
 
 SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
+
+NUMBER_BASE, NUMBER_PLACES = 256, 3
 
 # GPT-4's split pattern, but with at most two digits to a token: a small vocabulary then holds all of them, so that
 # every number of n digits is spelled in ceil(n / 2) tokens. Brackets stand alone: "[7]" is spelled alike everywhere.
@@ -40,6 +46,7 @@ class Tokenizer:
             raise UserError(f"encoding {encoding.name}: it lacks the special tokens {', '.join(missing)}")
         self.question_start, self.retrieve, self.stop, self.end_of_retrieval, self.end = (
             encoding.encode_single_token(token) for token in SPECIAL_TOKENS)
+        self.first_number = encoding._special_tokens.get("<|0:0|>")  # the number tokens follow each other; None: spelled in digits
         self.open_bracket, self.close_bracket = self.encode("["), self.encode("]")
         if len(self.open_bracket) != 1 or len(self.close_bracket) != 1:
             raise UserError(f"encoding {encoding.name}: '[' and ']' must be one token each, to spell document numbers")
@@ -61,9 +68,26 @@ class Tokenizer:
             token = str(error).strip("'").split()[-1]
             raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size} tokens") from None
 
+    def check_number_chunk(self, number_chunk):
+        """Raises UserError unless the model's `number_chunk` is 0 or the length of every spelled number."""
+        if number_chunk not in (0, self.number_length):
+            allowed = f"0 or {self.number_length}" if self.number_length else "0, since it spells numbers in digits (number_tokens)"
+            raise UserError(f"model.number_chunk is {number_chunk}; with this tokenizer it must be {allowed}")
+
+    @property
+    def number_length(self):
+        """How many tokens every `[n]` has: known only with number tokens, else 0."""
+        return 0 if self.first_number is None else NUMBER_PLACES + 2
+
     def number(self, number):
-        """`[n]`, as the model writes it to name a document."""
-        return [self.open_bracket, *self.encode(str(number)), *self.close_bracket]
+        """`[n]`, as the model writes it to name a document. Raises UserError for one that number tokens cannot spell."""
+        if self.first_number is None:
+            return [self.open_bracket, *self.encode(str(number)), *self.close_bracket]
+        if number >= NUMBER_BASE ** NUMBER_PLACES:
+            raise UserError(f"document number {number}: this tokenizer spells numbers below {NUMBER_BASE ** NUMBER_PLACES:,}")
+        places = (number // NUMBER_BASE ** place % NUMBER_BASE for place in range(NUMBER_PLACES))
+        return [self.open_bracket, *(self.first_number + place * NUMBER_BASE + digit for place, digit in enumerate(places)),
+                *self.close_bracket]
 
     def document(self, number, text):
         """`[n]. text[n]`; `text` is a list of ids."""
@@ -115,23 +139,29 @@ def parse_tiktoken(data):
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def train_encoding(texts, vocab_size, name="bpe"):
+def special_tokens(first, number_tokens):
+    """Our special tokens from id `first` on: SPECIAL_TOKENS, then the number tokens <|place:digit|> if they are wanted."""
+    numbers = [f"<|{place}:{digit}|>" for place in range(NUMBER_PLACES) for digit in range(NUMBER_BASE)] if number_tokens else []
+    return {token: first + i for i, token in enumerate([*SPECIAL_TOKENS, *numbers])}
+
+
+def train_encoding(texts, vocab_size, number_tokens=False, name="bpe"):
     """Train a byte-level BPE of `vocab_size` tokens (special tokens included) on an iterator of texts."""
     try:
         import rustbpe
     except ImportError:
         raise UserError("training a tokenizer needs rustbpe: pip install -e '.[data]'") from None
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-                        f"need at least {256 + len(SPECIAL_TOKENS)}")
+    own = len(special_tokens(0, number_tokens))
+    if vocab_size < 256 + own:
+        raise UserError(f"vocab_size is {vocab_size}; 256 bytes and {own} special tokens need at least {256 + own}")
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+    bpe.train_from_iterator(iter(texts), vocab_size - own, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-    return Tokenizer(tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
+                                       special_tokens=special_tokens(len(ranks), number_tokens)))
 
 
-def named_encoding(name):
+def named_encoding(name, number_tokens=False):
     """One of tiktoken's own encodings, such as "gpt2", with our special tokens behind its own (needs a download once)."""
     try:
         base = tiktoken.get_encoding(name)
@@ -140,6 +170,5 @@ def named_encoding(name):
     except OSError as error:
         raise UserError(f"encoding '{name}' could not be downloaded ({type(error).__name__}); "
                         "connect once, or train one on your data (encoding = \"train\")") from None
-    special = base._special_tokens | {token: base.n_vocab + i for i, token in enumerate(SPECIAL_TOKENS)}
     return Tokenizer(tiktoken.Encoding(f"{name}+msa", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
-                                       special_tokens=special))
+                                       special_tokens=base._special_tokens | special_tokens(base.n_vocab, number_tokens)))

@@ -7,8 +7,11 @@
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
-3.4): `router_steps` steps of 0.1 * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
-config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png.
+3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
+config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png. A step is measured before
+it changes the weights: the row of step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
+
+    python train.py config/read.toml --model.full-attention --router-steps 0     # the baseline: no memory, all documents as one text
 """
 import io
 import json
@@ -36,7 +39,8 @@ from tokenizer import Tokenizer
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     max_steps: int = 1500               # optimizer steps
-    router_steps: int = 300             # the first phase: 0.1 * LM + aux; until recall@k is near 1
+    router_steps: int = 300             # the first phase: router_lm_weight * LM + aux; until recall@k is near 1
+    router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made until routing works
     learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 for 4B parameters)
     final_learning_rate: float = 2e-5   # at the last step; cosine decay in the second phase (the paper: 6e-6)
     warmup_steps: int = 50              # linear warm-up
@@ -58,7 +62,7 @@ class TrainConfig:
         for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("seed", "router_steps", "warmup_steps", "final_learning_rate", "weight_decay"):
+        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
@@ -75,15 +79,16 @@ def learning_rate(step, config):
 def next_pool(pools, position, tokenizer, config, device):
     """Pool number `position` (the data is read again when it ends), collated; its numbers depend on the position alone."""
     rng = np.random.default_rng([config.seed, position])
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng,
+                                          one_step=not config.model.full_attention)
     return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
-METRICS = ("lm", "answer", "aux", "top1", "chance")  # scalars of a step; "recall" is a list: each memory layer's own, then the mean score's
+METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance")  # scalars of a step
 
 
 def flatten_metrics(losses):
-    """A step's metrics as one detached tensor, to average over pools and ranks."""
+    """A step's metrics as one detached tensor, to average over pools and ranks; last the recall of each layer and of the mean score."""
     return torch.cat([torch.stack([losses[name].detach().float() for name in METRICS]), losses["recall"].float()])
 
 
@@ -93,33 +98,36 @@ def name_metrics(values):
 
 
 def describe(row, top_k):
-    """A log row in one line: recall of each memory layer, then of their mean score."""
+    """A log row in one line: losses and shares of samples wholly right; recall of each memory layer, then of their mean score."""
     recall = " ".join(f"{r:.2f}" for r in row["recall"])
-    return (f"| LM {row['lm']:.3f} | answer {row['answer']:.3f} | aux {row['aux']:.3f} | recall@{top_k} {recall} "
-            f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
+    return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} {row['answered']:.2f} | aux {row['aux']:.3f} "
+            f"| recall@{top_k} {recall} (chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
 def plot(rows, path):
-    """Draw the curves of a log: losses, and every memory layer's recall beside chance."""
+    """Draw the curves of a log: losses, samples wholly right, and every memory layer's recall beside chance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return  # the plot extra is not installed
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, label in (("lm", "next token (LM)"), ("answer", "of these, answers"), ("aux", "routing (Eq. 5)")):
-        line, = left.plot([r["step"] for r in train], [r[name] for r in train], lw=0.8, label=label)
-        left.plot([r["step"] for r in validation], [r[name] for r in validation], "o", color=line.get_color(), ms=4)
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, curves in ((left, (("naming", "next token, naming"), ("answer", "next token, answers"), ("aux", "routing (Eq. 5)"))),
+                         (middle, (("named", "number and stop"), ("answered", "answer")))):
+        for name, label in curves:
+            line, = axes.plot([r["step"] for r in train], [r[name] for r in train], lw=0.8, label=label)
+            axes.plot([r["step"] for r in validation], [r[name] for r in validation], "o", color=line.get_color(), ms=4)
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
+    middle.set(xlabel="step", ylabel="share of samples, every token the likeliest", ylim=(0, 1.02), title="named, answered")
     layers = len(train[0]["recall"]) - 1
     for i in range(layers + 1):
         right.plot([r["step"] for r in train], [r["recall"][i] for r in train], lw=0.8,
                    label="mean score" if i == layers else f"memory layer {i}")
     right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
     right.set(xlabel="step", ylabel="recall@k, unforced", ylim=(0, 1.02), title="routing")
-    left.legend()
-    right.legend()
+    for axes in (left, middle, right):
+        axes.legend()
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
 
@@ -148,6 +156,10 @@ def script():
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
                         f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
+    tokenizer.check_number_chunk(config.model.number_chunk)
+    tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled, better now than when it is drawn
+    if config.model.full_attention and config.router_steps:
+        raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
@@ -229,19 +241,19 @@ def script():
     model.train()
     began, tokens_done, start_step = time.time(), 0, step
     while step < config.max_steps and not stop:
-        routing, generating = (1.0, 0.1) if step < config.router_steps else (0.1, 1.0)
+        routing, generating = (1.0, config.router_lm_weight) if step < config.router_steps else (0.1, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
             documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer, config, device)
-            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
             if world > 1:
                 wrapped.require_backward_grad_sync = micro == config.accumulate - 1
             with autocast(device, dtype):
                 losses = wrapped(documents, numbers, batches)
             ((generating * losses["lm"] + routing * losses["aux"]) / config.accumulate).backward()
             metrics = metrics + flatten_metrics(losses) / config.accumulate
+            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
         position += config.accumulate * world
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()

@@ -15,7 +15,7 @@ import common
 import eval as evaluation
 import prepare_data
 from model import MSA, ModelConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, train_encoding
 
 torch.set_num_threads(1)
 
@@ -100,13 +100,30 @@ def tokenizer(tiny):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tiny, tokenizer):
-    """A checkpoint of an untrained model, whose vocabulary is the tokenizer's."""
+def number_tokenizer():
+    """A tokenizer whose document numbers are tokens of their own: 256 bytes, 5 special tokens, 768 places of numbers, 60 merges."""
+    texts = ["One of the special magic numbers for gentle-otter is: 4729103.", "The colour of quiet-river is teal."] * 3
+    return train_encoding(texts, 256 + 5 + 768 + 60, number_tokens=True)
+
+
+def save_untrained(folder, tokenizer, **options):
+    """Write a checkpoint of an untrained model, whose vocabulary is the tokenizer's; returns its folder."""
     torch.manual_seed(0)
     MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=1, head_dim=8, chunk_size=16, top_k=2)).save(tiny / "untrained")
-    tokenizer.save(tiny / "untrained")
-    return tiny / "untrained"
+                    num_key_value_heads=1, head_dim=8, chunk_size=16, top_k=2, **options)).save(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny, tokenizer):
+    return save_untrained(tiny / "untrained", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def full_checkpoint(tiny, tokenizer):
+    """One of the baseline that reads all documents as one text."""
+    return save_untrained(tiny / "untrained_full", tokenizer, full_attention=True)
 
 
 def read_files(folder):

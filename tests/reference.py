@@ -16,7 +16,7 @@ import torch
 
 Chunk = namedtuple("Chunk", "key value routing_key")            # each (G, D); the routing key has unit length per head
 Reading = namedtuple("Reading", "logits scores chosen")         # (T, V); per memory layer: list of M or None, list of documents
-Sample = namedtuple("Sample", "tokens routes targets positive appended")  # lists over tokens (two of bools), sets of documents
+Sample = namedtuple("Sample", "tokens routes targets answers positive appended")  # lists over tokens (two of bools), a bool, sets
 
 
 def linear(weight, x):
@@ -56,13 +56,25 @@ def group_of(head, heads, kv_heads):
     return head // (heads // kv_heads)
 
 
-def attend(query, keys, values):
-    """Softmax attention of all heads of one token: query (H, D); keys and values: lists of (G, D). Returns (H, D)."""
+def attend(query, keys, values, biases=()):
+    """Softmax attention of all heads of one token: query (H, D); keys and values: lists of (G, D); biases: added to the logits of
+    the first keys, nothing to the others. Returns (H, D)."""
+    added = torch.tensor([*biases] + [0.0] * (len(keys) - len(biases)), dtype=query.dtype)
     keys, values, attended = torch.stack(keys), torch.stack(values), []
     for h, head in enumerate(query):
         g = group_of(h, len(query), keys.size(1))
-        attended.append(torch.softmax(keys[:, g] @ head / math.sqrt(len(head)), 0) @ values[:, g])
+        attended.append(torch.softmax(keys[:, g] @ head / math.sqrt(len(head)) + added, 0) @ values[:, g])
     return torch.stack(attended)
+
+
+def unit_rms(x):
+    return x / torch.sqrt((x * x).mean() + torch.finfo(torch.float64).eps)
+
+
+def spans(tokens, size, last):
+    """The chunks of a document: pieces of `size` tokens, and the last `last` tokens, if any, by themselves."""
+    body = len(tokens) - last
+    return chunks_of(tokens[:body], size) + ([tokens[body:]] if last else [])
 
 
 def cosine(a, b):
@@ -165,8 +177,10 @@ class Reference:
             queries, keys, values = zip(*(self.query_key_value(layer, h, t) for t, h in enumerate(hs)))
             if layer >= self.first_memory_layer:
                 routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h) for h in hs]
-                stored.append([Chunk(mean(k), mean(v), torch.stack([unit(head) for head in mean(r)]))
-                               for k, v, r in zip(*(chunks_of(x, self.config.chunk_size) for x in (keys, values, routing)))])
+                pooled = zip(*([mean(span) for span in spans(x, self.config.chunk_size, self.config.number_chunk)]
+                               for x in (keys, values, routing)))
+                stored.append([Chunk(k, torch.stack([unit_rms(head) for head in v]) if self.config.normalize_values else v,
+                                     torch.stack([unit(head) for head in r])) for k, v, r in pooled])
             xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1])) for t, x in enumerate(xs)]
         return stored
 
@@ -186,17 +200,22 @@ class Reference:
         for layer in range(self.config.num_hidden_layers):
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, p) for h, p in zip(hs, positions)))
-            slots = []
+            slots, biases = [], []
             if layer >= self.first_memory_layer and memory:
                 scores = self.route(layer, [h for h, routing in zip(hs, routes) if routing], memory)
                 chosen = choose(scores, self.config.top_k, forced)
                 slots = [chunk for m in sorted(chosen) for chunk in memory[m][layer - self.first_memory_layer]]
+                if self.config.score_bias and chosen:
+                    best = max(scores[m].item() for m in chosen)
+                    biases = [(scores[m].item() - best) / self.config.router_temperature for m in sorted(chosen)
+                              for _ in memory[m][layer - self.first_memory_layer]]
                 all_scores.append(scores)
                 all_chosen.append(chosen)
             following = []
             for t, x in enumerate(xs):
                 seen = slots if t >= prefix_length else []
-                attended = attend(queries[t], [c.key for c in seen] + list(keys[:t + 1]), [c.value for c in seen] + list(values[:t + 1]))
+                attended = attend(queries[t], [c.key for c in seen] + list(keys[:t + 1]), [c.value for c in seen] + list(values[:t + 1]),
+                                  biases if seen else [])
                 following.append(self.finish(layer, x, attended))
             xs = following
         return Reading(torch.stack([self.logits(x) for x in xs]), all_scores, all_chosen)
@@ -204,21 +223,23 @@ class Reference:
     # ---- losses
 
     def losses(self, documents, samples):
-        """The losses and the measures of one pool; samples without a positive are those that answer."""
+        """The losses and the measures of one pool."""
         memory, k = self.encode(documents), self.config.top_k
-        surprise, answers, aux, recalls, top1 = [], [], [], [], []
+        surprise, right, aux, recalls, top1 = {True: [], False: []}, {True: [], False: []}, [], [], []  # by: does the sample answer
         for sample in samples:
             reading = self.read(sample.tokens, memory, sample.routes)
-            losses = [-torch.log_softmax(reading.logits[t - 1], 0)[token]
+            wanted = [(token, reading.logits[t - 1])
                       for t, (token, target) in enumerate(zip(sample.tokens, sample.targets)) if target]
-            surprise += losses
+            surprise[sample.answers] += [-torch.log_softmax(logits, 0)[token] for token, logits in wanted]
+            right[sample.answers].append(float(all(int(logits.argmax()) == token for token, logits in wanted)))
             if not sample.positive:
-                answers += losses
                 continue
             aux += [eq5(scores, sample.positive, sample.appended, self.config.router_temperature) for scores in reading.scores]
             average = [mean(layers) for layers in zip(*reading.scores)]
             recalls.append([recall(scores, sample.positive, sample.appended, k) for scores in [*reading.scores, average]])
             top1.append(recall(average, sample.positive, sample.appended, 1))
-        return dict(lm=mean(surprise), answer=mean(answers) if answers else 0.0, aux=mean(aux) if aux else 0.0,
+        average_of = lambda values: mean(values) if values else 0.0
+        return dict(lm=mean(surprise[True] + surprise[False]), naming=average_of(surprise[False]), answer=average_of(surprise[True]),
+                    named=average_of(right[False]), answered=average_of(right[True]), aux=mean(aux) if aux else 0.0,
                     recall=[mean(layer) for layer in zip(*recalls)], top1=mean(top1) if top1 else 0.0,
                     chance=min(1.0, k / len(documents)))

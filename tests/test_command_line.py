@@ -31,7 +31,7 @@ TOML = {
 
 
 @pytest.fixture(scope="module")
-def place(tiny, checkpoint, tokenizer, tmp_path_factory):
+def place(tiny, checkpoint, full_checkpoint, tokenizer, tmp_path_factory):
     """A folder with one of everything that can be wrong."""
     folder = tmp_path_factory.mktemp("place")
     for name, text in TOML.items():
@@ -47,13 +47,14 @@ def place(tiny, checkpoint, tokenizer, tmp_path_factory):
     (folder / "good.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (folder / "bad.jsonl").write_text(json.dumps(questions[0]) + "\n{\n")
     for name, edits in {"good": {}, "shape": {"hidden_size": 24}, "layers": {"num_hidden_layers": 4}, "type": {"hidden_size": "16"},
-                        "float": {"hidden_size": 16.5}, "topk": {"top_k": 0}, "no_tokenizer": {}, "no_weights": {}, "half": {},
-                        "large_tokenizer": {}}.items():
+                        "float": {"hidden_size": 16.5}, "topk": {"top_k": 0}, "chunk": {"number_chunk": 5}, "no_tokenizer": {},
+                        "no_weights": {}, "half": {}, "large_tokenizer": {}}.items():
         shutil.copytree(checkpoint, folder / name)
         config = json.loads((folder / name / "config.json").read_text())
         for key, value in edits.items():
             (config["msa_config"] if key in config["msa_config"] else config)[key] = value
         (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(full_checkpoint, folder / "full")
     (folder / "no_tokenizer" / "tokenizer_msa.json").unlink()
     (folder / "no_weights" / "model.safetensors").unlink()
     weights = folder / "half" / "model.safetensors"
@@ -105,6 +106,10 @@ MISTAKES = [
     (train, "tiny.toml --max-steps 0", "max_steps is 0; it must be above 0"),
     (train, "tiny.toml --model.top-k 0", "model.top_k is 0; it must be at least 1"),
     (train, "tiny.toml --model.chunk-size 0", "model.chunk_size is 0; it must be at least 1"),
+    (train, "tiny.toml --model.number-chunk -1", "model.number_chunk is -1; it must be at least 0"),
+    (train, "tiny.toml --model.number-chunk 5 --out other", "error: model.number_chunk is 5; with this tokenizer it must be 0"),
+    (train, "tiny.toml --router-lm-weight -1 --out other", "router_lm_weight is -1.0; it must be at least 0"),
+    (train, "tiny.toml --data.properties -1", "properties is -1; it must be at least 0"),
     (train, "tiny.toml --model.num-hidden-layers 1", "model.num_hidden_layers is 1; at least 2"),
     (train, "tiny.toml --model.num-key-value-heads 3", "model.num_attention_heads is 2; it must be a multiple"),
     (train, "tiny.toml --device tpu", "'tpu' .*--device"),
@@ -112,7 +117,10 @@ MISTAKES = [
     (train, "tiny.toml --maxsteps 5", "--maxsteps"),
     (train, "tiny.toml --seed -1 --out other", "seed .*-1"),
     (prepare_data, "tiny.toml --pools 0", "pools is 0; it must be at least 1"),
-    (prepare_data, "tiny.toml --needles 0 --chains 0", "needles and chains are both 0"),
+    (prepare_data, "tiny.toml --needles 0 --chains 0", "needles, chains and properties are all 0"),
+    (prepare_data, "tiny.toml --properties -1 --out other", "properties is -1; it must be at least 0"),
+    (prepare_data, "tiny.toml --filler -1 --out other", "filler is -1; it must be at least 0"),
+    (prepare_data, "tiny.toml --number-tokens --vocab-size 1028 --out other", "error: vocab_size is 1028; .* at least 1029"),
     (prepare_data, "tiny.toml --seed -1 --out other", "seed .*-1"),
     (prepare_data, "tiny.toml --vocab-size 260 --out other", "error: vocab_size is 260; .* at least 261"),
     (prepare_data, "tiny.toml --encoding gpt1 --out other", "error: encoding 'gpt1' is unknown; tiktoken knows .*gpt2"),
@@ -130,6 +138,13 @@ MISTAKES = [
     (evaluation, "--checkpoint good --top-k -1", "--top-k is -1; it must be at least 1"),
     (evaluation, "--checkpoint good --task niah", "'niah' .*--task.* 'niah_multikey'"),
     (evaluation, "--checkpoint good --seed -1 --lengths 1k --questions 1", "seed .*-1"),
+    (evaluation, "--checkpoint good --filler -1", "--filler is -1; it must be at least 0"),
+    (evaluation, "--checkpoint good --baseline bm26", "'bm26' .*--baseline.* 'bm25'"),
+    (evaluation, "--checkpoint good --baseline bm25 --task niah_single", "--baseline bm25: not for niah_single, .* another --task"),
+    (evaluation, "--checkpoint full --baseline full --task niah_single", "--baseline full: not for niah_single, .* another --task"),
+    (evaluation, "--checkpoint good --baseline full", "error: good: --baseline full goes with a checkpoint trained with full_attention"),
+    (evaluation, "--checkpoint full", "error: full: --baseline full goes with a checkpoint trained with full_attention, and with no"),
+    (evaluation, "--checkpoint full --baseline oracle", "error: full: --baseline full goes with a checkpoint trained with full_attention"),
     (evaluation, "--checkpoint good --temperature -1", "temperature is -1.0; it must be at least 0"),
     (evaluation, "--checkpoint good --lengths 500,1k --questions 100", "error: --lengths 500,1k: .*100 questions .*fewer --questions"),
     (evaluation, "--checkpoint good --lengths 5 --questions 1", "error: --lengths 5: .*longer memory"),
@@ -147,6 +162,8 @@ MISTAKES = [
     (sample, "--checkpoint good --documents latin q", "error: latin/a.txt: not UTF-8"),
     (evaluation, "--checkpoint good --lengths 300 --questions 1 --json tiny.toml/rows.json", "error: tiny.toml"),
     # checkpoints
+    (sample, "--checkpoint full --documents docs q", "error: full: trained with full_attention, it has no memory"),
+    (evaluation, "--checkpoint good --baseline oracle --zero-values", "zero-values is about the memory, --baseline oracle has none"),
     (sample, "--checkpoint none --documents docs q", "error: none/config.json: no such file; none is not a checkpoint"),
     (sample, "--checkpoint empty --documents docs q", "error: empty/config.json: no such file; empty is not a checkpoint"),
     (sample, "--checkpoint no_weights --documents docs q", "error: no_weights/model.safetensors: no such file"),
@@ -156,6 +173,7 @@ MISTAKES = [
     (sample, "--checkpoint type --documents docs q", "error: type/config.json: hidden_size = '16' is of type str"),
     (sample, "--checkpoint float --documents docs q", "error: float/config.json: "),
     (sample, "--checkpoint topk --documents docs q", "error: .*top_k is 0; it must be at least 1"),
+    (sample, "--checkpoint chunk --documents docs q", "error: model.number_chunk is 5; with this tokenizer it must be 0"),
     (sample, "--checkpoint no_tokenizer --documents docs q", "error: no_tokenizer/tokenizer_msa.json: no tokenizer here"),
     (sample, "--checkpoint large_tokenizer --documents docs q", "error: large_tokenizer: the tokenizer has .* the model only"),
     (evaluation, "--checkpoint none", "error: none/config.json: no such file"),
@@ -229,6 +247,15 @@ def test_sample(run, here):
     assert run(sample, *question, "--trace", "--max-rounds", 1).out.split("tokens/s")[1] == traced.out.split("tokens/s")[1]
 
 
+def test_sample_of_the_memory_alone(run, here):
+    """An answer that no appended text supports would name no source, or another one than the document that ranked first."""
+    result = run(sample, "--checkpoint", "good", "--documents", "docs", "What is it?", "--trace", "--max-rounds", 0)
+    assert result.code == 0 and result.out.count("round: routed to [") == 1 and "appended [" not in result.out
+    first = re.search(r"round: routed to \[(\d)\]", result.out)[1]
+    source = ("a.txt:1-1", "b.md:1-1")[int(first)]
+    assert result.out.endswith(f"\n  [{first}] {source} (read in the memory; no text was appended)\n")
+
+
 def test_sample_is_repeatable(run, here):
     """The same seed would sample another answer, or another seed the same."""
     flags = ["--checkpoint", "good", "--documents", "docs", "--temperature", 2, "--max-answer-tokens", 20, "why?"]
@@ -253,22 +280,60 @@ def test_a_question_may_end_like_a_file(run, here):
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("task", ["niah_single", "niah_multikey", "two_hop"])
-def test_eval(run, here, tmp_path, task):
+@pytest.mark.parametrize("task,more", [
+    ("niah_single", []), ("niah_multikey", []), ("two_hop", []), ("two_hop", ["--zero-values"]), ("read_pooled", ["--max-rounds", 0])])
+def test_eval(run, here, tmp_path, task, more):
     """A table would lack rows or columns, or hold numbers that cannot be."""
-    flags = ["--checkpoint", "good", "--task", task, "--lengths", "900,300", "--questions", 2, "--seed", 5, "--max-answer-tokens", 8]
+    flags = ["--checkpoint", "good", "--task", task, "--lengths", "900,300", "--questions", 2, "--seed", 5, "--max-answer-tokens", 8, *more]
     result = run(evaluation, *flags, "--json", tmp_path / "new" / "rows.json")
     assert result.code == 0, result.err
     rows = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert len(rows) == 2 and rows[0]["documents"] < rows[1]["documents"]
     for row, length in zip(rows, (300, 900)):
-        assert {"task", "memory_tokens", "documents", "questions", "top_k", "recall_at_k", "router_top1", "exact_match",
-                "seconds_per_question", "encode_tokens_per_second", "seed"} <= row.keys()
-        assert (row["task"], row["questions"], row["top_k"], row["seed"]) == (task, 2, 2, 5)
+        assert (row["task"], row["questions"], row["top_k"], row["seed"], row["zero_values"]) == (task, 2, 2, 5, "--zero-values" in more)
         assert length - 60 < row["memory_tokens"] <= length
-        assert all(row[name] in (0, 0.25, 0.5, 0.75, 1) for name in ("recall_at_k", "router_top1", "exact_match"))
+        assert all(row[name] in (0, 0.25, 0.5, 0.75, 1) for name in ("recall_at_k", "router_top1", "named", "exact_match"))
+        assert row["named"] == 0 or row["max_rounds"] > 0
         assert row["seconds_per_question"] > 0 and row["encode_tokens_per_second"] > 0
         assert f"{row['memory_tokens']:,}" in result.out
+
+
+def answers_of(run, out, *flags):
+    """The rows of a short evaluation of a checkpoint."""
+    result = run(evaluation, "--checkpoint", out, "--lengths", 600, "--questions", 2, "--max-answer-tokens", 3, "--json", out / "rows.json",
+                 *flags)
+    assert result.code == 0, result.err
+    return json.loads((out / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("baseline", ["no_memory", "oracle", "bm25", "full"])
+def test_eval_of_baselines(run, here, tmp_path, baseline):
+    """A baseline would fail with a real model, or not be a row of the same table."""
+    if baseline == "bm25":
+        pytest.importorskip("bm25s")
+    out = shutil.copytree("full" if baseline == "full" else "good", tmp_path / "checkpoint")
+    row, = answers_of(run, out, "--baseline", baseline)
+    plain, = answers_of(run, shutil.copytree("good", tmp_path / "plain"))
+    assert row["baseline"] == baseline and plain["baseline"] == "none" and row["seconds_per_question"] > 0
+    assert row.keys() == plain.keys() and all(row[name] == plain[name] for name in ("documents", "memory_tokens", "questions", "seed"))
+
+
+def test_reading_from_start_to_end(run, here, tmp_path):
+    """Documents with filler and properties, numbers in tokens of their own and a model made for them could not be used together."""
+    settings = {"out": tmp_path / "data", "properties": 2, "filler": 1, "vocab-size": 1100}
+    data = [[f"--{table}{name}", value] for table in ("", "data.") for name, value in settings.items()]
+    assert run(prepare_data, "tiny.toml", *sum(data[:4], []), "--number-tokens").code == 0
+    model = [f"--model.{name}" for name in ("smear", "equal-routers", "copy-init", "normalize-values", "score-bias", "qk-norm")]
+    for out, more in (("run", [*model, "--model.number-chunk", 5]), ("full", ["--model.full-attention", "--router-steps", 0])):
+        trained = run(train, "tiny.toml", *sum(data[4:], []), "--data.number-tokens", "--model.vocab-size", 1100, "--max-steps", 2,
+                      "--out", tmp_path / out, *more)
+        assert trained.code == 0, trained.err
+    row, = answers_of(run, tmp_path / "run", "--task", "read_pooled", "--max-rounds", 0, "--filler", 1)
+    assert row["named"] == 0 and row["filler"] == 1
+    assert answers_of(run, tmp_path / "run", "--task", "two_hop", "--zero-values")[0]["zero_values"]
+    assert answers_of(run, tmp_path / "full", "--task", "read_pooled", "--baseline", "full")[0]["recall_at_k"] == 0
+    asked = run(sample, "--checkpoint", tmp_path / "run", "--documents", "docs", "--max-answer-tokens", 2, "--trace", "What is 1?")
+    assert asked.code == 0 and asked.out.startswith("2 documents, ") and "round: routed to [" in asked.out, asked.err
 
 
 def test_own_data_from_start_to_end(run, here, tmp_path):

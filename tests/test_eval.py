@@ -1,6 +1,8 @@
-"""What eval.py asks of which memory, and how it counts."""
+"""What eval.py asks of which memory, or of which baseline, and how it counts."""
 import json
+import math
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +10,16 @@ import torch
 
 import eval as evaluation
 from common import UserError
-from eval import parse_lengths, score
+from eval import bm25_search, parse_lengths, score
+from model import MSA
 from sample import Round
 from tasks import Question
 
 NEEDLE = re.compile(r"One of the special magic numbers for (\S+) is: (\d{7})\.")
 LINK = re.compile(r"One of the special magic numbers for (\S+) is the one for (\S+)\.")
-TASKS = ("niah_single", "niah_multikey", "two_hop")
+PROPERTY = re.compile(r"The colour of (\S+) is ([a-z]+)\.")
+NOISE = re.compile(r"The [a-z]+ [a-z]+ can [a-z]+ the [a-z]+ [a-z]+ near the [a-z]+\.")
+TASKS = ("niah_single", "niah_multikey", "two_hop", "read_pooled")
 
 
 @pytest.mark.parametrize("text,lengths", [
@@ -31,21 +36,26 @@ def test_lengths_that_are_none(text):
         parse_lengths(text)
 
 
-def rounds(*routed_and_appended):
-    return [Round([(n, 1.0) for n in routed], appended, appended) for routed, appended in routed_and_appended]
+def rounds(*routed_and_named):
+    return [Round([(n, 1.0) for n in routed], named, sorted(named)) for routed, named in routed_and_named]
 
 
 @pytest.mark.parametrize("gold,found,answer,expected", [
-    ({5}, rounds(([5, 1], [5]), ([5, 1], [])), " 12\n", (1, 1, 1)),
-    ({5}, rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0)),        # first among those not yet appended
-    ({5}, rounds(([1, 5], []),), "12", (1, 0, 1)),
-    ({5}, rounds(([1, 2, 5], [1]),), "", (0, 0, 0)),                     # not among the first two
-    ({5, 8}, rounds(([8, 1], [8]), ([1, 8], [])), "12", (0.5, 0.5, 1)),
-    ({5, 8}, rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 0)),
-    ({5, 8}, [], "12", (0, 0, 1)),
+    ([5], rounds(([5, 1], [5]), ([5, 1], [])), " 12\n", (1, 1, 1, 1)),
+    ([5], rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0, 0)),      # first among those not yet appended
+    ([5], rounds(([1, 5], [])), "12", (1, 0, 0, 1)),
+    ([5], rounds(([1, 5], [5])), "12", (1, 0, 1, 1)),                     # named against the ranking
+    ([5], rounds(([5, 1], [1, 5])), "12", (1, 1, 0, 1)),                  # named, but not first
+    ([5], rounds(([1, 2, 5], [1])), "", (0, 0, 0, 0)),                    # not among the first two
+    ([5], rounds(([1, 5], [1]), ([5, 1], [5])), "12", (1, 1, 0, 1)),      # named a round too late
+    ([5, 8], rounds(([8, 1], [8]), ([1, 8], [])), "12", (0.5, 0.5, 0, 1)),
+    ([8, 5], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 1, 0)),
+    ([5, 8], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 0, 0)),  # in the wrong order of hops
+    ([8, 5], rounds(([8, 5], [8, 5]), ([8, 5], [])), "12", (1, 0.5, 0.5, 1)),         # both at once
+    ([5, 8], [], "12", (0, 0, 0, 1)),
 ])
 def test_score(gold, found, answer, expected):
-    """recall@k, top-1 or exact match would count something else than they say."""
+    """recall@k, top-1, named or exact match would count something else than they say."""
     assert score(Question("?", (0,), "12"), gold, found, answer, 2) == expected
 
 
@@ -56,10 +66,12 @@ def evaluate(run, checkpoint, tmp_path, monkeypatch):
         asked = []
 
         def observed(model, tokenizer, memory, texts, question, config):
-            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(text) for text in texts], question=question, model=model))
+            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(text) for text in texts], question=question, model=model,
+                                         config=config))
             return answer(memory, asked[-1].texts, question)
-        monkeypatch.setattr(evaluation, "answer_question", observed)
-        result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "answer_question", observed)
+            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
         assert result.code == 0, result.err
         return json.loads((tmp_path / "rows.json").read_text()), asked
     return evaluate
@@ -67,20 +79,24 @@ def evaluate(run, checkpoint, tmp_path, monkeypatch):
 
 def gold_of(texts, question):
     """Places of the documents that answer a question, in the order of the hops, and the answer; found by their texts."""
-    key, places = question.removeprefix("What is the special magic number for ").removesuffix("?"), []
+    key, places = re.fullmatch(r"What is the (?:special magic number for|colour of) (\S+)\?", question)[1], []
     while True:
-        places += [i for i, text in enumerate(texts) if text.startswith(f"One of the special magic numbers for {key} is")]
-        found = NEEDLE.fullmatch(texts[places[-1]])
+        places += [i for i, text in enumerate(texts)
+                   if re.search(f"(One of the special magic numbers for|The colour of) {re.escape(key)} is", text)]
+        found = NEEDLE.search(texts[places[-1]]) or PROPERTY.search(texts[places[-1]])
         if found:
             return places, found[2]
-        key = LINK.fullmatch(texts[places[-1]])[2]
+        key = LINK.search(texts[places[-1]])[2]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_memories(evaluate, tokenizer, task):
-    """A question would be asked of a memory that is not the one counted, encoded or answered from; lengths would not be nested."""
-    lengths, needed = [400, 900], 2 if task == "two_hop" else 1
-    rows, asked = evaluate("--task", task, "--lengths", "400,900", "--questions", 3)
+@pytest.mark.parametrize("filler", [0, 2])
+def test_memories(evaluate, tokenizer, task, filler):
+    """A question would be asked of a memory that is not the one counted, encoded or answered from; lengths would not be nested; documents
+    would have other filler than was asked for."""
+    lengths, needed, most = [400 * (1 + filler), 900 * (1 + filler)], 2 if task == "two_hop" else 1, 60 * (1 + filler)
+    rows, asked = evaluate("--task", task, "--lengths", "{},{}".format(*lengths), "--questions", 3, "--filler", filler)
+    assert [row["filler"] for row in rows] == [filler] * 2
     assert [row["questions"] for row in rows] == [3, 3] and len(asked) == 6
     assert [a.question for a in asked[:3]] == [a.question for a in asked[3:]] and len({a.question for a in asked}) == 3
     for i, one in enumerate(asked):
@@ -88,8 +104,8 @@ def test_memories(evaluate, tokenizer, task):
         assert len(one.texts) == len(numbers) == len(set(one.texts)) == row["documents"]
         spelled = [torch.tensor(tokenizer.document(n, tokenizer.encode(text))) for n, text in zip(numbers, one.texts)]
         size = sum(map(len, spelled))
-        assert length - 60 < size <= length if task != "niah_single" else abs(size - row["memory_tokens"]) < 12
-        assert length - 60 < row["memory_tokens"] <= length
+        assert length - most < size <= length if task != "niah_single" else abs(size - row["memory_tokens"]) < 12 + 25 * filler
+        assert length - most < row["memory_tokens"] <= length
         with torch.no_grad():
             fresh = one.model.encode(spelled, numbers)  # raises where numbers do not increase
         assert torch.equal(fresh.offsets, one.memory.offsets)
@@ -97,25 +113,29 @@ def test_memories(evaluate, tokenizer, task):
             for a, b in zip(getattr(fresh, name), getattr(one.memory, name)):
                 assert torch.allclose(a, b, atol=1e-5)
         assert len(gold_of(one.texts, one.question)[0]) == needed
-        assert sum("special magic" in text for text in one.texts) == (1 if task == "niah_single" else len(one.texts))
+        facts = [len(kind.findall(text)) for text in one.texts for kind in (NEEDLE, LINK, PROPERTY)]
+        assert sum(facts) == (1 if task == "niah_single" else len(one.texts))
+        assert sum(facts) + sum(len(NOISE.findall(text)) for text in one.texts) == len(one.texts) * (1 + filler)
     for short, long in zip(asked[:3], asked[3:]):
         assert set(zip(short.memory.numbers, short.texts)) < set(zip(long.memory.numbers, long.texts))
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind,expected", [("right", (1.0, 1.0, 1.0)), ("wrong", (0.0, 0.0, 0.0)), ("first hop", (None, None, 0.0))])
+@pytest.mark.parametrize("kind,expected", [
+    ("right", (1.0, 1.0, 1.0, 1.0)), ("wrong", (0.0, 0.0, 0.0, 0.0)), ("first hop", (None, None, None, 0.0)),
+    ("backwards", (1.0, 1.0, None, 1.0))])
 def test_counting(evaluate, task, kind, expected):
     """A model that finds and answers everything would not score 1, or one that finds nothing not 0."""
     def answer(memory, texts, question):
         gold, value = gold_of(texts, question)
         others = [i for i in range(len(texts)) if i not in gold]
-        named = {"right": gold, "wrong": others[:1], "first hop": gold[:1]}[kind]
+        named = {"right": gold, "wrong": others[:1], "first hop": gold[:1], "backwards": gold[::-1]}[kind]
         found = [Round([(memory.numbers[i], 1.0)], [memory.numbers[i]], [memory.numbers[i]]) for i in named]
-        return value if kind == "right" else "0", found
+        return value if kind in ("right", "backwards") else "0", found
     rows, _ = evaluate("--task", task, "--lengths", "400", "--questions", 3, answer=answer)
-    share = 0.5 if task == "two_hop" else 1.0
+    share = (0.0 if kind == "backwards" else 0.5) if task == "two_hop" else 1.0
     expected = tuple(share if value is None else value for value in expected)
-    assert (rows[0]["recall_at_k"], rows[0]["router_top1"], rows[0]["exact_match"]) == expected
+    assert (rows[0]["recall_at_k"], rows[0]["router_top1"], rows[0]["named"], rows[0]["exact_match"]) == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -130,3 +150,193 @@ def test_top_k(evaluate, checkpoint):
     for flags, top_k in ((["--top-k", 7], 7), ([], 2)):
         rows, asked = evaluate("--lengths", "300", "--questions", 1, *flags)
         assert rows[0]["top_k"] == asked[0].model.config.top_k == top_k
+
+
+def test_rows(evaluate, checkpoint):
+    """A table would not say what it was measured with, or say something else."""
+    flags = ["--task", "read_pooled", "--filler", 1, "--zero-values", "--max-rounds", 0, "--router-weight", 2.5, "--seed", 9]
+    rows, asked = evaluate("--lengths", "300", "--questions", 2, *flags)
+    measured = {name: rows[0].pop(name) for name in ("memory_tokens", "documents", "seconds_per_question", "encode_tokens_per_second")}
+    assert rows == [dict(task="read_pooled", baseline="none", questions=2, seed=9, top_k=2, recall_at_k=0, router_top1=0, named=0,
+                         exact_match=0, filler=1, zero_values=True, max_rounds=0, router_weight=2.5, checkpoint=str(checkpoint),
+                         device="cpu")]
+    assert 240 < measured["memory_tokens"] <= 300 and measured["documents"] == len(asked[0].texts)
+    assert measured["seconds_per_question"] >= 0 and measured["encode_tokens_per_second"] > 0
+    assert asked[0].config.max_rounds == 0 and asked[0].config.router_weight == 2.5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_zero_values(evaluate, task):
+    """What --zero-values measures would still read the memory, or no longer find in it."""
+    flags = ["--task", task, "--lengths", "400", "--questions", 3]
+    for plain, zeroed in zip(evaluate(*flags)[1], evaluate(*flags, "--zero-values")[1]):
+        assert plain.question == zeroed.question and plain.texts == zeroed.texts and plain.memory.numbers == zeroed.memory.numbers
+        assert all(values.ne(0).any(-1).all() for values in plain.memory.values)
+        for a, b in zip(plain.memory.values, zeroed.memory.values):
+            assert a.shape == b.shape and b.eq(0).all()
+        for name in ("keys", "routing_keys"):
+            assert all(torch.equal(a, b) for a, b in zip(getattr(plain.memory, name), getattr(zeroed.memory, name)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+
+def answer_in(prompt):
+    """What a reader of the text behind a question answers: the last number or colour that it states."""
+    found = [match for kind in (NEEDLE, PROPERTY) for match in kind.findall(prompt)]
+    return found[-1][1] if found else ""
+
+
+@pytest.fixture
+def watch(run, checkpoint, tmp_path, monkeypatch):
+    """Run eval.py with a baseline that answers by `answer_in`; returns the rows and what it read, of each question."""
+    def watch(*flags, checkpoint=checkpoint):
+        read, seen = evaluation.read, []
+
+        def observed(model, tokens, **kwargs):
+            before = kwargs["cache"].length
+            logits = read(model, tokens, **kwargs)
+            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits, memory=kwargs.get("memory"), model=model))
+            return logits
+
+        def no_memory_asked(*_):
+            raise AssertionError("a baseline asked the memory")
+
+        def said(model, tokenizer, cache, config):
+            assert cache.length == seen[-1].before + len(seen[-1].tokens)
+            yield answer_in(tokenizer.decode(seen[-1].tokens))
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "read", observed)
+            patch.setattr(evaluation, "generate_answer", said)
+            for name in ("answer_question", "encode_texts"):
+                patch.setattr(evaluation, name, no_memory_asked)
+            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
+        assert result.code == 0, result.err
+        assert all(one.memory is None for one in seen)
+        return json.loads((tmp_path / "rows.json").read_text()), seen
+    return watch
+
+
+def scores_of(row):
+    return row["recall_at_k"], row["router_top1"], row["named"], row["exact_match"]
+
+
+def with_documents(tokenizer, one, places):
+    """The prompt of a question behind which stand these documents of its memory, in this order."""
+    return f"<|question|>{one.question}\n" + "".join(f"[{one.memory.numbers[i]}]. {one.texts[i]}\n" for i in places) + "<|retrieve|>"
+
+
+@pytest.mark.parametrize("task,filler", [("niah_single", 1), ("niah_multikey", 0), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
+def test_oracle(evaluate, watch, tokenizer, task, filler):
+    """The oracle would read other texts than a question's own documents in the order of the hops, or under other numbers; and no_memory
+    more than the question."""
+    flags = ["--task", task, "--lengths", "800,1600", "--questions", 3, "--filler", filler, "--seed", 2]
+    _, asked = evaluate(*flags)
+    rows, seen = watch(*flags, "--baseline", "oracle")
+    assert [tokenizer.decode(one.tokens) for one in seen] == [
+        with_documents(tokenizer, one, gold_of(one.texts, one.question)[0]) for one in asked]
+    assert all(one.before == 0 for one in seen)
+    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row)) for row in rows] == [("oracle", 0, 0, 0, 0, 1)] * 2
+    rows, seen = watch(*flags, "--baseline", "no_memory")
+    assert [tokenizer.decode(one.tokens) for one in seen] == [with_documents(tokenizer, one, []) for one in asked]
+    assert [(row["baseline"], *scores_of(row)) for row in rows] == [("no_memory", 0, 0, 0, 0)] * 2
+
+
+def bm25(query, texts):
+    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.5, b = 0.75, words of at least two letters."""
+    documents = [re.findall(r"\w\w+", text.lower()) for text in texts]
+    mean, scores = sum(map(len, documents)) / len(documents), []
+    for document in documents:
+        total = 0.0
+        for word in set(re.findall(r"\w\w+", query.lower())):
+            holds, times = sum(word in other for other in documents), document.count(word)
+            idf = math.log(1 + (len(documents) - holds + 0.5) / (holds + 0.5))
+            total += idf * times / (times + 1.5 * (0.25 + 0.75 * len(document) / mean))
+        scores.append(total)
+    return scores
+
+
+def test_bm25_search():
+    """The baseline would be another ranking than BM25, cut off too early, or fail where fewer documents are left than are asked for."""
+    pytest.importorskip("bm25s")
+    texts = ["The colour of quiet-river is teal.", "The quiet river can follow the amber castle near the river.", "A river.",
+             "Nothing is so.", "The colour of amber-river is khaki, and nothing is so quiet."]
+    search, query = bm25_search(texts), "What is the colour of amber-river?"
+    scores = bm25(query, texts)
+    order = sorted(range(5), key=lambda i: -scores[i])
+    assert order[0] == 4 and len({round(score, 4) for score in scores}) == 5
+    for k, expected in ((1, order[:1]), (3, order[:3]), (5, order), (50, order)):
+        found = search(query, k)
+        assert [i for i, _ in found] == expected
+        assert [score for _, score in found] == pytest.approx([scores[i] for i in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("task,filler", [("niah_multikey", 0), ("niah_multikey", 2), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
+def test_bm25(evaluate, watch, tokenizer, monkeypatch, task, filler):
+    """BM25 would search another memory, not go on from the text it found, find a document twice, or be counted otherwise than the model."""
+    pytest.importorskip("bm25s")
+    flags = ["--task", task, "--lengths", "1000,3000", "--questions", 3, "--filler", filler]
+    _, asked = evaluate(*flags)
+    searched = []
+    monkeypatch.setattr(evaluation, "bm25_search", lambda texts: searched.append(sorted(texts)) or bm25_search(texts))
+    rows, seen = watch(*flags, "--baseline", "bm25")
+    assert searched == [sorted(asked[0].texts), sorted(asked[3].texts)]  # each length once
+    assert [tokenizer.decode(one.tokens) for one in seen] == [  # no other document holds both words of a key: all is found
+        with_documents(tokenizer, one, gold_of(one.texts, one.question)[0]) for one in asked]
+    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row)) for row in rows] == [("bm25", 0, 1, 1, 1, 1)] * 2
+
+
+def test_bm25_that_finds_nothing(watch, monkeypatch):
+    """Documents that BM25 did not find would count as found, or one that it finds in every round would be appended in every round."""
+    asked, counted = [], []
+
+    def nothing(texts):
+        wrong = [i for i, text in enumerate(texts) if LINK.fullmatch(text)]
+
+        def search(query, k):
+            asked.append((query, k))
+            key = re.search(r"number for (\S+)\?", query)[1]
+            return [(i, 1.0) for i in wrong if f" for {key} is" not in texts[i]][:k]
+        return search
+
+    def count(question, gold, rounds, *rest):
+        counted.append(rounds)
+        return score(question, gold, rounds, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "bm25_search", nothing)
+        patch.setattr(evaluation, "score", count)
+        rows, seen = watch("--task", "two_hop", "--lengths", "600", "--questions", 2, "--baseline", "bm25")
+    assert scores_of(rows[0]) == (0, 0, 0, 0) and len(seen) == 2
+    assert [k for _, k in asked] == [2, 3, 2, 3]  # the checkpoint's top-k, and one for the document that was found
+    for i, found in enumerate(counted):
+        assert [len(r.named) for r in found] == [1, 1] and found[0].named == found[0].appended != found[1].named == found[1].appended
+        assert found[0].routed[0][0] == found[1].routed[0][0] == found[0].named[0] and found[1].routed[1][0] == found[1].named[0]
+        (first, _), (second, _) = asked[2 * i:2 * i + 2]
+        assert second.startswith(f"{first} One of the special magic numbers for ")
+
+
+def test_bm25_needs_bm25s(monkeypatch):
+    """Without the baselines extra the user would not learn what to install."""
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(UserError, match=r"bm25s: pip install -e '\.\[baselines\]'"):
+        bm25_search(["a text"])
+
+
+@pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])
+def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
+    """The baseline would read other documents than the memory holds, in another order, or behind another question."""
+    flags, contexts, make = ["--task", task, "--lengths", "500,1100", "--questions", 3], [], MSA.context
+    _, asked = evaluate(*flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(MSA, "context", lambda model, documents: contexts.append(torch.cat(documents)) or make(model, documents))
+        rows, seen = watch(*flags, "--baseline", "full", checkpoint=full_checkpoint)
+    assert len(contexts) == 2 and len(asked) == len(seen) == 6
+    for i, (one, read) in enumerate(zip(asked, seen)):
+        documents = "".join(f"[{n}]. {text}[{n}]" for n, text in sorted(zip(one.memory.numbers, one.texts)))
+        assert tokenizer.decode(contexts[i // 3].tolist()) == documents
+        assert tokenizer.decode(read.tokens) == f"<|question|>{one.question}\n<|retrieve|>"
+        assert read.before == len(contexts[i // 3]) == rows[i // 3]["memory_tokens"]
+        with torch.no_grad():
+            whole = read.model.read(torch.cat([contexts[i // 3], torch.tensor(read.tokens)])[None]).logits[0, read.before:]
+        assert torch.allclose(read.logits, whole, atol=1e-4)
+    assert [(row["baseline"], *scores_of(row)) for row in rows] == [("full", 0, 0, 0, 0)] * 2

@@ -25,6 +25,10 @@ SHAPES = {
     "chunk of 1": dict(chunk_size=1, top_k=1),
     "one long chunk": dict(chunk_size=64, num_hidden_layers=2),
     "more than there are": dict(top_k=9, rope_theta=100.0),
+    "number chunk": dict(number_chunk=1),
+    "values of unit size": dict(normalize_values=True),
+    "score bias": dict(score_bias=True, router_temperature=0.3),
+    "reading": dict(number_chunk=1, normalize_values=True, score_bias=True, qk_norm=True, smear=True, chunk_size=2, copy_init=True),
     "all at once": dict(qk_norm=True, smear=True, tie_word_embeddings=False, num_attention_heads=6, num_hidden_layers=5,
                         chunk_size=3, top_k=3, router_temperature=0.5, rms_norm_eps=1e-2),
 }
@@ -91,7 +95,8 @@ def test_encode(shape):
     memory = model.encode(documents, NUMBERS)
     expected = oracle(model).encode([d.tolist() for d in documents])
     assert memory.numbers == NUMBERS and len(memory) == len(documents)
-    assert memory.offsets.diff().tolist() == [math.ceil(length / model.config.chunk_size) for length in LENGTHS]
+    last = model.config.number_chunk
+    assert memory.offsets.diff().tolist() == [math.ceil((length - last) / model.config.chunk_size) + (last > 0) for length in LENGTHS]
     assert len(memory.keys) == len(memory.values) == len(memory.routing_keys) == len(expected[0])
     for layer in range(len(memory.keys)):
         chunks = [chunk for document in expected for chunk in document[layer]]
@@ -323,6 +328,65 @@ def test_force(forced):
         close(selection.all_scores[0], torch.stack(scores))
 
 
+@pytest.mark.parametrize("length", [2, 3, 7, 20])
+def test_number_chunk(length):
+    """The closing number would share a chunk with the text, or a document that is little more than its number would fail."""
+    model, document = make(number_chunk=2), tokens(length)[0]
+    memory, plain = model.encode([document]), make(chunk_size=1).encode([document])  # the same weights; a chunk for each token
+    for layer in range(2):
+        close(memory.values[layer][-1], plain.values[layer][-2:].mean(0), 1e-6)
+        assert len(memory.values[layer]) == math.ceil((length - 2) / 4) + 1
+    with pytest.raises(ValueError, match="shorter than its closing number, 2"):
+        model.encode([document, document[:1]])
+
+
+def test_score_bias_reads_the_best():
+    """At a low temperature the memory's attention would not go to the document that routing likes best, in each question of a batch."""
+    model, documents = make(score_bias=True, router_temperature=1e-4, top_k=4, num_hidden_layers=2), tokens(*LENGTHS)
+    memory, routes = model.encode(documents), stack(ROUTES, torch.bool)
+    several = model.read(stack(QUESTIONS), memory, routes)
+    for b, question in enumerate(QUESTIONS):
+        best = several.selections[0].documents[b, :1].tolist()
+        alone = model.read(question[None], memory.subset(best), routes[b:b + 1, :len(question)])
+        close(several.logits[b, :len(question)], alone.logits[0], 1e-5)
+
+
+def test_copy_init():
+    """Memory layers would not start as copiers: what they write would not be the part of a token that their values see."""
+    torch.manual_seed(0)
+    model = MSA(replace(BASE, copy_init=True, num_attention_heads=4, num_key_value_heads=2, hidden_size=32))
+    assert all(layer.mlp.down_proj.weight.eq(0).all() for layer in model.model.layers)
+    assert model.model.layers[0].self_attn.o_proj.weight.eq(0).all()
+    for layer in model.model.layers[1:]:
+        x = torch.randn(32)
+        values = layer.self_attn.v_proj(x).view(2, 1, 6).expand(-1, 2, -1).flatten()  # what every head sees, if all look at x
+        rows = layer.self_attn.v_proj.weight
+        close(rows @ rows.T, 0.25 * torch.eye(12), 1e-5)
+        close(layer.self_attn.o_proj(values), 2 * rows.T @ rows @ x, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baseline
+
+def test_full_attention():
+    """The baseline would not be the plain transformer over all documents and the question as one text, or its loss not that of answers."""
+    model, documents = make(full_attention=True), tokens(*POOL)
+    assert not any("router" in name for name in model.state_dict())
+    samples = [s for s in samples_of(SAMPLES) if s.answers]
+    losses = model(documents, list(range(len(POOL))), [batch_of(samples, len(POOL))])
+    judge, text = oracle(model), torch.cat(documents).tolist()
+    expected = []
+    for s in samples:
+        logits = judge.read(text + s.tokens).logits[len(text):]
+        expected += [-torch.log_softmax(logits[t - 1], 0)[token] for t, (token, target) in enumerate(zip(s.tokens, s.targets)) if target]
+    close(losses["lm"], sum(expected) / len(expected))
+    assert losses["aux"] == 0 and losses["recall"].tolist() == [0] and losses["answer"] == losses["lm"]
+    losses["lm"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(UserError, match="id 29 "):
+        model.context([torch.tensor([1, 29])])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding with a Cache
 
@@ -384,11 +448,12 @@ def test_cache_expand(shape, with_memory):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses and gradients
 
-SAMPLES = [  # tokens of the prompt, tokens to predict, positive, appended; out of POOL documents
+SAMPLES = [  # tokens of the prompt, tokens to predict, positive, appended; out of POOL documents; whether it answers
     (5, 2, {2}, set()),
     (6, 1, {0, 4}, {3}),
     (2, 1, {1}, {0, 4}),
-    (3, 3, set(), {2, 3}),   # answers
+    (3, 3, set(), {2, 3}),
+    (4, 2, {3}, set(), True),   # from the pooled memory
 ]
 POOL = (5, 1, 4, 3, 6)
 
@@ -396,10 +461,11 @@ POOL = (5, 1, 4, 3, 6)
 def samples_of(specifications, seed=10):
     """Reference samples: a prompt that routes, one token in between, then what is to be predicted."""
     samples = []
-    for i, (prompt, target, positive, appended) in enumerate(specifications):
+    for i, (prompt, target, positive, appended, *answers) in enumerate(specifications):
         places = range(prompt + 1 + target)
         row = tokens(len(places), seed=seed + i)[0].tolist()
-        samples.append(Sample(row, [t < prompt for t in places], [t > prompt for t in places], positive, appended))
+        samples.append(Sample(row, [t < prompt for t in places], [t > prompt for t in places], bool(answers) or not positive,
+                              positive, appended))
     return samples
 
 
@@ -409,6 +475,7 @@ def batch_of(samples, documents):
         return torch.tensor([[m in getattr(sample, name) for m in range(documents)] for sample in samples])
     return dict(tokens=stack([sample.tokens for sample in samples]), routing_mask=stack([sample.routes for sample in samples], torch.bool),
                 target_mask=stack([sample.targets for sample in samples], torch.bool),
+                answers=torch.tensor([sample.answers for sample in samples]),
                 positive=members("positive"), appended=members("appended"))
 
 
@@ -422,7 +489,7 @@ def check_forward(model, lengths, samples, batches, tolerance):
     losses = model(documents, list(range(len(lengths))), batches)
     weights = weights_of(model)
     expected = Reference(weights, model.config).losses([d.tolist() for d in documents], samples)
-    for name in ("lm", "aux", "answer", "top1", "chance", "recall"):
+    for name in ("lm", "aux", "naming", "answer", "named", "answered", "top1", "chance", "recall"):
         close(torch.as_tensor(losses[name]), torch.as_tensor(expected[name]), tolerance, name)
     for loss in ("lm", "aux"):
         found = torch.autograd.grad(losses[loss], list(model.parameters()), retain_graph=True, allow_unused=True)
@@ -633,6 +700,7 @@ def test_checkpoint_broken_config(write, tmp_path):
     (dict(vocab_size=0), "model.vocab_size is 0"), (dict(top_k=0), "model.top_k is 0"), (dict(chunk_size=-1), "model.chunk_size is -1"),
     (dict(router_temperature=0.0), "model.router_temperature is 0.0"), (dict(num_hidden_layers=1), "model.num_hidden_layers is 1"),
     (dict(num_key_value_heads=3), "model.num_attention_heads is 4; .* 3"), (dict(head_dim=5), "model.head_dim is 5"),
+    (dict(number_chunk=-1), "model.number_chunk is -1"),
 ])
 def test_config_checks_itself(change, message):
     """A model that cannot work would be built, and fail later without naming the setting."""

@@ -33,27 +33,30 @@ def unit_keys(*shape, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pooling
 
-@pytest.mark.parametrize("lengths, size, expected", [
-    ([1], 64, [0, 1]),
-    ([1, 63, 64, 65, 128, 129], 64, [0, 1, 2, 3, 5, 7, 10]),
-    ([3, 1, 4], 1, [0, 3, 4, 8]),
+@pytest.mark.parametrize("lengths, size, last, expected", [
+    ([1], 64, 0, [0, 1]),
+    ([1, 63, 64, 65, 128, 129], 64, 0, [0, 1, 2, 3, 5, 7, 10]),
+    ([3, 1, 4], 1, 0, [0, 3, 4, 8]),
+    ([5, 6, 69, 70], 64, 5, [0, 1, 3, 5, 8]),
 ])
-def test_chunk_offsets(lengths, size, expected):
+def test_chunk_offsets(lengths, size, last, expected):
     """A document would own too few or too many chunks at a boundary of the chunk size."""
-    offsets = chunk_offsets(torch.tensor(lengths), size)
+    offsets = chunk_offsets(torch.tensor(lengths), size, last)
     assert offsets.tolist() == expected and offsets.dtype == torch.int64
 
 
-@pytest.mark.parametrize("lengths, size", [([1], 4), ([5, 1, 4, 3, 8, 9], 4), ([7, 2], 1), ([1, 63, 64, 65], 64), ([3, 7, 5], 3)])
-def test_pool_chunks(lengths, size):
+@pytest.mark.parametrize("lengths, size, last", [
+    ([1], 4, 0), ([5, 1, 4, 3, 8, 9], 4, 0), ([7, 2], 1, 0), ([1, 63, 64, 65], 64, 0), ([3, 7, 5], 3, 0),
+    ([1], 4, 1), ([5, 2, 6, 3, 8, 9], 4, 2), ([7, 5], 1, 5), ([5, 68, 69, 70], 64, 5)])
+def test_pool_chunks(lengths, size, last):
     """A chunk's mean would count padding, divide by the wrong length, or stand in the wrong place; or its gradient would."""
     x = random(len(lengths), max(lengths), 2, 3)
     for m, length in enumerate(lengths):
         x[m, length:] = 1e6  # what stands in the padding must not matter
     x.requires_grad_()
     expected = torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
-                            for chunk in reference.chunks_of(list(x[m, :length]), size)])
-    pooled = pool_chunks(x, torch.tensor(lengths), size)
+                            for chunk in reference.spans(list(x[m, :length]), size, last)])
+    pooled = pool_chunks(x, torch.tensor(lengths), size, last)
     close(pooled, expected, 1e-12)
     close(gradients(pooled, [x])[0], gradients(expected, [x])[0], 1e-12)
 
@@ -194,18 +197,20 @@ def test_top_documents_of_no_question(documents):
 def test_document_slots(documents):
     """A question would read another document's chunks, miss a chunk, or read them out of the order of their documents."""
     offsets = [0, 1, 3, 4, 8, 10]
-    index, slots = document_slots(torch.tensor(documents), torch.tensor(offsets))
-    assert index.shape == (len(documents), slots.max()) and index.dtype == torch.int64
+    index, slots, owner = document_slots(torch.tensor(documents), torch.tensor(offsets))
+    assert index.shape == owner.shape == (len(documents), slots.max()) and index.dtype == torch.int64
     for b, row in enumerate(documents):
         expected = [chunk for m in sorted(row) if m >= 0 for chunk in range(offsets[m], offsets[m + 1])]
         assert index[b, :slots[b]].tolist() == expected
+        assert [row[k] for k in owner[b, :slots[b]]] == [m for m in sorted(row) if m >= 0 for _ in range(offsets[m], offsets[m + 1])]
+        assert owner[b].ge(0).all()
         assert index[b].ge(0).all() and index[b].lt(10).all()  # what is not read must still be a row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0):
+def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0, bias=None):
     rows = []
     for b in range(len(query)):
         past = keys.size(1) - query.size(1)
@@ -213,14 +218,15 @@ def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None,
             chunks = [] if index is None or past + t < prefix_length else index[b, :slots[b]].tolist()
             seen_keys = [memory_keys[c] for c in chunks] + list(keys[b, :past + t + 1])
             seen_values = [memory_values[c] for c in chunks] + list(values[b, :past + t + 1])
-            rows.append(reference.attend(query[b, t], seen_keys, seen_values))
+            rows.append(reference.attend(query[b, t], seen_keys, seen_values, [] if bias is None else bias[b, :len(chunks)].tolist()))
     return torch.stack(rows).view(query.shape)
 
 
 @pytest.mark.parametrize("H, G, D", HEADS)
 @pytest.mark.parametrize("T, past", [(1, 0), (5, 0), (1, 4), (3, 2)])
 @pytest.mark.parametrize("slots, prefix_length", [(None, 0), ([0, 0, 0], 0), ([3, 0, 1], 0), ([3, 3, 2], 2), ([1, 2, 3], 9)])
-def test_sparse_attention(H, G, D, T, past, slots, prefix_length):
+@pytest.mark.parametrize("biased", [False, True])
+def test_sparse_attention(H, G, D, T, past, slots, prefix_length, biased):
     """Attention, or a gradient of it, would see the wrong memory slots, the future, the wrong head, or memory from the prefix."""
     inputs = [random(3, T, H, D, seed=1), random(3, T + past, G, D, seed=2), random(3, T + past, G, D, seed=3)]
     chosen = []
@@ -231,6 +237,8 @@ def test_sparse_attention(H, G, D, T, past, slots, prefix_length):
         index = torch.tensor([[2, 4, 1], [4, 2, 3], [3, 1, 4]])[:, :max(slots)]
         index = index.masked_fill(torch.arange(max(slots)) >= torch.tensor(slots)[:, None], 0)
         chosen = [index, torch.tensor(slots), prefix_length]
+        if biased:  # what stands beyond a question's slots must not matter
+            chosen += [(4 * random(3, max(slots), seed=6)).masked_fill(torch.arange(max(slots)) >= torch.tensor(slots)[:, None], torch.nan)]
     inputs = [x.requires_grad_() for x in inputs]
     output, expected = sparse_attention(*inputs, *chosen), attention_by_hand(*inputs, *chosen)
     close(output, expected, 1e-10)

@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 import prepare_data
 from common import UserError
@@ -37,58 +38,75 @@ def test_same_seed_same_bytes(run, tiny, tmp_path, files_of, monkeypatch):
         assert made["a"][name] != made["c"][name]
 
 
-def test_prepared_pools_are_the_generated_ones(words, tiny, tokenizer):
+@pytest.mark.parametrize("flags,settings", [
+    ([], {}),
+    (["--properties", 3, "--filler", 2, "--number-tokens", "--vocab-size", 1100], dict(properties=3, filler=2)),
+    (["--needles", 0, "--chains", 0, "--properties", 1], dict(needles=0, chains=0, properties=1))])
+def test_prepared_pools_are_the_generated_ones(words, run, tiny, tmp_path, flags, settings):
     """What is read back from disk would not be what was generated, or validation pools would hold training keys."""
-    config = DataConfig(needles=2, chains=1, noise=1)
+    config, folder = DataConfig(**dict(needles=2, chains=1, noise=1) | settings), tiny / "data"
+    if flags:
+        folder = tmp_path / "data"
+        assert run(prepare_data, tiny / "tiny.toml", "--out", folder, *flags).code == 0
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.number_length == (5 if "--number-tokens" in flags else 0)
     for split, stream, count in (("train", 0, 4), ("validation", 1, 2)):
-        pools = Pools(tiny / "data" / split, tokenizer.vocab_size)
+        pools = Pools(folder / split, tokenizer.vocab_size)
         assert len(pools) == count
         for i in range(count):
             texts, questions = make_pool(words(), config, split, np.random.default_rng([1337, stream, i]))
             documents, asked = pools[i]
             assert [tokenizer.decode(document.tolist()) for document in documents] == texts
-            assert [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(gold)) for q, a, gold in asked] == \
-                [(q.text, q.answer, q.gold) for q in questions]
+            assert [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(gold), pooled) for q, a, gold, pooled in asked] == \
+                [(q.text, q.answer, q.gold, q.pooled) for q in questions]
+            assert sum(pooled is True for *_, pooled in asked) == config.properties
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
 
-@pytest.fixture(scope="module")
-def pool(tokenizer):
-    """A pool whose samples are written by hand below."""
+TEXTS = ("Noise.", "The one for b is 12.", "a is the one for b.", "[1]. <|end|>", "c is teal.")
+
+
+def make_small_pool(tokenizer, questions):
+    """The TEXTS, and questions (text, answer, gold, pooled) whose samples are written by hand below."""
     def array(text):
         return np.array(tokenizer.encode(text), dtype=np.uint16)
-    documents = [array(text) for text in ("Noise.", "The one for b is 12.", "a is the one for b.", "[1]. <|end|>")]
-    return documents, [(array("b?"), array("12"), [1]), (array("And a?"), array("12"), [2, 1])]
+    return [array(text) for text in TEXTS], [(array(question), array(answer), gold, pooled) for question, answer, gold, pooled in questions]
 
 
-def expected_samples(numbers):
-    """(what routes, what follows, targets, positive, appended) of each sample of `pool`."""
-    _, n1, n2, _ = numbers
-    b, a = f"[{n1}]. The one for b is 12.\n", f"[{n2}]. a is the one for b.\n"
+HOPS = [("b?", "12", [1], False), ("And a?", "12", [2, 1], False)]
+COLOUR = ("c?", "teal", [4], True)
+
+
+def spell(tokenizer, number):
+    """A document's number as it is written, worked out here."""
+    return f"[<|0:{number % 256}|><|1:{number // 256 % 256}|><|2:{number // 65536}|>]" if tokenizer.number_length else f"[{number}]"
+
+
+def expected_samples(tokenizer, numbers):
+    """(what routes, targets, positive, appended) of each sample of HOPS."""
+    n1, n2 = spell(tokenizer, numbers[1]), spell(tokenizer, numbers[2])
+    b, a = f"{n1}. The one for b is 12.\n", f"{n2}. a is the one for b.\n"
     one, two = "<|question|>b?\n", "<|question|>And a?\n"
     answer = "<|end_of_retrieval|>12<|end|>"
     return sorted([
-        (one, f"[{n1}]<|stop|>", [1], []),
+        (one, f"{n1}<|stop|>", [1], []),
         (one + b, answer, [], [1]),
-        (two, f"[{n2}]<|stop|>", [2], []),
-        (two + a, f"[{n1}]<|stop|>", [1], [2]),
+        (two, f"{n2}<|stop|>", [2], []),
+        (two + a, f"{n1}<|stop|>", [1], [2]),
         (two + a + b, answer, [], [1, 2]),
     ])
 
 
-@pytest.mark.parametrize("batch_tokens,batches", [(2048, 1), (120, None), (1, 5)])
-def test_collate_spells_samples(tokenizer, pool, batch_tokens, batches):
-    """The model would be trained on other spellings, targets, routing tokens or positives than inference uses."""
-    spelled, numbers, made = collate(pool, tokenizer, 10_000_000, np.random.default_rng(5), batch_tokens)
-    texts = [tokenizer.decode(document.tolist()) for document in pool[0]]
-    assert [tokenizer.decode(document.tolist()) for document in spelled] == [f"[{n}]. {text}[{n}]" for n, text in zip(numbers, texts)]
-    assert all(document.dtype.is_signed and document.ndim == 1 for document in spelled)
+def samples_in(tokenizer, batches, batch_tokens=2048):
+    """(what routes, targets, positive, appended) of each sample of the batches, sorted; checks everything else in them."""
     found = []
-    for batch in made:
+    for batch in batches:
         tokens, routing, target = batch["tokens"], batch["routing_mask"], batch["target_mask"]
-        assert tokens.shape == routing.shape == target.shape and batch["positive"].shape == batch["appended"].shape == (len(tokens), 4)
+        assert tokens.shape == routing.shape == target.shape
+        assert batch["positive"].shape == batch["appended"].shape == (len(tokens), len(TEXTS)) and batch["answers"].shape == (len(tokens),)
+        assert {batch[name].dtype for name in batch if name != "tokens"} == {torch.bool}
         assert len(tokens) == 1 or tokens.numel() <= batch_tokens
         for i in range(len(tokens)):
             begin, end = int(routing[i].sum()), int(target[i].nonzero().max()) + 1
@@ -96,9 +114,54 @@ def test_collate_spells_samples(tokenizer, pool, batch_tokens, batches):
             assert target[i, begin + 1:end].all() and not target[i, :begin].any() and not tokens[i, end:].any()
             found.append((tokenizer.decode(tokens[i, :begin].tolist()), tokenizer.decode(tokens[i, begin + 1:end].tolist()),
                           batch["positive"][i].nonzero().flatten().tolist(), batch["appended"][i].nonzero().flatten().tolist()))
+            assert batch["answers"][i] == found[-1][1].startswith("<|end_of_retrieval|>") != found[-1][1].endswith("<|stop|>")
         assert max(int(row.nonzero().max()) for row in target) == tokens.size(1) - 1  # no more padding than needed
-    assert sorted(found) == expected_samples(numbers)  # every sample once
+    return sorted(found)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "number_tokenizer"])
+@pytest.mark.parametrize("batch_tokens,batches", [(2048, 1), (120, None), (1, 5)])
+def test_collate_spells_samples(request, kind, batch_tokens, batches):
+    """The model would be trained on other spellings, targets, routing tokens or positives than inference uses."""
+    tokenizer = request.getfixturevalue(kind)
+    spelled, numbers, made = collate(make_small_pool(tokenizer, HOPS), tokenizer, 10_000_000, np.random.default_rng(5), batch_tokens)
+    expected = [f"{spell(tokenizer, n)}. {text}{spell(tokenizer, n)}" for n, text in zip(numbers, TEXTS)]
+    assert [tokenizer.decode(document.tolist()) for document in spelled] == expected
+    assert all(document.dtype.is_signed and document.ndim == 1 for document in spelled)
+    assert samples_in(tokenizer, made, batch_tokens) == expected_samples(tokenizer, numbers)  # every sample once
     assert len(made) == batches if batches else 1 < len(made) < 5
+
+
+def test_collate_of_pooled_questions(tokenizer):
+    """A question that the memory itself answers would be taught to name, to answer from its text always or never, or to route nowhere."""
+    pool, again = make_small_pool(tokenizer, [HOPS[0], COLOUR, HOPS[1]]), 0
+    for seed in range(400):
+        _, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed))
+        answer = "<|end_of_retrieval|>teal<|end|>"
+        once = ("<|question|>c?\n", answer, [4], [])
+        text = (f"<|question|>c?\n[{numbers[4]}]. c is teal.\n", answer, [], [4])
+        found, hops = samples_in(tokenizer, batches), expected_samples(tokenizer, numbers)
+        assert found in (sorted([*hops, once]), sorted([*hops, once, text]))
+        again += text in found
+    assert abs(again / 400 - 0.25) <= 4 * (0.1875 / 400) ** 0.5
+
+
+def test_collate_for_full_attention(tokenizer):
+    """The baseline, which has all documents before it, would be taught to name documents or be given their texts again."""
+    pool, end = make_small_pool(tokenizer, [HOPS[0], COLOUR, HOPS[1]]), "<|end|>"
+    for seed in range(20):  # without chance: never a sample more
+        spelled, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed), one_step=False)
+        assert samples_in(tokenizer, batches) == sorted([("<|question|>b?\n", f"<|end_of_retrieval|>12{end}", [1], []),
+                                                         ("<|question|>And a?\n", f"<|end_of_retrieval|>12{end}", [1, 2], []),
+                                                         ("<|question|>c?\n", f"<|end_of_retrieval|>teal{end}", [4], [])])
+        assert [tokenizer.decode(d.tolist()) for d in spelled] == [f"[{n}]. {text}[{n}]" for n, text in zip(numbers, TEXTS)]
+
+
+def test_a_number_limit_beyond_the_number_tokens(number_tokenizer):
+    """Documents of a step could get numbers that cannot be spelled, and training end in a traceback."""
+    with pytest.raises(UserError, match="spells numbers below 16,777,216"):
+        for seed in range(50):
+            collate(make_small_pool(number_tokenizer, HOPS), number_tokenizer, 10 ** 9, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("count,limit", [(48, 10_000_000), (9, 10), (10, 10), (1, 1), (40, 101)])
@@ -151,7 +214,7 @@ def test_ragged(tmp_path, dtype, rows):
 @pytest.mark.parametrize("vocab_size,dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_token_types(vocab_size, dtype):
     """Ids above 65,535 would wrap around."""
-    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 3
+    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 4
 
 
 @pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8), ("rows.offsets", 24)])
@@ -341,7 +404,7 @@ def write_lines(path, lines):
 
 def test_own_questions(run, own, tokenizer):
     """Your own data would be prepared with wrong documents, without a question's documents, or with nothing to validate."""
-    write_lines(own / "q.jsonl", [ALPHA, "", BETA] + [ALPHA | {"question": f"Alpha, {i} times?"} for i in range(30)])
+    write_lines(own / "q.jsonl", [ALPHA, "", BETA] + [ALPHA | {"question": f"Alpha, {i} times?", "pooled": i % 3 == 0} for i in range(30)])
     result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out", own / "data", "--vocab-size", 300,
                  "--pools", 6, "--validation-pools", 2, "--max-document-tokens", 40, "--documents-per-pool", 4, "--questions-per-pool", 3)
     assert result.code == 0, result.err
@@ -355,8 +418,10 @@ def test_own_questions(run, own, tokenizer):
             documents, rows = pools[i]
             texts = [own_tokenizer.decode(document.tolist()) for document in documents]
             assert len(texts) == len(set(texts)) == 4 and len(rows) == questions
-            for question, answer, gold in rows:
-                two = own_tokenizer.decode(question.tolist()) == "What is beta?"
+            for question, answer, gold, pooled in rows:
+                text = own_tokenizer.decode(question.tolist())
+                two, times = text == "What is beta?", re.search(r"\d+", text)
+                assert pooled == bool(times and int(times[0]) % 3 == 0)
                 assert [texts[g] for g in gold] == ["Beta is the one after alpha there."] * two + ["Alpha is one."]
                 assert own_tokenizer.decode(answer.tolist()) == ("two" if two else "one")
             collate(pools[i], own_tokenizer, 1000, np.random.default_rng(0))
@@ -374,6 +439,9 @@ def test_own_questions(run, own, tokenizer):
     (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names 0 documents"),
     (ALPHA | {"documents": ["a.txt:7"]}, "'a.txt:7' names 0 documents"),
     (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents .*\"file:line\""),
+    (BETA | {"pooled": True}, "'pooled' is True; true or false, and true only with one document"),
+    (ALPHA | {"pooled": 1}, "'pooled' is 1; true or false"), (ALPHA | {"pooled": 0}, "'pooled' is 0; true or false"),
+    (ALPHA | {"pooled": "true"}, "'pooled' is 'true'; true or false"), (ALPHA | {"pooled": None}, "'pooled' is None; true or false"),
 ])
 def test_malformed_questions(own, line, message):
     """The user would not learn which line of the file of questions is wrong, and why."""

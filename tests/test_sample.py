@@ -7,7 +7,17 @@ import torch
 
 from common import UserError
 from model import MSA, Cache, Memory, ModelConfig, Selection
-from sample import InterleaveConfig, Round, answer_question, choose, interleave, number_log_probabilities, rank_documents, read
+from sample import (
+    InterleaveConfig,
+    Round,
+    answer_question,
+    choose,
+    generate_answer,
+    interleave,
+    number_log_probabilities,
+    rank_documents,
+    read,
+)
 
 NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
 
@@ -16,8 +26,8 @@ def selection(documents, scores=None):
     """What a memory layer selected for one question: document indices and scores, best first."""
     scores = [1 - 0.125 * i for i in range(len(documents))] if scores is None else scores
     empty, whole = torch.zeros(0, 1, 2), torch.tensor
-    return Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long), whole([0]), whole([documents]).long().view(1, -1),
-                     whole([scores]).float().view(1, -1), torch.zeros(1, 5))
+    return Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long), whole([0]), torch.zeros(1, 0),
+                     whole([documents]).long().view(1, -1), whole([scores]).float().view(1, -1), torch.zeros(1, 5))
 
 
 class Scripted:
@@ -122,10 +132,12 @@ def test_events_come_in_order(tokenizer):
 
 @pytest.mark.parametrize("cap", [0, 1, 2, 3])
 def test_cap_on_rounds(ask, cap):
-    """A model that never stops retrieving would retrieve for ever, or would not be made to answer."""
+    """A model that never stops retrieving would retrieve for ever, or would not be made to answer; without rounds, nothing would be
+    known of the routing."""
     answer, rounds, model = ask([[12], [45], [3], [123], [4071]], max_rounds=cap)
-    assert answer == "ok" and named(rounds) == [[12], [45], [3], [123]][:cap]
+    assert answer == "ok" and named(rounds) == ([[12], [45], [3], [123]][:cap] or [[]])
     assert len(model.prompts) == cap + 1 and model.prompts[-1][0] == prompt(*[12, 45, 3][:cap])
+    assert all(r.routed == [(n, 0.5) for n in NUMBERS] for r in rounds)
 
 
 @pytest.mark.parametrize("cap", [1, 2, 3, 5])
@@ -251,19 +263,28 @@ def test_settings_are_checked(options, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # With a real model
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "smear"])
-def small(request, tokenizer):
-    """A model with weights large enough to have opinions, its memory and the texts in it."""
-    torch.manual_seed(2 if request.param else 4)  # seeds of models that name several documents in several rounds
+SMALL = {  # seeds of models that name several documents in several rounds
+    "plain": ("tokenizer", 4, {}),
+    "smear": ("tokenizer", 2, dict(smear=True, qk_norm=True)),
+    "number tokens": ("number_tokenizer", 3, dict(smear=True, qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
+}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request):
+    """A model with weights large enough to have opinions, its memory, the texts in it, and their tokenizer."""
+    kind, seed, options = SMALL[request.param]
+    tokenizer = request.getfixturevalue(kind)
+    torch.manual_seed(seed)
     model = MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=4, head_dim=8,
-                            num_attention_heads=4, num_key_value_heads=2, chunk_size=8, top_k=2, smear=request.param,
-                            qk_norm=request.param)).eval()
+                            num_attention_heads=4, num_key_value_heads=2, chunk_size=8, top_k=2, **options)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(12)
     texts = [tokenizer.encode(f"The magic number of {word} is {i}.") for i, word in enumerate(("river", "lamp", "otter", "castle", "road"))]
     with torch.no_grad():
-        return model, model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(NUMBERS, texts)], NUMBERS), texts
+        memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(NUMBERS, texts)], NUMBERS)
+    return model, memory, texts, tokenizer
 
 
 def alone(model, tokenizer, memory, start, route, number, numbers):
@@ -280,9 +301,9 @@ def alone(model, tokenizer, memory, start, route, number, numbers):
 
 @pytest.mark.parametrize("numbers", [[3, 12, 45, 123, 4071], [12, 123, 1234, 12345, 13], [45], [4071, 3]])
 @torch.no_grad()
-def test_number_log_probabilities(small, tokenizer, numbers):
+def test_number_log_probabilities(small, numbers):
     """Scoring all numbers in one batch over copies of a cache would differ from scoring each alone, from the start."""
-    model, memory, _ = small
+    model, memory, _, tokenizer = small
     question = tokenizer.question(tokenizer.encode("What is the magic number of otter?"))
     start, cache = [*question, tokenizer.retrieve], Cache()
     read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question), cache=cache)
@@ -298,9 +319,9 @@ def test_number_log_probabilities(small, tokenizer, numbers):
 
 @pytest.mark.parametrize("options", [{}, {"router_weight": 0.0}, {"max_documents": 1, "max_rounds": 2}])
 @torch.no_grad()
-def test_the_loop_without_caches(small, tokenizer, options):
+def test_the_loop_without_caches(small, options):
     """With its caches the loop would decide otherwise than when everything is read from the start at each decision."""
-    model, memory, texts = small
+    model, memory, texts, tokenizer = small
     config = InterleaveConfig(max_answer_tokens=6, **options)
     answer, rounds = answer_question(model, tokenizer, memory, texts, "What is the magic number of lamp?", config)
     prompt, seen, expected = tokenizer.question(tokenizer.encode("What is the magic number of lamp?")), [], []
@@ -334,3 +355,29 @@ def test_the_loop_without_caches(small, tokenizer, options):
     while len(said) <= config.max_answer_tokens and said[-1] != tokenizer.end:
         said.append(int(logits_behind(said)[0].argmax()))
     assert answer == tokenizer.decode([token for token in said[1:] if token != tokenizer.end])
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+@torch.no_grad()
+def test_no_rounds(small, with_memory):
+    """Where nothing may be named the model would still retrieve, lose what it was routed to, or answer from something else than the
+    memory; and without a memory it would fail."""
+    model, memory, texts, tokenizer = small
+    config, question = InterleaveConfig(max_answer_tokens=6, max_rounds=0), tokenizer.question(tokenizer.encode("Who?"))
+    if not with_memory:
+        memory, texts, config.max_rounds = None, [], 3
+    start, said = [*question, tokenizer.retrieve], [tokenizer.end_of_retrieval]
+    while len(said) <= 6 and said[-1] != tokenizer.end:
+        tokens = torch.tensor([[*start, *said]])
+        output = model.read(tokens, memory, torch.arange(tokens.size(1))[None] < len(question))
+        said.append(int(output.logits[0, -1, :tokenizer.vocab_size].argmax()))
+    expected = tokenizer.decode([token for token in said[1:] if token != tokenizer.end])
+    answer, rounds = answer_question(model, tokenizer, memory, texts, "Who?", config)
+    assert answer == expected
+    assert [(r.named, r.appended) for r in rounds] == [([], [])]
+    routed = [(NUMBERS[d], score) for d, score in rank_documents(output.selections)]
+    assert [n for n, _ in rounds[0].routed] == [n for n, _ in routed] and len(routed) >= 2 * with_memory
+    assert [score for _, score in rounds[0].routed] == pytest.approx([score for _, score in routed], abs=1e-5)
+    cache = Cache()
+    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question), cache=cache)
+    assert "".join(generate_answer(model, tokenizer, cache, config)) == expected

@@ -7,20 +7,30 @@ import pytest
 
 from common import UserError
 from prepare_data import DataConfig
-from tasks import TASKS, make_memory, make_pool
+from tasks import COLOURS, TASKS, Words, make_memory, make_pool
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 LINK = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is the one for ([a-z]+-[a-z]+)\.")
-QUESTION = re.compile(r"What is the special magic number for ([a-z]+-[a-z]+)\?")
+PROPERTY = re.compile(r"The colour of ([a-z]+-[a-z]+) is ([a-z]+)\.")
+NOISE = re.compile(r"The [a-z]+ [a-z]+ can [a-z]+ the [a-z]+ [a-z]+ near the [a-z]+\.")
+QUESTION = re.compile(r"What is the (special magic number for|colour of) ([a-z]+-[a-z]+)\?")
 CONFIG = DataConfig(needles=16, chains=14, noise=4)
+READING = DataConfig(needles=5, chains=3, properties=7, noise=2, filler=3)
 
 
 def keys_of(texts):
-    return [key for text in texts for key in re.findall(r"for ([a-z]+-[a-z]+)", text)]
+    return [key for text in texts for key in re.findall(r"(?:for|of) ([a-z]+-[a-z]+)", text)]
 
 
-def pools_of(words, split, stream, count=20, seed=1337):
-    return [make_pool(words(), CONFIG, split, np.random.default_rng([seed, stream, i])) for i in range(count)]
+def pools_of(words, split, stream, count=20, seed=1337, config=CONFIG):
+    return [make_pool(words(), config, split, np.random.default_rng([seed, stream, i])) for i in range(count)]
+
+
+def sentences_of(text):
+    """A document's sentences about something, and how many noise sentences stand before and behind them."""
+    sentences = text.replace(". ", ".\n").split("\n")
+    matter = [i for i, sentence in enumerate(sentences) if not NOISE.fullmatch(sentence)]
+    return [sentences[i] for i in matter], matter[0] if matter else len(sentences), len(sentences) - 1 - matter[-1] if matter else 0
 
 
 def test_pairs_are_divided(words):
@@ -34,8 +44,10 @@ def test_pairs_are_divided(words):
 
 def test_splits_are_disjoint(words):
     """Test keys would be seen in training, whatever the seed: accuracy would then measure memory of the training data."""
-    train = {key for seed in (1, 2) for documents, _ in pools_of(words, "train", 0, seed=seed) for key in keys_of(documents)}
-    validation = {key for documents, _ in pools_of(words, "validation", 1, seed=1) for key in keys_of(documents)}
+    def keys(split, stream, seed):
+        return {key for config in (CONFIG, READING) for documents, _ in pools_of(words, split, stream, seed=seed, config=config)
+                for key in keys_of(documents)}
+    train, validation = keys("train", 0, 1) | keys("train", 0, 2), keys("validation", 1, 1)
     test = {key for task in TASKS for key in keys_of(make_memory(words(), task, 1500, 400, 1)[0])}
     assert len(train) > 1500 and len(validation) > 700 and len(test) > 3000
     assert not train & validation and not train & test and not validation & test
@@ -43,13 +55,15 @@ def test_splits_are_disjoint(words):
 
 def check_question(question, documents):
     """Follow the documents of a question by their texts; returns its hops."""
-    key = QUESTION.fullmatch(question.text)[1]
+    about, key = QUESTION.fullmatch(question.text).groups()
+    assert question.pooled == (about == "colour of")
     for place in question.gold[:-1]:
         found = LINK.fullmatch(documents[place])
         assert found[1] == key
         key = found[2]
-    found = NEEDLE.fullmatch(documents[question.gold[-1]])
+    found = (PROPERTY if question.pooled else NEEDLE).fullmatch(documents[question.gold[-1]])
     assert (found[1], found[2]) == (key, question.answer)
+    assert not question.pooled or question.answer in COLOURS
     return len(question.gold)
 
 
@@ -73,27 +87,115 @@ def test_half_of_a_pool_is_similar(words):
         adjectives, nouns = zip(*(key.split("-") for key in keys))
         similar = [adjectives.count(a) > 1 or nouns.count(n) > 1 for a, n in zip(adjectives, nouns)]
         assert len(keys) == 44 and sum(similar) >= 22
-        asked = {QUESTION.fullmatch(question.text)[1] for question in questions[:16]}
+        asked = {QUESTION.fullmatch(question.text)[2] for question in questions[:16]}
         assert 0 < sum(s for key, s in zip(keys, similar) if key in asked) < sum(similar)  # in needles and in chains alike
 
 
-@pytest.mark.parametrize("task,hops", [("niah_single", 1), ("niah_multikey", 1), ("two_hop", 2)])
+def test_colours_are_no_other_words(words):
+    """A colour that is also a word of keys or of noise would stand in documents that do not state it; one given twice would be likelier."""
+    assert len(COLOURS) == len(set(COLOURS)) == 16
+    assert set(COLOURS).isdisjoint([*words().adjectives, *words().nouns, *words().verbs])
+
+
+def test_properties_and_filler(words):
+    """Pools would lack the documents to read from, or a fact would be lost, doubled or always in one place among its filler."""
+    around, places, colours = [], [], []
+    for documents, questions in pools_of(words, "train", 0, config=READING):
+        parts = [sentences_of(text) for text in documents]
+        facts = [" ".join(matter) for matter, _, _ in parts]
+        assert len(documents) == len(set(documents)) == 5 + 2 * 3 + 7 + 2 and sorted(map(bool, facts)) == [False] * 2 + [True] * 18
+        assert all(before == 1 for fact, before, _ in parts if not fact)  # noise documents stay one sentence
+        assert [check_question(question, facts) for question in questions] == [1] * 5 + [2] * 3 + [1] * 7
+        assert [question.pooled for question in questions] == [False] * 8 + [True] * 7
+        assert len({place for question in questions for place in question.gold}) == len(set(keys_of(documents))) == 18
+        around += [(before, behind) for fact, before, behind in parts if fact]
+        places.append(questions[-1].gold[0])
+        colours += [question.answer for question in questions if question.pooled]
+    counts = np.bincount([before + behind for before, behind in around], minlength=4) / 360
+    assert len(counts) == 4 and counts == pytest.approx([0.25] * 4, abs=4 * (0.1875 / 360) ** 0.5)  # 0, 1, 2 or 3, alike often
+    assert {(before, behind) for before, behind in around} == {(a, b) for a in range(4) for b in range(4 - a)}
+    assert len(set(places)) > 8 and len(set(colours)) == 16 and max(map(colours.count, COLOURS)) < 30  # 140 of 16
+
+
+GIVEN = {  # what these words and seeds gave before there were properties and filler
+    "pool": ["One of the special magic numbers for dry-cup is: 8598079.",
+             "One of the special magic numbers for brave-ant is the one for brave-cup.",
+             "One of the special magic numbers for able-dog is: 2041572.",
+             "One of the special magic numbers for brave-cup is: 6652272.",
+             "The brave dog can see the calm dog near the ant."],
+    "niah_single": ["One of the special magic numbers for dry-dog is: 4898142.",
+                    "One of the special magic numbers for calm-cup is: 6591050.",
+                    "The brave ant can find the brave dog near the dog.",
+                    "The able bell can find the brave elm near the cup."],
+    "niah_multikey": ["One of the special magic numbers for brave-dog is: 5848852.",
+                      "One of the special magic numbers for able-cup is: 6061912.",
+                      "One of the special magic numbers for able-elm is: 9158876.",
+                      "One of the special magic numbers for dry-bell is: 2494595."],
+    "two_hop": ["One of the special magic numbers for calm-elm is the one for brave-dog.",
+                "One of the special magic numbers for brave-dog is: 1270375.",
+                "One of the special magic numbers for able-cup is the one for dry-bell.",
+                "One of the special magic numbers for dry-bell is: 2649301."],
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_same_data_as_before(name):
+    """Without properties and filler a seed would no longer give the data that published numbers were measured with."""
+    few = object.__new__(Words)
+    few.adjectives, few.nouns, few.verbs = ["able", "brave", "calm", "dry"], ["ant", "bell", "cup", "dog", "elm"], ["find", "see"]
+    few.split = np.array([0, 2] * 10)
+    if name == "pool":
+        documents, questions = make_pool(few, DataConfig(needles=2, chains=1, noise=1), "train", np.random.default_rng(5))
+        assert [question.gold for question in questions] == [(0,), (2,), (1, 3)]
+    else:
+        documents, questions = make_memory(few, name, 4, 1 if name == "two_hop" else 2, 3)
+    assert documents == GIVEN[name] and not any(question.pooled for question in questions)
+
+
+@pytest.mark.parametrize("task,hops", [("niah_single", 1), ("niah_multikey", 1), ("two_hop", 2), ("read_pooled", 1)])
 def test_memories_answer_their_questions(words, task, hops):
     """Evaluation would ask what its memory does not hold, or hold a document twice."""
     documents, questions = make_memory(words(), task, 301, 40, 3)
     assert len(documents) == len(set(documents)) == 301 and len(questions) == 40
     assert [check_question(question, documents) for question in questions] == [hops] * 40
     assert sorted(place for question in questions for place in question.gold) == list(range(40 * hops))  # they come first
-    assert sum(bool(NEEDLE.fullmatch(text)) for text in documents) == {"niah_single": 40, "niah_multikey": 301, "two_hop": 150}[task]
+    needles, properties = (sum(bool(kind.fullmatch(text)) for text in documents) for kind in (NEEDLE, PROPERTY))
+    assert (needles, properties) == {"niah_single": (40, 0), "niah_multikey": (301, 0), "two_hop": (150, 0), "read_pooled": (0, 301)}[task]
     assert make_memory(words(), task, 301, 40, 4)[0] != documents
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_more_documents_extend_a_memory(words, task):
+@pytest.mark.parametrize("filler", [1, 3])
+def test_filler_of_memories(words, task, filler):
+    """With filler a memory would hold other facts than without, or another number of noise sentences than it says, always in one place."""
+    plain, asked = make_memory(words(), task, 203, 5, 3)
+    filled, questions = make_memory(words(), task, 203, 5, 3, filler)
+    assert questions == asked and len(filled) == 203
+    parts = [sentences_of(text) for text in filled]
+    single = task == "niah_single"
+    facts = [(" ".join(matter), before, behind) for matter, before, behind in parts if matter]
+    assert [fact for fact, _, _ in facts] == (plain[:5] if single else plain)
+    assert all(before + behind == filler for _, before, behind in facts)
+    if single:  # behind the needles: a noise document's own sentence, among so many others
+        assert all(before == filler + 1 and own in text for (_, before, _), own, text in zip(parts[5:], plain[5:], filled[5:]))
+    else:
+        assert {before for _, before, _ in facts} == set(range(filler + 1))
+
+
+def test_colours_of_a_memory(words):
+    """Guessing one colour would answer more than 1 in 16 questions by far."""
+    answers = [question.answer for question in make_memory(words(), "read_pooled", 3200, 3200, 1)[1]]
+    assert set(answers) == set(COLOURS)
+    assert all(abs(answers.count(colour) - 200) <= 4 * (3200 * 15 / 256) ** 0.5 for colour in COLOURS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("filler", [0, 2])
+def test_more_documents_extend_a_memory(words, task, filler):
     """Lengths of one evaluation would be different memories: their accuracies could not be compared."""
-    documents, questions = make_memory(words(), task, 301, 5, 3)
+    documents, questions = make_memory(words(), task, 301, 5, 3, filler)
     for count in (40, 41):
-        shorter, asked = make_memory(words(), task, count, 5, 3)
+        shorter, asked = make_memory(words(), task, count, 5, 3, filler)
         assert len(shorter) == count and shorter == documents[:count] and asked == questions
 
 

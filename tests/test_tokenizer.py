@@ -37,21 +37,25 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.encode_batch([text, "x"]) == [tokenizer.encode(text), tokenizer.encode("x")]
 
 
-@pytest.mark.parametrize("text", SPECIAL_TOKENS)
-def test_look_alikes_are_text(tokenizer, text):
-    """A document that contains the characters of a special token could end an answer or a retrieval."""
-    special = {tokenizer.encoding.encode_single_token(token) for token in SPECIAL_TOKENS}
-    assert len(special) == 5
+@pytest.mark.parametrize("text", [*SPECIAL_TOKENS, "<|0:0|>", "<|1:77|>", "<|2:255|>"])
+def test_look_alikes_are_text(number_tokenizer, text):
+    """A document that contains the characters of a special token could end an answer or a retrieval, or name a document."""
+    tokenizer = number_tokenizer
+    special = {tokenizer.encoding.encode_single_token(token) for token in (*SPECIAL_TOKENS, text)}
+    assert len(special) == 5 + (text not in SPECIAL_TOKENS)
     for spelled in (text, f"a{text}b", f" {text}\n", text + text):
         assert special.isdisjoint(tokenizer.encode(spelled))
         assert special.isdisjoint(tokenizer.encode_batch([spelled])[0])
 
 
-def test_special_ids(tokenizer):
-    """The names of the special tokens would not mean the tokens of these names."""
+@pytest.mark.parametrize("kind,numbers", [("tokenizer", 0), ("number_tokenizer", 768)])
+def test_special_ids(request, kind, numbers):
+    """The names of the special tokens would not mean the tokens of these names, or number tokens would lie between them."""
+    tokenizer = request.getfixturevalue(kind)
     ids = [tokenizer.question_start, tokenizer.retrieve, tokenizer.stop, tokenizer.end_of_retrieval, tokenizer.end]
-    assert ids == list(range(tokenizer.vocab_size - 5, tokenizer.vocab_size))
+    assert ids == list(range(tokenizer.vocab_size - numbers - 5, tokenizer.vocab_size - numbers))
     assert tokenizer.decode(ids) == "<|question|><|retrieve|><|stop|><|end_of_retrieval|><|end|>"
+    assert tokenizer.first_number == (ids[-1] + 1 if numbers else None)
 
 
 @pytest.mark.parametrize("number", [0, 7, 12, 305, 10_000, 9_999_999])
@@ -67,6 +71,52 @@ def test_spelling(tokenizer, number, text):
     assert document[:len(spelled)] == document[-len(spelled):] == appended[:len(spelled)] == spelled
     assert spelled[0] == tokenizer.open_bracket and spelled.count(tokenizer.open_bracket) == 1
     assert question[0] == tokenizer.question_start and question[1:-1] == ids
+
+
+@pytest.mark.parametrize("number,places", [
+    (0, [0, 0, 0]), (7, [7, 0, 0]), (255, [255, 0, 0]), (256, [0, 1, 0]), (65_535, [255, 255, 0]), (65_536, [0, 0, 1]),
+    (4_729_103, [15, 41, 72]),  # 72 * 65,536 + 41 * 256 + 15
+    (16_777_215, [255, 255, 255])])
+def test_number_tokens(number_tokenizer, number, places):
+    """A number would not be its three places in base 256, lowest first, between brackets: wherever it is written, the same five tokens."""
+    spelled, ids = number_tokenizer.number(number), number_tokenizer.encode("[3]. 5")
+    assert number_tokenizer.decode(spelled) == "[" + "".join(f"<|{place}:{digit}|>" for place, digit in enumerate(places)) + "]"
+    first = number_tokenizer.first_number
+    assert spelled[1:-1] == [first + places[0], first + 256 + places[1], first + 512 + places[2]]
+    assert [spelled[0]] == number_tokenizer.encode("[") and [spelled[-1]] == number_tokenizer.encode("]")
+    assert len(spelled) == number_tokenizer.number_length == 5
+    document, appended = number_tokenizer.document(number, ids), number_tokenizer.appended(number, ids)
+    assert document == [*spelled, *number_tokenizer.encode(". "), *ids, *spelled]
+    assert appended == [*spelled, *number_tokenizer.encode(". "), *ids, *number_tokenizer.encode("\n")]
+
+
+@pytest.mark.parametrize("number", [256 ** 3, 256 ** 3 + 7, 10 ** 9])
+def test_numbers_that_have_no_tokens(tokenizer, number_tokenizer, number):
+    """A number beyond three places would be spelled like another one, or end in a traceback."""
+    with pytest.raises(UserError, match=f"^document number {number}: this tokenizer spells numbers below 16,777,216$"):
+        number_tokenizer.number(number)
+    assert tokenizer.decode(tokenizer.number(number)) == f"[{number}]"  # digits go on
+
+
+@pytest.mark.parametrize("kind,allowed,message", [
+    ("tokenizer", (0,), "it must be 0, since it spells numbers in digits"), ("number_tokenizer", (0, 5), "it must be 0 or 5$")])
+def test_check_number_chunk(request, kind, allowed, message):
+    """A model's last chunk would hold more or less than the number that closes a document."""
+    tokenizer = request.getfixturevalue(kind)
+    for size in range(8):
+        if size in allowed:
+            tokenizer.check_number_chunk(size)
+        else:
+            with pytest.raises(UserError, match=f"^model.number_chunk is {size}; with this tokenizer {message}"):
+                tokenizer.check_number_chunk(size)
+
+
+def test_without_number_tokens(tokenizer, number_tokenizer):
+    """Numbers would be spelled in tokens that nobody asked for; or the digits of a text would be taken for a number's tokens."""
+    assert tokenizer.first_number is None and tokenizer.number_length == 0
+    assert tokenizer.number(305) == tokenizer.encode("[305]")
+    text = number_tokenizer.encode("see [305] and [7]")
+    assert number_tokenizer.decode(text) == "see [305] and [7]" and max(text) < number_tokenizer.question_start
 
 
 @pytest.mark.parametrize("before,after", [("", ""), ("see ", " there"), ("a", "b"), ("1", "2"), ("(", ")."), ("\n", "\n")])
@@ -85,8 +135,10 @@ def test_digits(numeric, digits):
         assert max(map(len, pieces)) <= 2
 
 
-def test_save_and_load(tokenizer, tmp_path, files_of):
-    """A checkpoint's tokenizer would encode otherwise than the one that the model was trained with."""
+@pytest.mark.parametrize("kind", ["tokenizer", "number_tokenizer"])
+def test_save_and_load(request, kind, tmp_path, files_of):
+    """A checkpoint's tokenizer would encode or spell numbers otherwise than the one that the model was trained with."""
+    tokenizer = request.getfixturevalue(kind)
     tokenizer.save(tmp_path / "a")
     loaded = Tokenizer.load(tmp_path / "a")
     loaded.save(tmp_path / "b")
@@ -94,6 +146,8 @@ def test_save_and_load(tokenizer, tmp_path, files_of):
     assert sorted(files_of(tmp_path / "a")) == ["tokenizer.tiktoken", "tokenizer_msa.json"]
     assert (loaded.vocab_size, loaded.end, loaded.open_bracket) == (tokenizer.vocab_size, tokenizer.end, tokenizer.open_bracket)
     assert loaded.encoding.name == tokenizer.encoding.name
+    assert (loaded.first_number, loaded.number_length) == (tokenizer.first_number, tokenizer.number_length)
+    assert [loaded.number(n) for n in (0, 300, 9_999_999)] == [tokenizer.number(n) for n in (0, 300, 9_999_999)]
     for text in TEXTS:
         assert loaded.encode(text) == tokenizer.encode(text)
     everything = list(range(tokenizer.vocab_size))
@@ -173,6 +227,18 @@ def test_named_encoding(monkeypatch, tmp_path):
     assert Tokenizer.load(tmp_path).document(12, [104]) == named.document(12, [104]) == list(b"[12]. h[12]")
 
 
+def test_named_encoding_with_number_tokens(monkeypatch, tmp_path):
+    """Number tokens would take ids of a named encoding, or be forgotten there or in its files."""
+    base = tiktoken.Encoding("gaps", pat_str=r"\w+|\W", mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={"<|endoftext|>": 300})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: base)
+    named_encoding("gaps", number_tokens=True).save(tmp_path)
+    named = Tokenizer.load(tmp_path)
+    assert (named.question_start, named.end, named.first_number, named.vocab_size) == (301, 305, 306, 306 + 768)
+    assert named.number(513) == [ord("["), 306 + 1, 306 + 256 + 2, 306 + 512, ord("]")]
+    assert named_encoding("gaps").vocab_size == 306
+
+
 def test_named_encoding_with_gaps(monkeypatch, tmp_path):
     """An encoding whose ids have gaps, as those of cl100k_base and o200k_base, could not be saved and loaded."""
     base = tiktoken.Encoding("gaps", pat_str=r"\w+|\W", mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -211,15 +277,17 @@ def test_encoding_without_our_special_tokens():
         Tokenizer(encoding)
 
 
-@pytest.mark.parametrize("size,fits", [(260, False), (-1, False), (261, True), (270, True)])
-def test_vocabulary_size(size, fits):
+@pytest.mark.parametrize("size,number_tokens,fits", [
+    (260, False, False), (-1, False, False), (261, False, True), (270, False, True),
+    (1028, True, False), (261, True, False), (1029, True, True), (1040, True, True)])
+def test_vocabulary_size(size, number_tokens, fits):
     """A vocabulary that cannot hold the bytes would be trained, or one that can would be refused."""
     texts = ["the quiet river can follow the river"] * 4
     if fits:
-        assert train_encoding(texts, size).vocab_size == size
+        assert train_encoding(texts, size, number_tokens).vocab_size == size
     else:
-        with pytest.raises(UserError, match=f"vocab_size is {size}; .* at least 261"):
-            train_encoding(texts, size)
+        with pytest.raises(UserError, match=f"vocab_size is {size}; .* at least {1029 if number_tokens else 261}"):
+            train_encoding(texts, size, number_tokens)
 
 
 def test_training_needs_rustbpe(monkeypatch):

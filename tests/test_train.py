@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from model import MSA
-from prepare_data import Pools
+from prepare_data import Pools, collate
 from train import TrainConfig, learning_rate, next_pool
 
 REPOSITORY = Path(train.__file__).parent
@@ -79,8 +79,11 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
     rows = read_log(files)
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train"), (2, "validation")]
     for row in rows:
-        assert set(row) - {"norm"} == {"step", "split", "lm", "answer", "aux", "top1", "chance", "recall"}
+        assert set(row) - {"norm"} == {"step", "split", "lm", "naming", "answer", "named", "answered", "aux", "top1", "chance", "recall"}
         assert len(row["recall"]) == 2 and row["chance"] == 0.4  # one memory layer, the mean score; 2 of 5 documents
+        assert min(row["naming"], row["answer"]) < row["lm"] < max(row["naming"], row["answer"])
+        assert {row["named"], row["answered"]} <= {0, 0.25, 0.5, 0.75, 1, 0.333333, 0.666667}  # 4 samples name, 3 answer
+    assert "| naming " in result.out and f" {rows[0]['naming']:.3f} {rows[0]['named']:.2f} |" in result.out
     assert rows[0]["lm"] == pytest.approx(np.log(608), abs=0.1)  # an untrained model knows nothing
 
 
@@ -91,19 +94,55 @@ def test_training_learns(fit, tmp_path, files_of):
     assert np.mean(losses[-4:]) < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("router_steps,lm_weight,aux_weight", [(1, 0.1, 1.0), (0, 1.0, 0.1)])
-def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, lm_weight, aux_weight):
-    """The first phase would not be 0.1 * LM + aux, or the second not LM + 0.1 * aux."""
-    assert fit("--out", tmp_path, "--max-steps", 1, "--router-steps", router_steps).code == 0
+@pytest.mark.parametrize("router_steps,flags,lm_weight,aux_weight", [
+    (1, [], 0.1, 1.0), (1, ["--router-lm-weight", 0.75], 0.75, 1.0), (1, ["--router-lm-weight", 0], 0.0, 1.0),
+    (0, [], 1.0, 0.1), (0, ["--router-lm-weight", 0.75], 1.0, 0.1)])
+def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, flags, lm_weight, aux_weight):
+    """The first phase would not be router_lm_weight * LM + aux, 0.1 by default, or the second not LM + 0.1 * aux."""
+    assert fit("--out", tmp_path, "--max-steps", 1, "--router-steps", router_steps, *flags).code == 0
     row = read_log(files_of(tmp_path))[0]
     config = MSA.load(tmp_path).config
     torch.manual_seed(1337)
     model = MSA(config)
     losses = model(*next_pool(Pools(tiny / "data" / "train", 608), 0, tokenizer, TrainConfig(), torch.device("cpu")))
     (lm_weight * losses["lm"] + aux_weight * losses["aux"]).backward()
-    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert row["norm"] == pytest.approx(float(norm), abs=1e-4)
-    assert (row["lm"], row["aux"]) == pytest.approx((float(losses["lm"]), float(losses["aux"])), abs=1e-5)
+    for name in ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance"):  # each under its own name
+        assert row[name] == pytest.approx(losses[name].item(), abs=1e-5)
+    assert row["recall"] == pytest.approx(losses["recall"].tolist(), abs=1e-5)
+
+
+def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
+    """The baseline would be trained on other samples than its answers, or could not be logged, drawn, validated, saved or resumed."""
+    flags = ["--model.full-attention", "--router-steps", 0, "--final-learning-rate", 2e-3]  # a rate that the number of steps leaves alone
+    result = fit("--out", tmp_path / "a", *flags, "--max-steps", 4)
+    assert result.code == 0 and "memory layers []" in result.out, result.err
+    rows = read_log(files_of(tmp_path / "a"))
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (1, "train"), (2, "train"), (3, "train"), (3, "validation"), (4, "train"), (4, "validation")]
+    for row in rows:
+        assert row["recall"] == [0] and row["aux"] == row["naming"] == row["named"] == row["top1"] == 0 and row["lm"] == row["answer"] > 0
+    model = MSA.load(tmp_path / "a")
+    assert model.config.full_attention and not any("router" in name for name in model.state_dict())
+    torch.manual_seed(1337)
+    model, pools = MSA(model.config), Pools(tiny / "data" / "train", 608)
+    rng = np.random.default_rng([1337, 0])
+    documents, _, batches = collate(pools[0], tokenizer, 10_000_000, rng, one_step=False)
+    losses = []  # of the first pool's answers: each question alone behind all of the documents, from the start
+    for batch in batches:
+        for tokens, target in zip(batch["tokens"], batch["target_mask"]):
+            logits = model.read(torch.cat([*documents, tokens])[None]).logits[0, sum(map(len, documents)) - 1:-1]
+            losses += torch.nn.functional.cross_entropy(logits[target], tokens[target], reduction="none").tolist()
+    assert rows[0]["lm"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert fit("--out", tmp_path / "b", *flags, "--max-steps", 3).code == 0
+    draw()
+    assert fit("--out", tmp_path / "b", *flags, "--max-steps", 4, "--resume").code == 0
+    assert (tmp_path / "b" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    trained, resumed = (files_of(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
+    assert trained == resumed
+    result = fit("--out", tmp_path / "a", "--resume", "--max-steps", 5)  # without the flag
+    assert result.code == 2 and "router" in result.error
 
 
 @pytest.mark.parametrize("step,expected", [
