@@ -5,13 +5,12 @@
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
+    python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
 config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png. A step is measured before
 it changes the weights: the row of step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
-
-    python train.py config/read.toml --model.full-attention --router-steps 0     # the baseline: no memory, all documents as one text
 """
 import io
 import json
