@@ -41,6 +41,7 @@ class DataConfig:
     chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
     noise: int = 4                   # noise documents in a pool
     properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
+    grow: bool = False               # the first training pools have an eighth of the documents; all from the middle of the data on
     filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
     encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
     vocab_size: int = 4096           # of the trained BPE, special tokens included
@@ -353,7 +354,7 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True
 
     A question that is answered from the pooled memory is one sample, and one time in four another with its document
     appended: reading the text is easier, but must not be forgotten. one_step False (the full-attention baseline, which has the
-    documents before it): a question is one sample, its answer.
+    documents before it): a question is one sample, its answer; documents are their texts, it has no use for numbers.
     Documents get random numbers, increasing with their place: the order of a pool is random already.
     Returns (documents, numbers, batches): a list of LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
         tokens (B, T) int64; routing_mask (B, T) bool: tokens that route; target_mask (B, T) bool: tokens to predict;
@@ -385,7 +386,7 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True
             batch = []
         batch.append(sample)
     batches.append(stack(batch, tokenizer, len(texts)))
-    spelled = [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)]
+    spelled = [torch.tensor(tokenizer.document(n, text) if one_step else text) for n, text in zip(numbers, texts)]
     return spelled, numbers, batches
 
 
@@ -414,7 +415,10 @@ def synthetic_splits(config):
     words = Words()
     def generate(split, count, stream):
         for i in range(count):
-            yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
+            share = 8 ** min(2 * i / count - 1, 0) if config.grow and split == "train" else 1  # few documents are told apart sooner
+            whole = {name: getattr(config, name) for name in ("needles", "chains", "noise", "properties")}
+            part = {name: count and max(1, round(share * count)) for name, count in whole.items()}
+            yield make_pool(words, dataclasses.replace(config, **part), split, np.random.default_rng([config.seed, stream, i]))
     return {"train": lambda: generate("train", config.pools, 0),
             "validation": lambda: generate("validation", config.validation_pools, 1)}
 
@@ -428,8 +432,8 @@ def make_encoding(config, texts):
 
 def write_synthetic(config, folder):
     splits = synthetic_splits(config)
-    def sample_texts():  # 1,000 pools are enough to learn merges from
-        for _, (documents, questions) in zip(range(1000), splits["train"]()):
+    def sample_texts():  # 1,000 whole pools are enough to learn merges from
+        for _, (documents, questions) in zip(range(1000), synthetic_splits(dataclasses.replace(config, grow=False))["train"]()):
             yield from documents
             yield from (q.text for q in questions)
     tokenizer = make_encoding(config, sample_texts())

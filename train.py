@@ -40,6 +40,7 @@ class TrainConfig:
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # the first phase: router_lm_weight * LM + aux; until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made until routing works
+    routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase; see next_pool
     learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 for 4B parameters)
     final_learning_rate: float = 2e-5   # at the last step; cosine decay in the second phase (the paper: 6e-6)
     warmup_steps: int = 50              # linear warm-up
@@ -64,6 +65,8 @@ class TrainConfig:
         for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.routing_dropout < 1:
+            raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
 
 def learning_rate(step, config):
@@ -75,11 +78,19 @@ def learning_rate(step, config):
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def next_pool(pools, position, tokenizer, config, device):
-    """Pool number `position` (the data is read again when it ends), collated; its numbers depend on the position alone."""
+def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
+    """Pool number `position` (the data is read again when it ends), collated; what is random in it depends on the position alone.
+
+    dropout: the share of tokens that do not route. Words that all questions have in common score alike in all documents
+    that have them: where they score best, the maximum over tokens hides the words that tell documents apart, and Eq. 5 has no
+    gradient that could change it.
+    """
     rng = np.random.default_rng([config.seed, position])
     documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng,
                                           one_step=not config.model.full_attention)
+    for batch in batches if dropout else ():
+        kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
+        batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])
     return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
@@ -245,7 +256,8 @@ def script():
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
-            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer, config, device)
+            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer, config, device,
+                                                    config.routing_dropout if step < config.router_steps else 0.0)
             if world > 1:
                 wrapped.require_backward_grad_sync = micro == config.accumulate - 1
             with autocast(device, dtype):

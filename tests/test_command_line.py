@@ -108,6 +108,7 @@ MISTAKES = [
     (train, "tiny.toml --model.chunk-size 0", "model.chunk_size is 0; it must be at least 1"),
     (train, "tiny.toml --model.number-chunk -1", "model.number_chunk is -1; it must be at least 0"),
     (train, "tiny.toml --model.number-chunk 5 --out other", "error: model.number_chunk is 5; with this tokenizer it must be 0"),
+    (train, "tiny.toml --routing-dropout 1 --out other", "routing_dropout is 1.0; it must be at least 0 and below 1"),
     (train, "tiny.toml --router-lm-weight -1 --out other", "router_lm_weight is -1.0; it must be at least 0"),
     (train, "tiny.toml --data.properties -1", "properties is -1; it must be at least 0"),
     (train, "tiny.toml --model.num-hidden-layers 1", "model.num_hidden_layers is 1; at least 2"),

@@ -332,10 +332,10 @@ def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
         rows, seen = watch(*flags, "--baseline", "full", checkpoint=full_checkpoint)
     assert len(contexts) == 2 and len(asked) == len(seen) == 6
     for i, (one, read) in enumerate(zip(asked, seen)):
-        documents = "".join(f"[{n}]. {text}[{n}]" for n, text in sorted(zip(one.memory.numbers, one.texts)))
+        documents = "".join(text for _, text in sorted(zip(one.memory.numbers, one.texts)))  # it has no use for numbers
         assert tokenizer.decode(contexts[i // 3].tolist()) == documents
         assert tokenizer.decode(read.tokens) == f"<|question|>{one.question}\n<|retrieve|>"
-        assert read.before == len(contexts[i // 3]) == rows[i // 3]["memory_tokens"]
+        assert read.before == len(contexts[i // 3]) < rows[i // 3]["memory_tokens"]
         with torch.no_grad():
             whole = read.model.read(torch.cat([contexts[i // 3], torch.tensor(read.tokens)])[None]).logits[0, read.before:]
         assert torch.allclose(read.logits, whole, atol=1e-4)

@@ -1,4 +1,5 @@
 """Documents of a folder, your own questions, files, and the samples made of them."""
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,8 @@ import torch
 
 import prepare_data
 from common import UserError
-from prepare_data import DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions
+from prepare_data import (DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions,
+                          synthetic_splits, write_synthetic)
 from tasks import make_pool
 from tokenizer import Tokenizer
 
@@ -154,7 +156,30 @@ def test_collate_for_full_attention(tokenizer):
         assert samples_in(tokenizer, batches) == sorted([("<|question|>b?\n", f"<|end_of_retrieval|>12{end}", [1], []),
                                                          ("<|question|>And a?\n", f"<|end_of_retrieval|>12{end}", [1, 2], []),
                                                          ("<|question|>c?\n", f"<|end_of_retrieval|>teal{end}", [4], [])])
-        assert [tokenizer.decode(d.tolist()) for d in spelled] == [f"[{n}]. {text}[{n}]" for n, text in zip(numbers, TEXTS)]
+        assert [tokenizer.decode(d.tolist()) for d in spelled] == list(TEXTS) and len(numbers) == len(TEXTS)
+
+
+def test_pools_that_grow():
+    """The baseline would meet all documents at once, or not meet them in the second half; validation would be easier than the test."""
+    config = DataConfig(pools=24, validation_pools=3, needles=32, chains=4, noise=0, properties=8)
+    pools = {grow: {split: list(make()) for split, make in synthetic_splits(dataclasses.replace(config, grow=grow)).items()}
+             for grow in (False, True)}
+    for split in ("train", "validation"):
+        assert {(len(texts), len(questions)) for texts, questions in pools[False][split]} == {(48, 44)}
+    assert pools[True]["validation"] == pools[False]["validation"] and pools[True]["train"][12:] == pools[False]["train"][12:]
+    counts = [(sum("number for" in q.text for q in questions), sum("colour of" in q.text for q in questions))
+              for _, questions in pools[True]["train"]]
+    assert counts[0] == (4 + 1, 1) and counts[4] == (8 + 1, 2) and counts[8] == (16 + 2, 4) and counts[12] == (32 + 4, 8)
+    assert counts == sorted(counts) and len(set(counts)) > 8
+
+
+def test_the_tokenizer_of_pools_that_grow(tmp_path):
+    """Merges would be learned from the few documents of the first pools."""
+    learned = []
+    for grow in (False, True):
+        config = DataConfig(out=str(tmp_path), pools=20, validation_pools=1, needles=16, chains=0, noise=0, vocab_size=600, grow=grow)
+        learned.append(write_synthetic(config, tmp_path / str(grow)).encode("the special magic numbers for brave-otter"))
+    assert learned[0] == learned[1]
 
 
 def test_a_number_limit_beyond_the_number_tokens(number_tokenizer):

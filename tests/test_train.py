@@ -145,6 +145,28 @@ def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
     assert result.code == 2 and "router" in result.error
 
 
+def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
+    """Dropped tokens would route, a question would route with none, the second phase or validation would drop, or a run not repeat."""
+    pools, config = Pools(tiny / "data" / "train", 608), TrainConfig()
+    whole = next_pool(pools, 0, tokenizer, config, torch.device("cpu"))
+    half, again, most = (next_pool(pools, 0, tokenizer, config, torch.device("cpu"), dropout) for dropout in (0.5, 0.5, 1 - 1e-9))
+    for a, b, c, d in zip(whole[2], half[2], again[2], most[2]):
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "routing_mask")
+        assert torch.equal(b["routing_mask"], c["routing_mask"]) and not (b["routing_mask"] & ~a["routing_mask"]).any()
+        assert b["routing_mask"].any(1).all() and d["routing_mask"].any(1).all()
+        assert torch.equal(a["routing_mask"], d["routing_mask"])  # where none was left, all are kept
+    share = sum(int(b["routing_mask"].sum()) for b in half[2]) / sum(int(a["routing_mask"].sum()) for a in whole[2])
+    assert 0.3 < share < 0.7
+    asked = []
+    def observed(pools, at, *rest):
+        asked.append((pools.folder.name, at, rest[3:]))
+        return next_pool(pools, at, *rest)
+    monkeypatch.setattr(train, "next_pool", observed)
+    assert fit("--out", tmp_path, "--max-steps", 3, "--router-steps", 2, "--routing-dropout", 0.25).code == 0
+    assert asked[:3] == [("train", 0, (0.25,)), ("train", 1, (0.25,)), ("train", 2, (0.0,))]
+    assert {rest for name, _, rest in asked[3:] if name == "validation"} == {()}
+
+
 @pytest.mark.parametrize("step,expected", [
     (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (39, 1.0), (40, 1.0), (55, 0.2 + 0.8 * (2 + 2 ** 0.5) / 4), (70, 0.6),
     (85, 0.2 + 0.8 * (2 - 2 ** 0.5) / 4), (100, 0.2), (500, 0.2)])
