@@ -39,7 +39,8 @@ class ModelConfig:
     top_k: int = 16                     # documents that each memory layer selects
     router_temperature: float = 0.1     # tau of Eq. 5 and of the naming rule
     smear: bool = False                 # from scratch: e_t + W e_{t-1} before the first layer (recall within 80 steps, not 350)
-    equal_routers: bool = False         # from scratch: routing query and key maps start equal, so that like finds like
+    equal_routers: bool = False         # from scratch: routing query and key maps start equal, so that like finds like (with
+                                        # full_attention: those of the last layer's attention)
     copy_init: bool = False             # from scratch: memory layers start as copiers of what they attend to; see init_weights
     number_chunk: int = 0               # tokens of a closing number that have a chunk of their own; 5 with number tokens
     normalize_values: bool = False      # pooled values get unit RMS per head: the mean of many is small
@@ -304,6 +305,9 @@ class MSA(nn.Module):
                 attention = self.model.layers[i].self_attn
                 keys = attention.router_k_proj[0].weight.data.view(G, 1, D, E)
                 attention.router_q_proj[0].weight.data.view(G, -1, D, E).copy_(keys.expand(-1, H // G, -1, -1))
+            if config.full_attention:  # the baseline gets the same help: its last layer's attention
+                attention = self.model.layers[-1].self_attn
+                attention.q_proj.weight.data.view(G, -1, D, E).copy_(attention.k_proj.weight.data.view(G, 1, D, E).expand(-1, H // G, -1, -1))
 
     @property
     def device(self):

@@ -41,7 +41,7 @@ class DataConfig:
     chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
     noise: int = 4                   # noise documents in a pool
     properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
-    grow: bool = False               # the first training pools have an eighth of the documents; all from the middle of the data on
+    grow: bool = False               # training pools grow from an eighth of the documents to all of them, which the last quarter has
     filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
     encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
     vocab_size: int = 4096           # of the trained BPE, special tokens included
@@ -415,7 +415,7 @@ def synthetic_splits(config):
     words = Words()
     def generate(split, count, stream):
         for i in range(count):
-            share = 8 ** min(2 * i / count - 1, 0) if config.grow and split == "train" else 1  # few documents are told apart sooner
+            share = 8 ** min(4 / 3 * i / count - 1, 0) if config.grow and split == "train" else 1  # few documents are told apart sooner
             whole = {name: getattr(config, name) for name in ("needles", "chains", "noise", "properties")}
             part = {name: count and max(1, round(share * count)) for name, count in whole.items()}
             yield make_pool(words, dataclasses.replace(config, **part), split, np.random.default_rng([config.seed, stream, i]))

@@ -599,6 +599,11 @@ def test_equal_routers():
         queries, keys = layer.self_attn.router_q_proj[0].weight, layer.self_attn.router_k_proj[0].weight
         for head in range(6):
             assert queries[6 * head:6 * head + 6].equal(keys[6 * (head // 3):6 * (head // 3) + 6])
+    *others, last = (layer.self_attn for layer in MSA(replace(BASE, equal_routers=True, full_attention=True)).model.layers)
+    ratio = last.heads // last.kv_heads
+    repeated = lambda attention: attention.k_proj.weight.unflatten(0, (last.kv_heads, 1, -1)).expand(-1, ratio, -1, -1).reshape_as(
+        attention.q_proj.weight)
+    assert last.q_proj.weight.equal(repeated(last)) and not any(a.q_proj.weight.equal(repeated(a)) for a in others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

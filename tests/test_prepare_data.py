@@ -160,17 +160,17 @@ def test_collate_for_full_attention(tokenizer):
 
 
 def test_pools_that_grow():
-    """The baseline would meet all documents at once, or not meet them in the second half; validation would be easier than the test."""
+    """The baseline would meet all documents at once, or not meet them in the last quarter; validation would be easier than the test."""
     config = DataConfig(pools=24, validation_pools=3, needles=32, chains=4, noise=0, properties=8)
     pools = {grow: {split: list(make()) for split, make in synthetic_splits(dataclasses.replace(config, grow=grow)).items()}
              for grow in (False, True)}
     for split in ("train", "validation"):
         assert {(len(texts), len(questions)) for texts, questions in pools[False][split]} == {(48, 44)}
-    assert pools[True]["validation"] == pools[False]["validation"] and pools[True]["train"][12:] == pools[False]["train"][12:]
+    assert pools[True]["validation"] == pools[False]["validation"] and pools[True]["train"][18:] == pools[False]["train"][18:]
     counts = [(sum("number for" in q.text for q in questions), sum("colour of" in q.text for q in questions))
               for _, questions in pools[True]["train"]]
-    assert counts[0] == (4 + 1, 1) and counts[4] == (8 + 1, 2) and counts[8] == (16 + 2, 4) and counts[12] == (32 + 4, 8)
-    assert counts == sorted(counts) and len(set(counts)) > 8
+    assert counts[0] == (4 + 1, 1) and counts[6] == (8 + 1, 2) and counts[12] == (16 + 2, 4) and counts[18] == (32 + 4, 8)
+    assert counts == sorted(counts) and len(set(counts)) > 12
 
 
 def test_the_tokenizer_of_pools_that_grow(tmp_path):
