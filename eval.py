@@ -204,7 +204,7 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
 
     def full(count):
         order = np.argsort(numbers[:count])
-        context = model.context([torch.tensor(texts[d]) for d in order])  # it has no use for numbers
+        context = model.context(torch.cat([torch.tensor(texts[d]) for d in order])[None])  # it has no use for numbers
         return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config, context), [])
 
     return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]

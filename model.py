@@ -169,6 +169,13 @@ class Cache:
         self.keys[layer], self.values[layer] = keys, values
         return keys, values
 
+    def rows(self, index):
+        """A copy that holds these rows, index (B,) int64; of a cache without Selections."""
+        copy = Cache()
+        copy.keys, copy.values = ({layer: x[index] for layer, x in xs.items()} for xs in (self.keys, self.values))
+        copy.length, copy.last_embedding = self.length, self.last_embedding[index]
+        return copy
+
     def expand(self, n):
         """A copy of one question's cache for n continuations; the original stays as it is."""
         copy = Cache()
@@ -307,7 +314,8 @@ class MSA(nn.Module):
                 attention.router_q_proj[0].weight.data.view(G, -1, D, E).copy_(keys.expand(-1, H // G, -1, -1))
             if config.full_attention:  # the baseline gets the same help: its last layer's attention
                 attention = self.model.layers[-1].self_attn
-                attention.q_proj.weight.data.view(G, -1, D, E).copy_(attention.k_proj.weight.data.view(G, 1, D, E).expand(-1, H // G, -1, -1))
+                keys = attention.k_proj.weight.data.view(G, 1, D, E)
+                attention.q_proj.weight.data.view(G, -1, D, E).copy_(keys.expand(-1, H // G, -1, -1))
 
     @property
     def device(self):
@@ -437,8 +445,9 @@ class MSA(nn.Module):
     def forward(self, documents, numbers, batches):
         """encode + read + losses of one pool: its questions share its documents.
 
-        documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T), answers (B,), positive
-        and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens)
+        documents, numbers: as for `encode`; with full_attention R texts of equal length (L,), in which the M numbered documents stand,
+        document m in text m * R // M; batches: dicts of tokens, routing_mask, target_mask (B, T), answers (B,), positive and
+        appended (B, M), as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens)
         and `aux` (Eq. 5, mean over positives, layers and questions) carry gradients; the others do not. `naming` and `answer`: the
         parts of `lm` in samples that name a document and in those that answer; `named` and `answered`: the shares of these samples whose
         every token is the likeliest. `recall` (layers + 1,), the share of positives among the first k of each layer's own ranking,
@@ -446,14 +455,14 @@ class MSA(nn.Module):
         """
         full = self.config.full_attention
         memory = None if full else self.encode(documents, numbers)
-        context = self.context(documents) if full else Cache()
+        context = self.context(torch.stack(documents)) if full else Cache()
         aux, routed, top1 = torch.zeros((), device=self.device), 0, 0.0
         recall = torch.zeros(len(self.config.memory_layers) + 1, device=self.device)
         losses, right, samples = (torch.zeros(2, device=self.device) for _ in range(3))  # of samples that name, that answer
         predicted = torch.zeros(2, device=self.device)
         for batch in batches:
             tokens, target, answers = batch["tokens"], batch["target_mask"], batch["answers"].long()
-            cache = context.expand(len(tokens)) if full else Cache()
+            cache = context.rows(batch["positive"].float().argmax(1) * len(documents) // len(numbers)) if full else Cache()
             output = self.read(tokens, memory, batch["routing_mask"], cache, positions=F.pad(target[:, 1:], (0, 1)))
             token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")
             row = target.nonzero()[:, 0]
@@ -479,9 +488,9 @@ class MSA(nn.Module):
                     aux=aux / asked, recall=recall / asked, top1=recall.new_tensor(float(top1)) / asked,
                     chance=recall.new_tensor(min(1.0, self.config.top_k / len(numbers))))
 
-    def context(self, documents):
-        """The baseline's memory: all documents as one text, read with full attention into a Cache that questions continue."""
-        tokens, cache = torch.cat(list(documents)).to(self.device)[None], Cache()
+    def context(self, texts):
+        """The baseline's memory: texts (R, L) of many documents, read with full attention into a Cache that questions continue."""
+        tokens, cache = texts.to(self.device), Cache()
         self.check_ids(tokens)
         self.read(tokens, cache=cache, positions=torch.zeros_like(tokens, dtype=torch.bool))
         return cache

@@ -41,7 +41,6 @@ class DataConfig:
     chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
     noise: int = 4                   # noise documents in a pool
     properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
-    grow: bool = False               # training pools grow from an eighth of the documents to all of them, which the last quarter has
     filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
     encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
     vocab_size: int = 4096           # of the trained BPE, special tokens included
@@ -349,18 +348,19 @@ def draw_numbers(count, limit, rng):
     return sorted(numbers)
 
 
-def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True):
+def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, contexts=0):
     """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4 of the paper).
 
     A question that is answered from the pooled memory is one sample, and one time in four another with its document
-    appended: reading the text is easier, but must not be forgotten. one_step False (the full-attention baseline, which has the
-    documents before it): a question is one sample, its answer; documents are their texts, it has no use for numbers.
-    Documents get random numbers, increasing with their place: the order of a pool is random already.
+    appended: reading the text is easier, but must not be forgotten. Documents get random numbers, increasing with their
+    place: the order of a pool is random already.
     Returns (documents, numbers, batches): a list of LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
         tokens (B, T) int64; routing_mask (B, T) bool: tokens that route; target_mask (B, T) bool: tokens to predict;
         answers (B,) bool: the target is an answer, not numbers;
         positive (B, M) bool: the documents to route to; appended (B, M) bool: those whose text is in the sample
     Samples of similar length share a batch of at most `batch_tokens` tokens, padding included.
+    contexts: for the full-attention baseline the documents become so many texts of equal length (newlines in front), document m in
+    text m * contexts // M; it has no use for numbers. A question is one sample, its answer, if one text holds its documents.
     """
     documents, questions = pool
     texts = [document.tolist() for document in documents]
@@ -368,15 +368,21 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True
     samples = []  # (prompt, target, positive, appended)
     for question, answer, gold, pooled in questions:
         prompt, answer = tokenizer.question(question.tolist()), [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
-        if pooled or not one_step:
+        if contexts:
+            if len({document * contexts // len(texts) for document in gold}) == 1:
+                samples.append((prompt, answer, gold, []))
+            continue
+        if pooled:
             samples.append((prompt, answer, gold, []))
-            if not one_step or rng.random() > 0.25:
+            if rng.random() > 0.25:
                 continue
         for hop, document in enumerate(gold):
             if not pooled:
                 samples.append((prompt, [*tokenizer.number(numbers[document]), tokenizer.stop], [document], gold[:hop]))
             prompt = prompt + tokenizer.appended(numbers[document], texts[document])
         samples.append((prompt, answer, [], gold))
+    if contexts and not samples:  # no question has its documents in one of so many texts
+        return collate(pool, tokenizer, number_limit, rng, batch_tokens, contexts // 2)
     samples.sort(key=lambda sample: len(sample[0]) + len(sample[1]))
     batches, batch = [], []
     for sample in reversed(samples):  # longest first: the first of a batch sets its width
@@ -386,8 +392,13 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, one_step=True
             batch = []
         batch.append(sample)
     batches.append(stack(batch, tokenizer, len(texts)))
-    spelled = [torch.tensor(tokenizer.document(n, text) if one_step else text) for n, text in zip(numbers, texts)]
-    return spelled, numbers, batches
+    if contexts:
+        joined = [[] for _ in range(contexts)]
+        for m, text in enumerate(texts):
+            joined[m * contexts // len(texts)] += text
+        width, newline = max(map(len, joined)), tokenizer.encode("\n")
+        return [torch.tensor(newline * (width - len(text)) + text) for text in joined], numbers, batches
+    return [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches
 
 
 def stack(samples, tokenizer, documents):
@@ -415,10 +426,7 @@ def synthetic_splits(config):
     words = Words()
     def generate(split, count, stream):
         for i in range(count):
-            share = 8 ** min(4 / 3 * i / count - 1, 0) if config.grow and split == "train" else 1  # few documents are told apart sooner
-            whole = {name: getattr(config, name) for name in ("needles", "chains", "noise", "properties")}
-            part = {name: count and max(1, round(share * count)) for name, count in whole.items()}
-            yield make_pool(words, dataclasses.replace(config, **part), split, np.random.default_rng([config.seed, stream, i]))
+            yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
     return {"train": lambda: generate("train", config.pools, 0),
             "validation": lambda: generate("validation", config.validation_pools, 1)}
 
@@ -432,8 +440,8 @@ def make_encoding(config, texts):
 
 def write_synthetic(config, folder):
     splits = synthetic_splits(config)
-    def sample_texts():  # 1,000 whole pools are enough to learn merges from
-        for _, (documents, questions) in zip(range(1000), synthetic_splits(dataclasses.replace(config, grow=False))["train"]()):
+    def sample_texts():  # 1,000 pools are enough to learn merges from
+        for _, (documents, questions) in zip(range(1000), splits["train"]()):
             yield from documents
             yield from (q.text for q in questions)
     tokenizer = make_encoding(config, sample_texts())

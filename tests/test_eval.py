@@ -328,7 +328,7 @@ def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
     flags, contexts, make = ["--task", task, "--lengths", "500,1100", "--questions", 3], [], MSA.context
     _, asked = evaluate(*flags)
     with monkeypatch.context() as patch:
-        patch.setattr(MSA, "context", lambda model, documents: contexts.append(torch.cat(documents)) or make(model, documents))
+        patch.setattr(MSA, "context", lambda model, texts: contexts.append(*texts) or make(model, texts))
         rows, seen = watch(*flags, "--baseline", "full", checkpoint=full_checkpoint)
     assert len(contexts) == 2 and len(asked) == len(seen) == 6
     for i, (one, read) in enumerate(zip(asked, seen)):

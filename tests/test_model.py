@@ -373,18 +373,23 @@ def test_full_attention():
     model, documents = make(full_attention=True), tokens(*POOL)
     assert not any("router" in name for name in model.state_dict())
     samples = [s for s in samples_of(SAMPLES) if s.answers]
-    losses = model(documents, list(range(len(POOL))), [batch_of(samples, len(POOL))])
-    judge, text = oracle(model), torch.cat(documents).tolist()
-    expected = []
-    for s in samples:
-        logits = judge.read(text + s.tokens).logits[len(text):]
-        expected += [-torch.log_softmax(logits[t - 1], 0)[token] for t, (token, target) in enumerate(zip(s.tokens, s.targets)) if target]
-    close(losses["lm"], sum(expected) / len(expected))
+    halves = torch.cat(documents[:3]), torch.cat(documents[3:])  # 10 and 9 tokens
+    for contexts, joined in ((1, [torch.cat(documents)]), (2, [halves[0], torch.cat([torch.tensor([7]), halves[1]])])):
+        model.zero_grad()
+        losses = model(joined, list(range(len(POOL))), [batch_of(samples, len(POOL))])
+        judge, expected = oracle(model), []
+        for s in samples:
+            first = min(s.positive, default=0)
+            text = joined[first * contexts // len(POOL)].tolist()
+            logits = judge.read(text + s.tokens).logits[len(text):]
+            predicted = [(t, token) for t, (token, target) in enumerate(zip(s.tokens, s.targets)) if target]
+            expected += [-torch.log_softmax(logits[t - 1], 0)[token] for t, token in predicted]
+        close(losses["lm"], sum(expected) / len(expected))
     assert losses["aux"] == 0 and losses["recall"].tolist() == [0] and losses["answer"] == losses["lm"]
     losses["lm"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(UserError, match="id 29 "):
-        model.context([torch.tensor([1, 29])])
+        model.context(torch.tensor([[1, 29]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

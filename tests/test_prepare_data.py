@@ -1,5 +1,4 @@
 """Documents of a folder, your own questions, files, and the samples made of them."""
-import dataclasses
 import json
 import os
 import re
@@ -11,8 +10,7 @@ import torch
 
 import prepare_data
 from common import UserError
-from prepare_data import (DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions,
-                          synthetic_splits, write_synthetic)
+from prepare_data import DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions
 from tasks import make_pool
 from tokenizer import Tokenizer
 
@@ -148,38 +146,29 @@ def test_collate_of_pooled_questions(tokenizer):
     assert abs(again / 400 - 0.25) <= 4 * (0.1875 / 400) ** 0.5
 
 
-def test_collate_for_full_attention(tokenizer):
-    """The baseline, which has all documents before it, would be taught to name documents or be given their texts again."""
+@pytest.mark.parametrize("contexts", [1, 2, 3, 5])
+def test_collate_for_full_attention(tokenizer, contexts):
+    """The baseline, which has all documents before it, would be taught to name documents, be given their texts again, or be asked
+    about documents that its text does not hold."""
     pool, end = make_small_pool(tokenizer, [HOPS[0], COLOUR, HOPS[1]]), "<|end|>"
+    questions = [("<|question|>b?\n", f"<|end_of_retrieval|>12{end}", [1], []),
+                 ("<|question|>c?\n", f"<|end_of_retrieval|>teal{end}", [4], []),
+                 ("<|question|>And a?\n", f"<|end_of_retrieval|>12{end}", [1, 2], [])]
+    whole = {1: ["".join(TEXTS)], 2: ["".join(TEXTS[:3]), "".join(TEXTS[3:])],
+             3: ["".join(TEXTS[:2]), "".join(TEXTS[2:4]), TEXTS[4]], 5: list(TEXTS)}[contexts]
     for seed in range(20):  # without chance: never a sample more
-        spelled, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed), one_step=False)
-        assert samples_in(tokenizer, batches) == sorted([("<|question|>b?\n", f"<|end_of_retrieval|>12{end}", [1], []),
-                                                         ("<|question|>And a?\n", f"<|end_of_retrieval|>12{end}", [1, 2], []),
-                                                         ("<|question|>c?\n", f"<|end_of_retrieval|>teal{end}", [4], [])])
-        assert [tokenizer.decode(d.tolist()) for d in spelled] == list(TEXTS) and len(numbers) == len(TEXTS)
+        joined, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed), contexts=contexts)
+        assert samples_in(tokenizer, batches) == sorted(questions if contexts < 3 else questions[:2])  # "And a?" needs 1 and 2
+        assert len(joined) == contexts and len({len(text) for text in joined}) == 1 and len(numbers) == len(TEXTS)
+        decoded = [tokenizer.decode(text.tolist()) for text in joined]
+        assert [text.lstrip("\n") for text in decoded] == whole and not all(text.startswith("\n") for text in decoded)
 
 
-def test_pools_that_grow():
-    """The baseline would meet all documents at once, or not meet them in the last quarter; validation would be easier than the test."""
-    config = DataConfig(pools=24, validation_pools=3, needles=32, chains=4, noise=0, properties=8)
-    pools = {grow: {split: list(make()) for split, make in synthetic_splits(dataclasses.replace(config, grow=grow)).items()}
-             for grow in (False, True)}
-    for split in ("train", "validation"):
-        assert {(len(texts), len(questions)) for texts, questions in pools[False][split]} == {(48, 44)}
-    assert pools[True]["validation"] == pools[False]["validation"] and pools[True]["train"][18:] == pools[False]["train"][18:]
-    counts = [(sum("number for" in q.text for q in questions), sum("colour of" in q.text for q in questions))
-              for _, questions in pools[True]["train"]]
-    assert counts[0] == (4 + 1, 1) and counts[6] == (8 + 1, 2) and counts[12] == (16 + 2, 4) and counts[18] == (32 + 4, 8)
-    assert counts == sorted(counts) and len(set(counts)) > 12
-
-
-def test_the_tokenizer_of_pools_that_grow(tmp_path):
-    """Merges would be learned from the few documents of the first pools."""
-    learned = []
-    for grow in (False, True):
-        config = DataConfig(out=str(tmp_path), pools=20, validation_pools=1, needles=16, chains=0, noise=0, vocab_size=600, grow=grow)
-        learned.append(write_synthetic(config, tmp_path / str(grow)).encode("the special magic numbers for brave-otter"))
-    assert learned[0] == learned[1]
+def test_full_attention_without_a_question(tokenizer):
+    """Training would end in a traceback where each of the texts lacks a document of every question."""
+    pool = make_small_pool(tokenizer, [HOPS[1]])
+    joined, _, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(0), contexts=5)
+    assert len(joined) == 2 and len(samples_in(tokenizer, batches)) == 1
 
 
 def test_a_number_limit_beyond_the_number_tokens(number_tokenizer):

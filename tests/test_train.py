@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from model import MSA
+from model import MSA, ModelConfig
 from prepare_data import Pools, collate
-from train import TrainConfig, learning_rate, next_pool
+from train import TrainConfig, contexts_of, learning_rate, next_pool
 
 REPOSITORY = Path(train.__file__).parent
 CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "training_state.pt", "log.jsonl"}
@@ -128,11 +128,12 @@ def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
     torch.manual_seed(1337)
     model, pools = MSA(model.config), Pools(tiny / "data" / "train", 608)
     rng = np.random.default_rng([1337, 0])
-    documents, _, batches = collate(pools[0], tokenizer, 10_000_000, rng, one_step=False)
-    losses = []  # of the first pool's answers: each question alone behind all of the documents, from the start
+    texts, numbers, batches = collate(pools[0], tokenizer, 10_000_000, rng, contexts=8)
+    losses = []  # of the first pool's answers: each question alone behind the text that holds its documents, from the start
     for batch in batches:
-        for tokens, target in zip(batch["tokens"], batch["target_mask"]):
-            logits = model.read(torch.cat([*documents, tokens])[None]).logits[0, sum(map(len, documents)) - 1:-1]
+        for tokens, target, positive in zip(batch["tokens"], batch["target_mask"], batch["positive"]):
+            text = texts[int(positive.nonzero()[0]) * len(texts) // len(numbers)]
+            logits = model.read(torch.cat([text, tokens])[None]).logits[0, len(text) - 1:-1]
             losses += torch.nn.functional.cross_entropy(logits[target], tokens[target], reduction="none").tolist()
     assert rows[0]["lm"] == pytest.approx(np.mean(losses), abs=1e-4)
     assert fit("--out", tmp_path / "b", *flags, "--max-steps", 3).code == 0
@@ -143,6 +144,20 @@ def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
     assert trained == resumed
     result = fit("--out", tmp_path / "a", "--resume", "--max-steps", 5)  # without the flag
     assert result.code == 2 and "router" in result.error
+
+
+def test_few_documents_first(fit, tmp_path, monkeypatch):
+    """The baseline would meet all documents at once, or be validated on a few; a model with a memory would get joined texts."""
+    config = TrainConfig(max_steps=16, model=ModelConfig(full_attention=True))
+    assert [contexts_of(step, config) for step in range(17)] == [8, 8, 4, 4, 2, 2] + 11 * [1]
+    assert contexts_of(0, TrainConfig()) == 0
+    seen = []
+    monkeypatch.setattr(train, "collate", lambda *rest, contexts: seen.append(contexts) or collate(*rest, contexts=contexts))
+    assert fit("--out", tmp_path / "full", "--model.full-attention", "--router-steps", 0, "--max-steps", 4).code == 0
+    assert seen[:3] == [8, 2, 1] and set(seen[3:]) == {1}
+    seen.clear()
+    assert fit("--out", tmp_path / "memory", "--max-steps", 2).code == 0
+    assert set(seen) == {0}
 
 
 def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
@@ -159,7 +174,7 @@ def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
     assert 0.3 < share < 0.7
     asked = []
     def observed(pools, at, *rest):
-        asked.append((pools.folder.name, at, rest[3:]))
+        asked.append((pools.folder.name, at, rest[3:4]))
         return next_pool(pools, at, *rest)
     monkeypatch.setattr(train, "next_pool", observed)
     assert fit("--out", tmp_path, "--max-steps", 3, "--router-steps", 2, "--routing-dropout", 0.25).code == 0
