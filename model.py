@@ -307,6 +307,8 @@ class MSA(nn.Module):
             nn.init.orthogonal_(layer.self_attn.v_proj.weight, gain=0.5)
             values = layer.self_attn.v_proj.weight.data.view(G, 1, D, E)
             layer.self_attn.o_proj.weight.data.view(E, G, -1, D).copy_(values.permute(3, 0, 1, 2).expand(-1, -1, H // G, -1))
+        if config.full_attention:  # all embeddings share a part: else keys have none, and with RoPE alone no head can attend by place
+            self.model.embed_tokens.weight.data += torch.randn(E) * E ** -0.5
         if config.equal_routers:
             for i in config.memory_layers:
                 attention = self.model.layers[i].self_attn
