@@ -91,10 +91,9 @@ class Selection:
     scores: torch.Tensor               # (B, K) fp32, descending; -inf where documents is -1
     all_scores: torch.Tensor           # (B, M) fp32, for Eq. 5
 
-    def expand(self, n):
-        """The selection of one question, for n copies of it."""
-        rows = {name: getattr(self, name).expand(n, *getattr(self, name).shape[1:])
-                for name in ("index", "slots", "slot_scores", "documents", "scores", "all_scores")}
+    def map(self, pick):
+        """A copy of which every tensor of B rows is what `pick` makes of it."""
+        rows = {name: pick(getattr(self, name)) for name in ("index", "slots", "slot_scores", "documents", "scores", "all_scores")}
         return Selection(self.keys, self.values, **rows)
 
 
@@ -169,21 +168,22 @@ class Cache:
         self.keys[layer], self.values[layer] = keys, values
         return keys, values
 
-    def rows(self, index):
-        """A copy that holds these rows, index (B,) int64; of a cache without Selections."""
+    def map(self, pick):
+        """A copy of which every tensor of B rows is what `pick` makes of it; the original stays as it is."""
         copy = Cache()
-        copy.keys, copy.values = ({layer: x[index] for layer, x in xs.items()} for xs in (self.keys, self.values))
-        copy.length, copy.last_embedding = self.length, self.last_embedding[index]
+        copy.keys, copy.values = ({layer: pick(x) for layer, x in xs.items()} for xs in (self.keys, self.values))
+        copy.selections = [selection.map(pick) for selection in self.selections]
+        copy.length, copy.prefix_length = self.length, self.prefix_length
+        copy.last_embedding = pick(self.last_embedding)
         return copy
 
+    def rows(self, index):
+        """A copy that holds these rows, index (B,) int64."""
+        return self.map(lambda x: x[index])
+
     def expand(self, n):
-        """A copy of one question's cache for n continuations; the original stays as it is."""
-        copy = Cache()
-        copy.keys, copy.values = ({layer: x.expand(n, -1, -1, -1) for layer, x in xs.items()} for xs in (self.keys, self.values))
-        copy.selections = [selection.expand(n) for selection in self.selections]
-        copy.length, copy.prefix_length = self.length, self.prefix_length
-        copy.last_embedding = self.last_embedding.expand(n, -1, -1)
-        return copy
+        """One question's cache for n continuations, without a copy of its tensors."""
+        return self.map(lambda x: x.expand(n, *x.shape[1:]))
 
 
 @dataclass

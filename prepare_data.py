@@ -365,11 +365,12 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, contexts=0):
     documents, questions = pool
     texts = [document.tolist() for document in documents]
     numbers = draw_numbers(len(texts), number_limit, rng)
+    place = [document * contexts // len(texts) for document in range(len(texts))]  # the text that holds a document
     samples = []  # (prompt, target, positive, appended)
     for question, answer, gold, pooled in questions:
         prompt, answer = tokenizer.question(question.tolist()), [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
         if contexts:
-            if len({document * contexts // len(texts) for document in gold}) == 1:
+            if len({place[document] for document in gold}) == 1:
                 samples.append((prompt, answer, gold, []))
             continue
         if pooled:
@@ -394,8 +395,8 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, contexts=0):
     batches.append(stack(batch, tokenizer, len(texts)))
     if contexts:
         joined = [[] for _ in range(contexts)]
-        for m, text in enumerate(texts):
-            joined[m * contexts // len(texts)] += text
+        for at, text in zip(place, texts):
+            joined[at] += text
         width, newline = max(map(len, joined)), tokenizer.encode("\n")
         return [torch.tensor(newline * (width - len(text)) + text) for text in joined], numbers, batches
     return [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches

@@ -162,13 +162,14 @@ def make_memory(words, task, documents, questions, seed, filler=0):
     `filler`: so many noise sentences stand around each document's own sentence.
     """
     rng, filling = (np.random.default_rng([seed, TASKS.index(task), *stream]) for stream in ((), (1,)))
+    def filled(texts):
+        return [fill(words, text, filler, filling) for text in texts] if filler else texts
     if task == "niah_single":
         keys = [words.key(pair) for pair in words.pairs("test", questions, rng)]
         numbers = values(questions, rng)
         texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
         asked = [Question(question_text(key), (i,), numbers[i]) for i, key in enumerate(keys)]
-        texts += words.distinct_noise(documents - questions, rng)
-        return [fill(words, text, filler, filling) for text in texts] if filler else texts, asked
+        return filled(texts + words.distinct_noise(documents - questions, rng)), asked
     hops = 2 if task == "two_hop" else 1
     count = max(documents, questions * hops)
     count += count % hops
@@ -184,5 +185,4 @@ def make_memory(words, task, documents, questions, seed, filler=0):
             texts[::2] = [link_text(key, next_key) for key, next_key in zip(keys[::2], keys[1::2])]
         asked = [Question(question_text(keys[i]), tuple(range(i, i + hops)), numbers[i + hops - 1])
                  for i in range(0, questions * hops, hops)]
-    texts = texts[:documents]
-    return [fill(words, text, filler, filling) for text in texts] if filler else texts, asked
+    return filled(texts[:documents]), asked

@@ -598,6 +598,17 @@ def test_hit_rate_by_hand(k, expected):
     assert hit_rate(scores, positive, k).tolist() == expected
 
 
+def test_shared_part_of_embeddings():
+    """The baseline's keys would have no constant part, and it would not learn to attend by place; or other models would get one."""
+    for full in (False, True):
+        torch.manual_seed(0)
+        model = MSA(replace(BASE, full_attention=full, copy_init=True, vocab_size=4096, hidden_size=64))
+        embeddings = model.model.embed_tokens.weight.detach()
+        shared = embeddings.mean(0)
+        assert (0.7 < shared.norm() < 1.3) if full else shared.norm() < 0.05  # normal(0, E ** -0.5): length about 1
+        assert (embeddings - shared).norm(dim=1).mean() == pytest.approx(1, abs=0.05)
+
+
 def test_equal_routers():
     """Routers that are to start equal would not: like would not find like before training."""
     for layer in MSA(replace(BASE, equal_routers=True, num_attention_heads=6)).model.layers[1:]:
