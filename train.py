@@ -26,6 +26,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# DDP imports this when a group exists, which default arguments then keep alive until the interpreter ends, its threads with it: an abort
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
