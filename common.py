@@ -20,7 +20,6 @@ import typing
 from pathlib import Path
 
 import torch
-import tyro
 
 
 class UserError(ValueError):
@@ -56,6 +55,8 @@ def command_line(config_class, description, args=None, table=None, takes_file=Tr
     Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of the wrong type.
     tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
     """
+    import tyro  # here: the kernels and their benchmark run where only torch, triton and numpy are installed
+
     args = list(sys.argv[1:] if args is None else args)
     default = config_class()
     if takes_file and args and args[0].endswith(".toml"):

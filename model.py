@@ -368,19 +368,17 @@ class MSA(nn.Module):
 
         Attention is causal, so that padding on the right needs no mask. Stops after the last memory layer's projections.
         """
+        config = self.config
         x, _ = self.embed(tokens)
-        rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)  # document-wise: from 0
+        rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), config)  # document-wise: from 0
         stored = []
         for i, layer in enumerate(self.model.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
             keys, values = attention.key_value(h, rope)
-            if i in self.config.memory_layers:
-                k, v, routing = (pool_chunks(t, lengths, self.config.chunk_size, self.config.number_chunk)
-                                 for t in (keys, values, attention.routing_key(h)))
-                if self.config.normalize_values:
-                    v = F.rms_norm(v, v.shape[-1:])
-                stored.append((k, v, F.normalize(routing.float(), dim=-1).to(routing.dtype)))  # Eq. 1: pool, then norm
-            if i < self.config.num_hidden_layers - 1:
+            if i in config.memory_layers:
+                k, v, routing = pool_chunks(keys, values, attention.routing_key(h), lengths, config.chunk_size, config.number_chunk)
+                stored.append((k, F.rms_norm(v, v.shape[-1:]) if config.normalize_values else v, routing))
+            if i < config.num_hidden_layers - 1:
                 x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
         return stored
 

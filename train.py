@@ -308,6 +308,7 @@ def script():
         plot(rows, out / "curves.png")
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)" + ("; go on with --resume" if stop else ""))
     if world > 1:
+        del wrapped  # it holds the group, whose threads must end before the interpreter does: they abort when they need it then
         dist.destroy_process_group()
 
 

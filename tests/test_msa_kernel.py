@@ -1,10 +1,18 @@
 """Pooling, routing and sparse attention against tests/reference.py and against values worked out by hand."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_checks
 import pytest
 import reference
 import torch
 
 import msa_kernel
-from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, route, sparse_attention, top_documents
+from common import UserError
+from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, quantize, route, sparse_attention, top_documents
 
 INF = float("inf")
 HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]  # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two
@@ -50,22 +58,36 @@ def test_chunk_offsets(lengths, size, last, expected):
     ([1], 4, 1), ([5, 2, 6, 3, 8, 9], 4, 2), ([7, 5], 1, 5), ([5, 68, 69, 70], 64, 5)])
 def test_pool_chunks(lengths, size, last):
     """A chunk's mean would count padding, divide by the wrong length, or stand in the wrong place; or its gradient would."""
-    x = random(len(lengths), max(lengths), 2, 3)
-    for m, length in enumerate(lengths):
-        x[m, length:] = 1e6  # what stands in the padding must not matter
-    x.requires_grad_()
-    expected = torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
-                            for chunk in reference.spans(list(x[m, :length]), size, last)])
-    pooled = pool_chunks(x, torch.tensor(lengths), size, last)
-    close(pooled, expected, 1e-12)
-    close(gradients(pooled, [x])[0], gradients(expected, [x])[0], 1e-12)
+    inputs = [random(len(lengths), max(lengths), 2, 3, seed=seed) for seed in range(3)]
+    for x in inputs:
+        for m, length in enumerate(lengths):
+            x[m, length:] = 1e6  # what stands in the padding must not matter
+        x.requires_grad_()
+    means = [torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
+                          for chunk in reference.spans(list(x[m, :length]), size, last)]) for x in inputs]
+    expected = [*means[:2], means[2] / means[2].norm(dim=-1, keepdim=True)]
+    for i, (pooled, wanted) in enumerate(zip(pool_chunks(*inputs, torch.tensor(lengths), size, last), expected)):
+        tolerance = 1e-12 if i < 2 else 1e-6  # unit length is found in float32
+        close(pooled, wanted, tolerance)
+        for actual, right in zip(gradients(pooled, inputs), gradients(wanted, inputs)):
+            close(actual, right, tolerance)
 
 
 def test_pool_chunks_padding_beyond_the_longest():
     """Padding wider than the longest document would add chunks."""
-    pooled = pool_chunks(random(2, 13, 1, 2), torch.tensor([5, 2]), 4)
-    close(pooled, pool_chunks(random(2, 13, 1, 2)[:, :5], torch.tensor([5, 2]), 4))
-    assert len(pooled) == 3
+    inputs = [random(2, 13, 1, 2, seed=seed) for seed in range(3)]
+    wide, narrow = (pool_chunks(*xs, torch.tensor([5, 2]), 4) for xs in (inputs, [x[:, :5] for x in inputs]))
+    for a, b in zip(wide, narrow):
+        close(a, b)
+        assert len(a) == 3
+
+
+def test_pool_chunks_of_zero_is_zero():
+    """A chunk whose routing keys cancel would poison the memory with NaN, or its gradient the model."""
+    inputs = [torch.zeros(1, 3, 2, 4, requires_grad=True) for _ in range(3)]
+    pooled = pool_chunks(*inputs, torch.tensor([3]), 4)
+    assert all(x.eq(0).all() for x in pooled)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(sum(x.sum() for x in pooled), inputs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,3 +276,140 @@ def test_sparse_attention_fp32():
     output = sparse_attention(*(x.float() for x in inputs), *chosen)
     assert output.dtype == torch.float32
     close(output, attention_by_hand(*inputs, *chosen), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Triton kernels: numbers in the interpreter, machine code by the compiler, on any machine
+
+TESTS = Path(__file__).resolve().parent
+HALF = [torch.float32, torch.float16]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", "triton")
+
+
+def within(errors, dtype):
+    forward, gradient = kernel_checks.TOLERANCE[dtype]
+    assert errors[0] <= forward and errors[1] <= gradient, errors
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", kernel_checks.POOL)
+def test_pool_kernel(case, dtype, kernels):
+    """Pooled chunks, or their gradients, would differ from means over slices in double precision."""
+    within(kernel_checks.check_pool(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", kernel_checks.ROUTE)
+def test_route_kernel(case, dtype, kernels):
+    """Scores would miss a token, a tile or a document's chunk, count a masked token, or send a gradient to a pair that did not win."""
+    within(kernel_checks.check_route(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("case", kernel_checks.ROUTE)
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_route_of_int8_keys(case, kernel, monkeypatch):
+    """A chunk's scale would be forgotten, or applied to another chunk."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
+    assert kernel_checks.check_route(case, torch.float32, int8=True)[0] <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", kernel_checks.ATTEND)
+def test_attention_kernel(case, dtype, kernels):
+    """Attention, or a gradient of it, would see wrong slots, the future, the wrong head, memory from the prefix; or lose a shared chunk."""
+    within(kernel_checks.check_attention(case, dtype), dtype)
+
+
+def test_kernels_of_zero_are_zero(kernels):
+    """The unit length of a zero vector would be NaN where the reference has zero."""
+    test_pool_chunks_of_zero_is_zero()
+
+
+def test_route_kernel_of_equal_chunks_is_equal(kernels):
+    """Ties would not be ties: a chunk's score would depend on the tile it lies in."""
+    query, key = group_queries(random(2, 3, 4, 16), 2), unit_keys(1, 2, 16).float()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    alone = route(query, mask, key, torch.tensor([0, 1]))
+    for chunks in (3, 64, 65):
+        assert route(query, mask, key.repeat(chunks, 1, 1), torch.arange(chunks + 1)).equal(alone.expand(2, chunks))
+
+
+def test_quantize():
+    """int8 keys would be off by more than half a step, or a zero chunk would divide by zero."""
+    keys = unit_keys(5, 2, 6).float()
+    keys[3] = 0
+    quantized, scales = quantize(keys)
+    assert quantized.dtype == torch.int8 and scales.shape == (5,) and quantized.abs().amax((1, 2)).tolist() == [127, 127, 127, 0, 127]
+    assert ((quantized * scales[:, None, None] - keys).abs() <= scales[:, None, None] * 0.5001).all()
+
+
+def launch(**changes):
+    """A launch of attention in which one argument is wrong."""
+    x = dict(query=torch.zeros(1, 2, 4, 16), keys=torch.zeros(1, 2, 2, 16), values=torch.zeros(1, 2, 2, 16),
+             memory_keys=torch.zeros(3, 2, 16), memory_values=torch.zeros(3, 2, 16), index=torch.tensor([[0, 2]]), slots=torch.tensor([2]))
+    return sparse_attention(**(x | changes))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(query=torch.zeros(1, 2, 3, 16)), "query has 3 heads and 2 tokens, keys 2 and 2"),
+    (dict(query=torch.zeros(1, 3, 4, 16)), "query has 4 heads and 3 tokens, keys 2 and 2"),
+    (dict(query=torch.zeros(1, 2, 4, 16).double()), "query is torch.float64; a Triton kernel takes"),
+    (dict(query=torch.zeros(1, 2, 4, 512), keys=torch.zeros(1, 2, 2, 512)), "the head size is 512; the Triton kernels take at most 256"),
+    (dict(keys=torch.zeros(1, 2, 16, 2).transpose(2, 3)), r"keys is not contiguous, its strides are \(64, 32, 1, 2\)"),
+    (dict(values=torch.zeros(1, 3, 2, 16)), r"values has shape \(1, 3, 2, 16\); it must be \(1, 2, 2, 16\)"),
+    (dict(memory_values=torch.zeros(2, 2, 16)), r"memory_values has shape \(2, 2, 16\); it must be \(3, 2, 16\)"),
+    (dict(index=torch.tensor([[0, 2]], dtype=torch.int32)), "index is torch.int32"),
+    (dict(bias=torch.zeros(1, 3)), r"bias has shape \(1, 3\); it must be \(1, 2\)"),
+])
+def test_launchers_refuse(wrong, message, kernels):
+    """A kernel would read what is not there: an address says nothing about shapes, types and strides."""
+    launch()
+    with pytest.raises(ValueError, match=message):
+        launch(**wrong)
+
+
+@pytest.mark.parametrize("keys, scales, message", [
+    (torch.zeros(3, 2, 16, dtype=torch.int8), torch.zeros(2), r"scales has shape \(2,\); it must be \(3,\)"),
+    (torch.zeros(3, 2, 16), torch.zeros(3), "scales belong to int8 routing keys; these are torch.float32"),
+    (torch.zeros(3, 2, 8), None, r"query has shape \(1, 2, 32\); it must be \(1, 2, 16\)"),
+])
+def test_route_refuses(keys, scales, message, kernels):
+    """Scales that do not belong to the keys would be read as if they did."""
+    with pytest.raises(ValueError, match=message):
+        route(torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool), keys, torch.arange(4), scales)
+
+
+def test_dispatch(monkeypatch):
+    """A CPU would be sent to Triton without being asked, or a misspelled wish be taken for none."""
+    pytest.importorskip("triton")
+    x = torch.zeros(1)
+    monkeypatch.setattr(msa_kernel, "KERNEL", "auto")
+    assert not msa_kernel.use_triton(x)
+    monkeypatch.setattr(msa_kernel, "KERNEL", "tritn")
+    with pytest.raises(UserError, match="MSA_KERNEL is 'tritn'; it must be auto, torch or triton"):
+        msa_kernel.use_triton(x)
+    monkeypatch.setattr(msa_kernel, "KERNEL", "triton")
+    assert msa_kernel.use_triton(x)
+    monkeypatch.setattr(msa_kernel, "triton", None)
+    with pytest.raises(UserError, match="triton is not installed"):
+        msa_kernel.use_triton(x)
+
+
+def test_kernels_compile():
+    """A kernel would not compile for an A100 or an H100, spill registers, or ask for more shared memory than there is."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    both = [subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", arch, "--json"], env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for arch in ("80", "90")]
+    for process in both:
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        rows = json.loads(out)
+        assert len({row["kernel"] for row in rows}) == 9 and all(row["registers"] <= 255 for row in rows)

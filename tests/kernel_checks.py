@@ -1,0 +1,156 @@
+"""The Triton kernels against an oracle in double precision, forward and gradients: the cases and the comparison.
+
+    python tests/kernel_checks.py      # on a GPU: every case in float32, float16 and bfloat16; exit code 1 where one is wrong
+
+tests/test_msa_kernel.py runs the same cases in Triton's interpreter on a CPU (float32 and float16: it has no bfloat16). Imports torch and
+triton only. Oracle and kernel get the same inputs, rounded to the type under test; errors are ||found - expected|| / ||expected||.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import reference  # noqa: E402
+
+import msa_kernel as K  # noqa: E402
+
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-3, 1e-2), torch.bfloat16: (1e-2, 4e-2)}  # forward, gradients
+HEADS = [(1, 1, 16), (3, 1, 64), (8, 2, 96), (6, 2, 16), (4, 4, 128)]  # H, G, D: ratios 1, 3 and 4
+
+# lengths, chunk size, closing tokens, G, D
+POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65, 129], 64, 0, 1, 128), ([7, 2, 5], 1, 0, 3, 10),
+        ([5, 2, 6, 3, 8, 9], 4, 2, 2, 64), ([5, 68, 69, 70], 64, 5, 1, 16)]
+# chunks of each document, tokens, which of 3 questions' tokens route, (H, G, D)
+ROUTE = [([1], 1, "all", HEADS[0]), ([1, 1, 1], 3, "all", HEADS[1]), ([2, 1, 4, 3, 1], 5, "some", HEADS[2]),
+         ([3, 70, 1, 129, 2], 5, "some", HEADS[3]), ([1] * 300, 2, "some", HEADS[0]), ([2, 2], 70, "late", HEADS[4]),
+         ([1, 2], 20, "none", HEADS[3])]
+# tokens, past, slots of 3 questions (None: no memory), prefix, bias, (H, G, D)
+ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEADS[1]), (5, 0, [0, 0, 0], 0, False, HEADS[2]),
+          (5, 2, [3, 3, 2], 4, True, HEADS[3]), (3, 2, [1, 3, 2], 9, True, HEADS[4]), (70, 3, [70, 1, 65], 0, True, HEADS[0]),
+          (23, 50, [3, 67, 0], 60, False, HEADS[3]), (6, 3, None, 0, False, HEADS[1]), (2, 70, [40, 33, 32], 0, False, HEADS[4])]
+
+
+def random(*shape, seed, dtype, device):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def compare(kernel, oracle, inputs):
+    """Errors of a kernel's outputs and of its gradients of a fixed random projection, the worst of each: (forward, gradient)."""
+    fast, slow = ([x.detach().clone().requires_grad_() for x in inputs], [x.detach().cpu().double().requires_grad_() for x in inputs])
+    found, expected = kernel(*fast), oracle(*slow)
+    gradients, worst = [], []
+    for outputs in (found, expected):
+        total = sum((x.double().cpu() * torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)).sum()
+                    for i, x in enumerate(outputs))
+        gradients.append(torch.autograd.grad(total, fast if outputs is found else slow, allow_unused=True) if total.requires_grad else ())
+    for pairs in (zip(found, expected), zip(*gradients)):
+        errors = [error(a, b) for a, b in pairs]
+        worst.append(max(errors, default=0.0))
+    return tuple(worst)
+
+
+def error(found, expected):
+    """||found - expected|| / ||expected||; an input that does not matter has no gradient or zero."""
+    found, expected = (torch.zeros(1, dtype=torch.float64) if x is None else x.detach().double().cpu() for x in (found, expected))
+    norm = float(expected.norm())
+    return float((found - expected).norm()) / (norm or 1.0)
+
+
+def check_pool(case, dtype, device="cpu"):
+    lengths, size, last, G, D = case
+    inputs = [random(len(lengths), max(lengths) + 1, G, D, seed=i, dtype=dtype, device=device) for i in range(3)]
+    for x in inputs:
+        for m, length in enumerate(lengths):
+            x[m, length:] = 100  # padding must not matter
+
+    def oracle(*inputs):
+        pooled = [torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
+                               for chunk in reference.spans(list(x[m, :length]), size, last)]) for x in inputs]
+        return *pooled[:2], pooled[2] / pooled[2].norm(dim=-1, keepdim=True)
+
+    return compare(lambda *xs: K.pool_chunks(*xs, torch.tensor(lengths, device=device), size, last), oracle, inputs)
+
+
+def routes(kind, T):
+    """(3, T): the tokens that route; the second question of "none" has none, and those of "late" lie in the second tile."""
+    mask = torch.rand(3, T, generator=torch.Generator().manual_seed(T)) < 0.6
+    mask[:, -1] = True
+    if kind == "late":
+        mask[:, :-3] = False
+    if kind == "none":
+        mask[1] = False
+    return mask | (kind == "all")
+
+
+def check_route(case, dtype, device="cpu", int8=False):
+    counts, T, kind, (_, G, D) = case
+    offsets, mask = torch.tensor([0, *counts]).cumsum(0), routes(kind, T)
+    query = random(3, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()  # the kernels round it
+    keys, scales = random(sum(counts), G, D, seed=2, dtype=dtype, device=device), None
+    if int8:
+        keys, scales = K.quantize(keys.float())
+
+    def oracle(query, keys):
+        return [torch.stack([torch.stack([(query[b, mask[b]] @ keys[offsets[m]:offsets[m + 1]].flatten(1).T).amax()
+                                          for m in range(len(counts))]) for b in range(3) if mask[b].any()])]
+
+    def kernel(query, keys=keys):
+        scores = K.route(query, mask.to(device), keys, offsets.to(device), scales)
+        assert scores[~mask.any(1).to(device)].eq(float("-inf")).all() and scores.dtype == torch.float32
+        return [scores[mask.any(1).to(device)]]
+
+    if int8:  # no gradients
+        values = (keys.double() * scales[:, None, None]).cpu()
+        return error(torch.cat(kernel(query)), torch.cat(oracle(query.double().cpu(), values))), 0.0
+    return compare(kernel, oracle, [query, keys])
+
+
+def check_attention(case, dtype, device="cpu"):
+    T, past, slots, prefix, biased, (H, G, D) = case
+    shapes = [(3, T, H, D), (3, T + past, G, D), (3, T + past, G, D)] + [(80, G, D)] * 2 * (slots is not None)
+    inputs, chosen = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)], []
+    index = bias = None
+    if slots is not None:
+        index = torch.stack([torch.randperm(79, generator=torch.Generator().manual_seed(b))[:max(slots)] + 1 for b in range(3)])
+        beyond = torch.arange(max(slots)) >= torch.tensor(slots)[:, None]
+        index = index.masked_fill(beyond, 0)
+        if biased:
+            bias = (4 * torch.randn(3, max(slots), generator=torch.Generator().manual_seed(9))).masked_fill(beyond, torch.nan)
+        with torch.no_grad():
+            inputs[3][0] += 10  # what unused slots point at: it must not be read through them
+        chosen = [index.to(device), torch.tensor(slots, device=device), prefix, bias.to(device) if biased else None]
+
+    def oracle(query, keys, values, memory_keys=None, memory_values=None):
+        rows = []
+        for b in range(3):
+            for t in range(T):
+                seen = index[b, :slots[b]].tolist() if slots is not None and past + t >= prefix else []
+                rows.append(reference.attend(query[b, t], [memory_keys[c] for c in seen] + list(keys[b, :past + t + 1]),
+                                             [memory_values[c] for c in seen] + list(values[b, :past + t + 1]),
+                                             bias[b, :len(seen)].tolist() if biased else []))
+        return [torch.stack(rows).view(query.shape)]
+
+    return compare(lambda *xs: [K.sparse_attention(*xs, *chosen)], oracle, inputs)
+
+
+def script():
+    device, failures = "cuda", 0
+    for check, cases in ((check_pool, POOL), (check_route, ROUTE), (check_attention, ATTEND)):
+        for case in cases:
+            for dtype, limits in TOLERANCE.items():
+                errors = check(case, dtype, device)
+                wrong = not all(e <= limit for e, limit in zip(errors, limits))  # NaN is wrong
+                failures += wrong
+                print(f"{'WRONG' if wrong else 'right'} {check.__name__} {case} {dtype}: {errors[0]:.1e}, gradients {errors[1]:.1e}")
+    for case in ROUTE:
+        errors = check_route(case, torch.float32, device, int8=True)
+        wrong = not errors[0] <= 1e-4
+        failures += wrong
+        print(f"{'WRONG' if wrong else 'right'} check_route {case} int8: forward {errors[0]:.1e}")
+    print(f"{failures} wrong on {torch.cuda.get_device_name()}")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    script()
