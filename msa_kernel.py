@@ -31,7 +31,7 @@ except ImportError:  # macOS, Windows
 
 jit = triton.jit if triton else lambda kernel: kernel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUTE_TILE = 4096    # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes is its largest intermediate
+ROUTE_TILE = 2048    # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes is its largest intermediate
 LOG2E = 1.4426950408889634
 PRECISION = "tf32x3" # of float32 products on tensor cores: three TF32 products, within 1e-6 of float32
 
@@ -246,13 +246,7 @@ def route(query, mask, routing_keys, offsets, scales=None):
     if use_triton(query):
         winners = torch.is_grad_enabled() and (query.requires_grad or routing_keys.requires_grad)
         return Route.apply(query, mask, routing_keys, offsets, scales, winners)
-    best = chunk_scores(query, mask, routing_keys.flatten(1), scales)
-    documents, chunks = len(offsets) - 1, len(routing_keys)
-    if documents == chunks:                                                             # one chunk each
-        return best
-    owner = torch.repeat_interleave(torch.arange(documents, device=best.device), offsets.diff(), output_size=chunks)
-    empty = best.new_full((len(query), documents), float("-inf"))
-    return empty.scatter_reduce(1, owner.expand(len(query), -1), best, "amax")
+    return document_max(chunk_scores(query, mask, routing_keys.flatten(1), scales), offsets)
 
 
 def chunk_scores(query, mask, keys, scales=None):
@@ -260,13 +254,50 @@ def chunk_scores(query, mask, keys, scales=None):
 
     (In training the tiles are small: a pool has few chunks.)
     """
-    best, tile = [], 64 if torch.is_grad_enabled() else ROUTE_TILE
+    (B, T, W), best, tile = query.shape, [], 64 if torch.is_grad_enabled() else ROUTE_TILE
+    queries, blind = query.reshape(B * T, W).T, None if mask.all() else ~mask
     for start in range(0, len(keys), tile):
         part = keys[start:start + tile].float()
-        scores = query @ F.pad(part, (0, 0, 0, tile - len(part))).T                     # (B, T, tile)
-        best.append(scores.masked_fill(~mask[:, :, None], float("-inf")).amax(1))
-    best = torch.cat(best, 1)[:, :len(keys)]                                            # (B, C)
+        part = part if len(part) == tile else F.pad(part, (0, 0, 0, tile - len(part)))
+        scores = (part @ queries).view(tile, B, T)                                      # keys first: the faster order on a CPU
+        best.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(2))
+    best = torch.cat(best)[:len(keys)].T                                                # (B, C)
     return best if scales is None else best * scales
+
+
+def document_max(best, offsets):
+    """The best of each document's chunks: (B, C) -> (B, M)."""
+    documents, chunks = len(offsets) - 1, best.size(1)
+    if documents == chunks:                                                             # one chunk each
+        return best
+    owner = torch.repeat_interleave(torch.arange(documents, device=best.device), offsets.diff(), output_size=chunks)
+    empty = best.new_full((len(best), documents), float("-inf"))
+    return empty.scatter_reduce(1, owner.expand(len(best), -1), best, "amax")
+
+
+@torch.no_grad()
+def select_documents(query, mask, routing_keys, offsets, top_k, scales=None):
+    """The first top_k of `route`'s ranking, without gradients: indices (B, top_k) int64, scores (B, top_k), as `top_documents`.
+
+    A CPU multiplies bf16 keys at twice the rate of fp32, but rounds every score to bf16. With the query rounded as well a score is off
+    by at most 2^-8 (the lengths of a token's grouped query, summed over groups, are 1 at most), so that only documents within 2^-7 of the
+    k-th rough score can be among the first; these are scored again in fp32. The result is exact.
+    """
+    if routing_keys.dtype != torch.bfloat16 or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return top_documents(route(query, mask, routing_keys, offsets, scales), top_k)
+    (B, T, W), rough = query.shape, []
+    queries, blind = query.reshape(B * T, W).bfloat16(), None if mask.all() else ~mask[:, :, None]
+    for part in routing_keys.flatten(1).split(4 * ROUTE_TILE):
+        scores = (queries @ part.T).view(B, T, -1)
+        rough.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(1))
+    rough = document_max(torch.cat(rough, 1).float(), offsets)                          # (B, M)
+    kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
+    kept = ((rough >= kth - 2 ** -7) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
+    counts = offsets.diff()[kept]
+    ends = counts.cumsum(0)
+    rows = torch.repeat_interleave(offsets[kept] - ends + counts, counts) + torch.arange(int(counts.sum()))
+    documents, scores = top_documents(route(query, mask, routing_keys[rows], F.pad(ends, (1, 0))), top_k)
+    return torch.cat([kept, kept.new_tensor([-1])])[documents], scores                  # -1 stays -1
 
 
 @jit

@@ -12,7 +12,17 @@ import torch
 
 import msa_kernel
 from common import UserError
-from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, quantize, route, sparse_attention, top_documents
+from msa_kernel import (
+    chunk_offsets,
+    document_slots,
+    group_queries,
+    pool_chunks,
+    quantize,
+    route,
+    select_documents,
+    sparse_attention,
+    top_documents,
+)
 
 INF = float("inf")
 HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]  # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two
@@ -211,6 +221,21 @@ def test_top_documents_of_no_question(documents):
     """A batch of questions none of which asks for a document would crash the measures of training."""
     found, best = top_documents(torch.zeros(0, documents), 2)
     assert found.shape == best.shape == (0, 2)
+
+
+@pytest.mark.parametrize("counts", [[1], [1] * 700, [2, 1, 4, 3, 1] * 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_documents(counts, dtype, monkeypatch):
+    """Rounded products would decide which documents are found, or in what order; or a question that routes nothing would find some."""
+    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", 64)
+    offsets, keys = torch.tensor([0, *counts]).cumsum(0), unit_keys(sum(counts), 2, 16, seed=4).to(dtype)
+    keys[-1] = keys[0]  # a tie
+    query, mask = group_queries(random(3, 5, 4, 16, seed=5), 2), torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
+    query[0, 2] = group_queries(keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None], 2)[0, 0]  # finds the tie
+    documents, scores = select_documents(query, mask, keys, offsets, 6)
+    wanted, values = top_documents(route(query, mask, keys, offsets), 6)
+    assert documents.equal(wanted) and documents[1].eq(-1).all()
+    close(scores, values)
 
 
 @pytest.mark.parametrize("documents", [
