@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common import UserError, atomic_file, merge, write_json
-from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, route, sparse_attention, top_documents
+from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, ranges, route, sparse_attention, top_documents
 
 
 @dataclass
@@ -144,12 +144,6 @@ class Memory:
         layers = [[torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
                   for name in ("keys", "values", "routing_keys")]
         return Memory(*layers, F.pad(counts.cumsum(0), (1, 0)), numbers)
-
-
-def ranges(starts, counts):
-    """The numbers starts[i], starts[i] + 1, ... (counts[i] of them), for all i one after another."""
-    ends = counts.cumsum(0)
-    return torch.repeat_interleave(starts - ends + counts, counts) + torch.arange(int(counts.sum()), device=counts.device)
 
 
 class Cache:

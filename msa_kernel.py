@@ -1,7 +1,7 @@
 """The three operations of a memory layer: pooling, routing, sparse attention.
 
     pool_chunks         keys, values, routing keys of documents -> one of each per chunk
-    route     a question's routing queries against every chunk's routing key -> a score per document
+    route               a question's routing queries against every chunk's routing key -> a score per document
     sparse_attention    question tokens over [the chunks of their selected documents | their own causal past]
 
 Each is a reference in PyTorch, which is the definition, and a Triton kernel with its backward, behind one function. CUDA tensors go
@@ -30,10 +30,10 @@ except ImportError:  # macOS, Windows
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
+LOG2E = tl.constexpr(1.4426950408889634) if triton else None  # kernels may read a global only as a constexpr
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUTE_TILE = 2048    # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes is its largest intermediate
-LOG2E = 1.4426950408889634
-PRECISION = "tf32x3" # of float32 products on tensor cores: three TF32 products, within 1e-6 of float32
+ROUTE_TILE = 2048     # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes is its largest intermediate
+PRECISION = "tf32x3"  # of float32 products on tensor cores: three TF32 products, within 1e-6 of float32
 
 
 def use_triton(x):
@@ -78,6 +78,17 @@ def chunk_offsets(lengths, chunk_size, last=0):
     return F.pad(chunks.cumsum(0), (1, 0))
 
 
+def chunk_owners(offsets, chunks):
+    """The document of each of the `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(), output_size=chunks)
+
+
+def ranges(starts, counts):
+    """The numbers starts[i], starts[i] + 1, ... (counts[i] of them), for all i one after another."""
+    ends = counts.cumsum(0)
+    return torch.repeat_interleave(starts - ends + counts, counts) + torch.arange(int(counts.sum()), device=counts.device)
+
+
 def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0):
     """Means over each chunk's tokens (section 3.2); a last short chunk is averaged over what it has.
 
@@ -112,7 +123,7 @@ def chunk_means(x, lengths, chunk_size, last=0):
 def chunk_spans(lengths, width, chunk_size, last):
     """Which of the M * `width` padded tokens each chunk holds: first (C,) int64 and count (C,) int32."""
     offsets = chunk_offsets(lengths, chunk_size, last)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), offsets.diff())
+    owner = chunk_owners(offsets, int(offsets[-1]))
     nth, body = torch.arange(len(owner), device=owner.device) - offsets[owner], (lengths - last)[owner]
     closing = (nth == offsets.diff()[owner] - 1) & (last > 0)
     first = torch.where(closing, body, nth * chunk_size)
@@ -270,9 +281,8 @@ def document_max(best, offsets):
     documents, chunks = len(offsets) - 1, best.size(1)
     if documents == chunks:                                                             # one chunk each
         return best
-    owner = torch.repeat_interleave(torch.arange(documents, device=best.device), offsets.diff(), output_size=chunks)
     empty = best.new_full((len(best), documents), float("-inf"))
-    return empty.scatter_reduce(1, owner.expand(len(best), -1), best, "amax")
+    return empty.scatter_reduce(1, chunk_owners(offsets, chunks).expand(len(best), -1), best, "amax")
 
 
 @torch.no_grad()
@@ -294,9 +304,8 @@ def select_documents(query, mask, routing_keys, offsets, top_k, scales=None):
     kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
     kept = ((rough >= kth - 2 ** -7) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
     counts = offsets.diff()[kept]
-    ends = counts.cumsum(0)
-    rows = torch.repeat_interleave(offsets[kept] - ends + counts, counts) + torch.arange(int(counts.sum()))
-    documents, scores = top_documents(route(query, mask, routing_keys[rows], F.pad(ends, (1, 0))), top_k)
+    candidates = routing_keys[ranges(offsets[kept], counts)]
+    documents, scores = top_documents(route(query, mask, candidates, F.pad(counts.cumsum(0), (1, 0))), top_k)
     return torch.cat([kept, kept.new_tensor([-1])])[documents], scores                  # -1 stays -1
 
 
@@ -444,10 +453,9 @@ class Route(torch.autograd.Function):
             d_query = torch.empty(B, T, W, device=query.device)
             route_backward_query[T, B, triton.cdiv(W, block)](d_scores, token, chunk, keys, d_query, T, M, W, BLOCK_M=32, BLOCK_W=block)
         if ctx.needs_input_grad[2]:
-            owner = torch.repeat_interleave(torch.arange(M, device=query.device), offsets.diff(), output_size=C)
             d_keys = torch.empty_like(keys)
             route_backward_keys[C, triton.cdiv(W, block)](
-                d_scores, token, chunk, owner, query, d_keys, B, T, M, W, BLOCK_B=16, BLOCK_W=block)
+                d_scores, token, chunk, chunk_owners(offsets, C), query, d_keys, B, T, M, W, BLOCK_B=16, BLOCK_W=block)
         return d_query, None, d_keys, None, None, None
 
     @staticmethod
@@ -549,7 +557,7 @@ def memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS: tl.constexpr):
     row = tl.load(index_ptr + b * S + s, mask=s < count, other=0)
     added = tl.where(s < count, 0.0, float("-inf"))
     if BIAS:
-        added += tl.load(bias_ptr + b * S + s, mask=s < count, other=0.0) * 1.4426950408889634
+        added += tl.load(bias_ptr + b * S + s, mask=s < count, other=0.0) * LOG2E
     return row, added
 
 
@@ -557,6 +565,28 @@ def memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS: tl.constexpr):
 def load_rows(x_ptr, row, exists, d, D):
     """Rows of (., D): a tile (rows, BLOCK_D), zero where there is nothing."""
     return tl.load(x_ptr + row[:, None] * D + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def memory_tile(
+    query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g, s, d, count, S, prefix_length, G, D, scale,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Keys and values of memory slots s, gathered through the index, and the logits of rows at `place`: -inf where they do not see them."""
+    at, added = memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS)
+    keys = load_rows(memory_keys_ptr, at * G + g, s < count, d, D).to(query.dtype)
+    values = load_rows(memory_values_ptr, at * G + g, s < count, d, D).to(query.dtype)
+    logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E) + added[None, :]
+    return keys, values, tl.where((place >= prefix_length)[:, None], logits, float("-inf"))
+
+
+@jit
+def local_tile(query, place, keys_ptr, values_ptr, b, g, n, d, N, G, D, scale, PRECISION: tl.constexpr):
+    """Keys and values of local tokens n, and the logits of rows at `place`: -inf for what comes after them."""
+    keys = load_rows(keys_ptr, (b * N + n) * G + g, n < N, d, D)
+    values = load_rows(values_ptr, (b * N + n) * G + g, n < N, d, D)
+    logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+    return keys, values, tl.where(n[None, :] <= place[:, None], logits, float("-inf"))
 
 
 @jit
@@ -575,7 +605,7 @@ def attend_forward(
     memory_keys_ptr, memory_values_ptr,         # (C', G, D), any type
     index_ptr, slots_ptr, bias_ptr,             # (B, S) int64, (B,) int64, (B, S) fp32
     output_ptr, lse_ptr,                        # (B, T, H, D), (B, T, H) fp32: log2 of the softmax's sum, for the backward
-    T, N, S, prefix_length, G, D, scale,        # scale: log2(e) / sqrt(D)
+    T, N, S, prefix_length, G, D, scale,        # scale: 1 / sqrt(D)
     R: tl.constexpr, MEMORY: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -593,22 +623,21 @@ def attend_forward(
     if MEMORY:
         count = tl.load(slots_ptr + b).to(tl.int32)
         for s0 in range(0, count, BLOCK_N):
-            s = s0 + tl.arange(0, BLOCK_N)
-            at, added = memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS)
-            keys = load_rows(memory_keys_ptr, at * G + g, s < count, d, D).to(query.dtype)
-            values = load_rows(memory_values_ptr, at * G + g, s < count, d, D).to(query.dtype)
-            logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale + added[None, :]
-            logits = tl.where((place >= prefix_length)[:, None], logits, float("-inf"))
+            _, values, logits = memory_tile(query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g,
+                                            s0 + tl.arange(0, BLOCK_N), d, count, S, prefix_length, G, D, scale, BIAS, PRECISION)
             top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
     for n0 in range(0, tl.minimum(N, N - T + (tile * BLOCK_R + BLOCK_R - 1) // R + 1), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        keys = load_rows(keys_ptr, (b * N + n) * G + g, n < N, d, D)
-        values = load_rows(values_ptr, (b * N + n) * G + g, n < N, d, D)
-        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-        logits = tl.where(n[None, :] <= place[:, None], logits, float("-inf"))
+        _, values, logits = local_tile(query, place, keys_ptr, values_ptr, b, g, n0 + tl.arange(0, BLOCK_N), d, N, G, D, scale, PRECISION)
         top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
     tl.store(output_ptr + row[:, None] * D + d[None, :], output / total[:, None], mask=exists[:, None] & (d < D)[None, :])
     tl.store(lse_ptr + row, top + tl.log2(total), mask=exists)
+
+
+@jit
+def query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION: tl.constexpr):
+    """One more tile of keys in the query's gradient: + d_logits @ keys, where d_logits = p * (d_output @ values^T - delta)."""
+    d_logits = tl.exp2(logits - lse[:, None]) * (tl.dot(d_output, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(d_logits.to(keys.dtype), keys, d_query, input_precision=PRECISION)
 
 
 @jit
@@ -620,8 +649,7 @@ def attend_backward_query(
     R: tl.constexpr, MEMORY: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Program (i, b, g), the loops of attend_forward: p = exp2(logits - lse); d_logits = p * (d_output @ values^T - delta);
-    d_query += d_logits @ keys."""
+    """Program (i, b, g), the loops of attend_forward with query_step in the place of softmax_step."""
     tile, b, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     r, d = tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     exists, row, place = r < T * R, query_rows(r, b, g, T, G, R), N - T + r // R
@@ -631,23 +659,14 @@ def attend_backward_query(
     if MEMORY:
         count = tl.load(slots_ptr + b).to(tl.int32)
         for s0 in range(0, count, BLOCK_N):
-            s = s0 + tl.arange(0, BLOCK_N)
-            at, added = memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS)
-            keys = load_rows(memory_keys_ptr, at * G + g, s < count, d, D).to(query.dtype)
-            values = load_rows(memory_values_ptr, at * G + g, s < count, d, D).to(query.dtype)
-            logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale + added[None, :]
-            p = tl.where((place >= prefix_length)[:, None], tl.exp2(logits - lse[:, None]), 0.0)
-            d_logits = p * (tl.dot(d_output, tl.trans(values), input_precision=PRECISION) - delta[:, None])
-            d_query = tl.dot(d_logits.to(keys.dtype), keys, d_query, input_precision=PRECISION)
+            keys, values, logits = memory_tile(query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g,
+                                               s0 + tl.arange(0, BLOCK_N), d, count, S, prefix_length, G, D, scale, BIAS, PRECISION)
+            d_query = query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION)
     for n0 in range(0, tl.minimum(N, N - T + (tile * BLOCK_R + BLOCK_R - 1) // R + 1), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        keys = load_rows(keys_ptr, (b * N + n) * G + g, n < N, d, D)
-        values = load_rows(values_ptr, (b * N + n) * G + g, n < N, d, D)
-        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-        p = tl.where(n[None, :] <= place[:, None], tl.exp2(logits - lse[:, None]), 0.0)
-        d_logits = p * (tl.dot(d_output, tl.trans(values), input_precision=PRECISION) - delta[:, None])
-        d_query = tl.dot(d_logits.to(keys.dtype), keys, d_query, input_precision=PRECISION)
-    d_query *= scale / 1.4426950408889634
+        keys, values, logits = local_tile(query, place, keys_ptr, values_ptr, b, g,
+                                          n0 + tl.arange(0, BLOCK_N), d, N, G, D, scale, PRECISION)
+        d_query = query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION)
+    d_query *= scale
     tl.store(d_query_ptr + row[:, None] * D + d[None, :], d_query, mask=exists[:, None] & (d < D)[None, :])
 
 
@@ -684,13 +703,13 @@ def attend_backward_keys(
         exists, row, place = r < T * R, query_rows(r, b, g, T, G, R), N - T + r // R
         query, d_output = load_rows(query_ptr, row, exists, d, D), load_rows(d_output_ptr, row, exists, d, D)
         lse, delta = tl.load(lse_ptr + row, mask=exists, other=0.0), tl.load(delta_ptr + row, mask=exists, other=0.0)
-        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scale + added[:, None]   # (BLOCK_N, BLOCK_R)
+        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E) + added[:, None]  # (BLOCK_N, BLOCK_R)
         seen = (seen_from[:, None] <= place[None, :]) & exists[None, :]
         p = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)
         d_values = tl.dot(p.to(query_type), d_output, d_values, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_output), input_precision=PRECISION) - delta[None, :])
         d_keys = tl.dot(d_logits.to(query_type), query, d_keys, input_precision=PRECISION)
-    d_keys *= scale / 1.4426950408889634
+    d_keys *= scale
     to, inside = at[:, None] * D + d[None, :], (n < count)[:, None] & (d < D)[None, :]
     if MEMORY:
         tl.atomic_add(d_keys_ptr + to, d_keys, mask=inside, sem="relaxed")
@@ -725,7 +744,7 @@ class Attend(torch.autograd.Function):
         S = index.size(1) if memory else 0
         tensors = (query, keys, values, memory_keys, memory_values, index, slots, bias)
         tensors = [query if x is None else x for x in tensors]  # in the place of None: an address that is not read
-        sizes, options = (T, N, S, prefix_length, G, D, LOG2E * D ** -0.5), (H // G, memory, bias is not None, PRECISION)
+        sizes, options = (T, N, S, prefix_length, G, D, D ** -0.5), (H // G, memory, bias is not None, PRECISION)
         output, lse = torch.empty_like(query), torch.empty(B, T, H, device=query.device)
         tiles = Attend.tiles(T * H // G, D, query.element_size())
         attend_forward[triton.cdiv(T * H // G, tiles["BLOCK_R"]), B, G](*tensors, output, lse, *sizes, *options, **tiles)
@@ -751,7 +770,7 @@ class Attend(torch.autograd.Function):
         d_memory = [torch.zeros(x.shape, device=x.device) for x in (memory_keys, memory_values)]
         attend_backward_keys[triton.cdiv(S, tiles["BLOCK_N"]), B, G](
             query, memory_keys, memory_values, *selection, d_output, lse, delta, *d_memory, *ctx.sizes, R, True, bias, PRECISION, **tiles)
-        return d_query, d_keys, d_values, *(x.to(memory_keys.dtype) for x in d_memory), *[None] * 4
+        return d_query, d_keys, d_values, *(x.to(like.dtype) for x, like in zip(d_memory, (memory_keys, memory_values))), *[None] * 4
 
     @staticmethod
     def tiles(rows, D, size):

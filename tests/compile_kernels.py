@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for sm_80 and sm_90 as a GPU would be asked to, without one: registers, spills, stack, shared memory.
+"""Compile every Triton kernel for sm_80 or sm_90 as a GPU would be asked to, without one: registers, spills, stack, shared memory.
 
     python tests/compile_kernels.py [80|90]   # a table; exit code 1 where one does not compile, spills, or does not fit
 
@@ -29,7 +29,7 @@ ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 
 
 class Compiler:
-    """Takes a kernel's place: `kernel[grid](*args)` compiles it for both cards and notes what came out."""
+    """Takes a kernel's place: `kernel[grid](*args)` compiles it for the card and notes what came out."""
 
     def __init__(self, kernel, rows):
         self.kernel, self.rows, self.label = kernel, rows, ""

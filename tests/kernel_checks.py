@@ -45,8 +45,8 @@ def compare(kernel, oracle, inputs):
                     for i, x in enumerate(outputs))
         gradients.append(torch.autograd.grad(total, fast if outputs is found else slow, allow_unused=True) if total.requires_grad else ())
     for pairs in (zip(found, expected), zip(*gradients)):
-        errors = [error(a, b) for a, b in pairs]
-        worst.append(max(errors, default=0.0))
+        errors = torch.tensor([error(a, b) for a, b in pairs] or [0.0])
+        worst.append(float(errors.max()))  # not Python's max, which can lose a NaN
     return tuple(worst)
 
 
@@ -57,19 +57,33 @@ def error(found, expected):
     return float((found - expected).norm()) / (norm or 1.0)
 
 
+def pool_by_hand(inputs, lengths, size, last):
+    """What pool_chunks returns: means over slices, the third of unit length per head."""
+    pooled = [torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
+                           for chunk in reference.spans(list(x[m, :length]), size, last)]) for x in inputs]
+    return *pooled[:2], pooled[2] / pooled[2].norm(dim=-1, keepdim=True)
+
+
+def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0, bias=None):
+    """What sparse_attention returns, token by token."""
+    rows, past = [], keys.size(1) - query.size(1)
+    for b in range(len(query)):
+        for t in range(query.size(1)):
+            chunks = [] if index is None or past + t < prefix_length else index[b, :slots[b]].tolist()
+            seen_keys = [memory_keys[c] for c in chunks] + list(keys[b, :past + t + 1])
+            seen_values = [memory_values[c] for c in chunks] + list(values[b, :past + t + 1])
+            rows.append(reference.attend(query[b, t], seen_keys, seen_values, [] if bias is None else bias[b, :len(chunks)].tolist()))
+    return torch.stack(rows).view(query.shape)
+
+
 def check_pool(case, dtype, device="cpu"):
     lengths, size, last, G, D = case
     inputs = [random(len(lengths), max(lengths) + 1, G, D, seed=i, dtype=dtype, device=device) for i in range(3)]
     for x in inputs:
         for m, length in enumerate(lengths):
             x[m, length:] = 100  # padding must not matter
-
-    def oracle(*inputs):
-        pooled = [torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
-                               for chunk in reference.spans(list(x[m, :length]), size, last)]) for x in inputs]
-        return *pooled[:2], pooled[2] / pooled[2].norm(dim=-1, keepdim=True)
-
-    return compare(lambda *xs: K.pool_chunks(*xs, torch.tensor(lengths, device=device), size, last), oracle, inputs)
+    return compare(lambda *xs: K.pool_chunks(*xs, torch.tensor(lengths, device=device), size, last),
+                   lambda *xs: pool_by_hand(xs, lengths, size, last), inputs)
 
 
 def routes(kind, T):
@@ -110,28 +124,18 @@ def check_attention(case, dtype, device="cpu"):
     T, past, slots, prefix, biased, (H, G, D) = case
     shapes = [(3, T, H, D), (3, T + past, G, D), (3, T + past, G, D)] + [(80, G, D)] * 2 * (slots is not None)
     inputs, chosen = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)], []
-    index = bias = None
     if slots is not None:
         index = torch.stack([torch.randperm(79, generator=torch.Generator().manual_seed(b))[:max(slots)] + 1 for b in range(3)])
         beyond = torch.arange(max(slots)) >= torch.tensor(slots)[:, None]
         index = index.masked_fill(beyond, 0)
+        bias = None
         if biased:
             bias = (4 * torch.randn(3, max(slots), generator=torch.Generator().manual_seed(9))).masked_fill(beyond, torch.nan)
         with torch.no_grad():
             inputs[3][0] += 10  # what unused slots point at: it must not be read through them
-        chosen = [index.to(device), torch.tensor(slots, device=device), prefix, bias.to(device) if biased else None]
-
-    def oracle(query, keys, values, memory_keys=None, memory_values=None):
-        rows = []
-        for b in range(3):
-            for t in range(T):
-                seen = index[b, :slots[b]].tolist() if slots is not None and past + t >= prefix else []
-                rows.append(reference.attend(query[b, t], [memory_keys[c] for c in seen] + list(keys[b, :past + t + 1]),
-                                             [memory_values[c] for c in seen] + list(values[b, :past + t + 1]),
-                                             bias[b, :len(seen)].tolist() if biased else []))
-        return [torch.stack(rows).view(query.shape)]
-
-    return compare(lambda *xs: [K.sparse_attention(*xs, *chosen)], oracle, inputs)
+        chosen = [index, torch.tensor(slots), prefix, bias]
+    on_device = [x.to(device) if isinstance(x, torch.Tensor) else x for x in chosen]
+    return compare(lambda *xs: [K.sparse_attention(*xs, *on_device)], lambda *xs: [attention_by_hand(*xs, *chosen)], inputs)
 
 
 def script():

@@ -9,6 +9,7 @@ import kernel_checks
 import pytest
 import reference
 import torch
+from kernel_checks import attention_by_hand, pool_by_hand
 
 import msa_kernel
 from common import UserError
@@ -73,9 +74,7 @@ def test_pool_chunks(lengths, size, last):
         for m, length in enumerate(lengths):
             x[m, length:] = 1e6  # what stands in the padding must not matter
         x.requires_grad_()
-    means = [torch.stack([reference.mean(chunk) for m, length in enumerate(lengths)
-                          for chunk in reference.spans(list(x[m, :length]), size, last)]) for x in inputs]
-    expected = [*means[:2], means[2] / means[2].norm(dim=-1, keepdim=True)]
+    expected = pool_by_hand(inputs, lengths, size, last)
     for i, (pooled, wanted) in enumerate(zip(pool_chunks(*inputs, torch.tensor(lengths), size, last), expected)):
         tolerance = 1e-12 if i < 2 else 1e-6  # unit length is found in float32
         close(pooled, wanted, tolerance)
@@ -238,6 +237,16 @@ def test_select_documents(counts, dtype, monkeypatch):
     close(scores, values)
 
 
+def test_select_documents_where_rounding_misleads():
+    """The rough score would decide: the second document has .50129, its rounded products say .5039; the first has .5019 and .5."""
+    query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
+    keys = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]).bfloat16()
+    assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
+    documents, scores = select_documents(query, mask, keys, torch.arange(3), 1)
+    assert documents.tolist() == [[0]]
+    close(scores, torch.tensor([[0.5019]]))
+
+
 @pytest.mark.parametrize("documents", [
     [[2, 0]], [[-1, -1]], [[4, 1, -1], [-1, -1, -1], [0, 3, 2]], [[1], [3]], [[4, 3, 2, 1, 0, -1, -1]],
 ])
@@ -256,18 +265,6 @@ def test_document_slots(documents):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
-
-def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0, bias=None):
-    rows = []
-    for b in range(len(query)):
-        past = keys.size(1) - query.size(1)
-        for t in range(query.size(1)):
-            chunks = [] if index is None or past + t < prefix_length else index[b, :slots[b]].tolist()
-            seen_keys = [memory_keys[c] for c in chunks] + list(keys[b, :past + t + 1])
-            seen_values = [memory_values[c] for c in chunks] + list(values[b, :past + t + 1])
-            rows.append(reference.attend(query[b, t], seen_keys, seen_values, [] if bias is None else bias[b, :len(chunks)].tolist()))
-    return torch.stack(rows).view(query.shape)
-
 
 @pytest.mark.parametrize("H, G, D", HEADS)
 @pytest.mark.parametrize("T, past", [(1, 0), (5, 0), (1, 4), (3, 2)])
@@ -307,7 +304,7 @@ def test_sparse_attention_fp32():
 # The Triton kernels: numbers in the interpreter, machine code by the compiler, on any machine
 
 TESTS = Path(__file__).resolve().parent
-HALF = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16]
 
 
 @pytest.fixture
@@ -321,14 +318,14 @@ def within(errors, dtype):
     assert errors[0] <= forward and errors[1] <= gradient, errors
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", kernel_checks.POOL)
 def test_pool_kernel(case, dtype, kernels):
     """Pooled chunks, or their gradients, would differ from means over slices in double precision."""
     within(kernel_checks.check_pool(case, dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", kernel_checks.ROUTE)
 def test_route_kernel(case, dtype, kernels):
     """Scores would miss a token, a tile or a document's chunk, count a masked token, or send a gradient to a pair that did not win."""
@@ -345,7 +342,7 @@ def test_route_of_int8_keys(case, kernel, monkeypatch):
     assert kernel_checks.check_route(case, torch.float32, int8=True)[0] <= 1e-4
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", kernel_checks.ATTEND)
 def test_attention_kernel(case, dtype, kernels):
     """Attention, or a gradient of it, would see wrong slots, the future, the wrong head, memory from the prefix; or lose a shared chunk."""
