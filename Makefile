@@ -1,10 +1,13 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
+# make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
+#              python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
 RUN = .venv/bin/python
+RESULTS ?= results
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -14,6 +17,10 @@ demo: out/demo/two_hop.json
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+
+gpu:
+	$(PYTHON) tests/kernel_checks.py
+	$(PYTHON) bench.py all --device cuda --json $(RESULTS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -1,54 +1,93 @@
-"""Speed of routing, beside its peers and its limit, in one run.
+"""Speed of a memory layer's three operations and of a training step, each beside its peers and its limit, in one run.
 
-    python bench.py route [--json out/bench.json]
+    python bench.py route|attend|pool|train|all [--json FILE] [--device cuda]
 
-The limit on this machine is floor = max(bytes / bandwidth, operations / rate): the bytes that must be read once (C * W routing keys), the
-multiplications and additions that must be done (2 * T * W * C); bandwidth is what summing a large tensor reads per second, rate what
-a large matrix product of the same type does, both measured in this run. `floor/time` is 1 for a perfect kernel. `same 16`: how many of the
-16 documents found are those of the authors' form in float32 on the same keys (for int8 on the keys before rounding).
+The limit of an operation on this machine is floor = max(bytes / bandwidth, operations / rate). Bandwidth is what summing a large tensor
+reads per second, rate what a large matrix product of the same type does; both take turns with the operation and its peers, so that
+other work on the machine slows all alike. `floor/time` is 1 for a perfect kernel. Multiplying and adding are 2 operations; W = G * D:
+
+    route     bytes: C * W keys, read once.  operations: 2 * T * W * C.  Peers: the authors' form (keys copied to every query head,
+              heads x tokens x chunks stored) and the form that scores each head by itself and shares the keys. `same 16`: how many
+              of the 16 documents found are those of the authors' form in float32 on the same keys (for int8: before rounding)
+    attend    bytes: queries, outputs, local keys and values, the memory rows that the questions selected, each once.
+              operations: 4 * D for each head of a token and key that it sees; with gradients 14 * D, and bytes three times.
+              Peer, and the reference itself: gather the rows, then PyTorch's scaled_dot_product_attention with a mask
+    pool      bytes: three inputs read, three outputs written; with gradients twice. Peer: the reference
+    train     one optimizer step at the demo's and at Qwen3-0.6B's shape. Peer: the same with MSA_KERNEL=torch. `loss within`: the largest
+              relative difference of the two losses over 20 steps on one seed
+
+On a CPU the reference does the work, and the rows of the others have no peer but themselves.
 """
 import argparse  # not tyro: this runs where only torch, triton and numpy are installed
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import msa_kernel as K
-from common import detect_device, main, write_json
+from common import autocast, detect_device, main, write_json
+from model import MSA, ModelConfig
+
+H, G, D = 32, 8, 128  # Qwen3-4B's heads
 
 
-def seconds(run, device, repeats=7):
-    """The median time of a call, after one that does not count."""
-    run()
+def take_turns(runs, device, turns=7):
+    """The median seconds of each of several calls, one after another, `turns` times over: fewer for those that take seconds."""
     if device.type == "cuda":
         from triton.testing import do_bench
-        return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        return {name: do_bench(run, warmup=50, rep=200, return_mode="median") / 1e3 for name, run in runs.items()}
+    times = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            if turn < 3 or sum(times[name]) < 2:
+                began = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first call does not count
 
 
-def ceilings(device, dtypes):
-    """What this machine reaches: bytes/s read and copied, operations/s of a matrix product in each type."""
-    big = torch.randn(2 ** (29 if device.type == "cuda" else 27), device=device)
-    other, size = torch.empty_like(big), 8192 if device.type == "cuda" else 2048
-    found = {"read": big.nbytes / seconds(lambda: big.sum(), device), "copy": 2 * big.nbytes / seconds(lambda: other.copy_(big), device)}
-    for dtype in dtypes:
-        a = torch.randn(size, size, device=device).to(dtype)
-        found[str(dtype)] = 2 * size ** 3 / seconds(lambda: a @ a, device)
-    return found
+class Bench:
+    """What all measurements share: the device, the probes of its limits, the rows found so far."""
+
+    def __init__(self, device):
+        self.device, self.rows, self.cuda = device, [], device.type == "cuda"
+        self.large = torch.randn(2 ** (29 if self.cuda else 26), device=device)
+        self.other = torch.empty_like(self.large)
+
+    def measure(self, title, ours, peers, bytes, operations, dtype, note=""):
+        """Time `ours` and `peers` (name -> call) in turns with the probes; print and keep a row."""
+        size = 8192 if self.cuda else 2048
+        a = torch.randn(size, size, device=self.device).to(dtype)
+        probes = {"read": lambda: self.large.sum(), "copy": lambda: self.other.copy_(self.large), "product": lambda: a @ a}
+        times = take_turns({"ours": ours, **peers, **probes}, self.device)
+        read, copy, rate = self.large.nbytes / times["read"], 2 * self.large.nbytes / times["copy"], 2 * size ** 3 / times["product"]
+        floor = max(bytes / read, operations / rate)
+        ratios = {name: times[name] / times["ours"] for name in peers}
+        print(f"{title:38} {1e3 * times['ours']:9.3f} ms   floor/time {floor / times['ours']:.2f} "
+              f"({'bytes' if bytes / read > operations / rate else 'operations'})   "
+              f"{'  '.join(f'{name} {ratio:.2f}x' for name, ratio in ratios.items())}  {note}", flush=True)
+        self.rows.append(dict(what=title, seconds=times["ours"], floor_over_time=floor / times["ours"], peers_over_ours=ratios,
+                              bytes=bytes, operations=operations, of_read_bandwidth=bytes / times["ours"] / read, read=read, copy=copy,
+                              rate=rate, note=note))
 
 
-def report(rows, title, ours, peers, floor, note=""):
-    """Print one operation: our time, the share of the limit, how many times as long each peer takes."""
-    ratios = {name: peer / ours for name, peer in peers.items()}
-    print(f"{title:44} {1e3 * ours:9.2f} ms  floor/time {floor / ours:.2f}  "
-          f"{'  '.join(f'{name} {ratio:.2f}x' for name, ratio in ratios.items())}  {note}", flush=True)
-    rows.append(dict(what=title, seconds=ours, floor=floor, peers_over_ours=ratios, note=note))
+def reference(run):
+    """The same call with the PyTorch reference in place of the kernels."""
+    def by_reference(*args):
+        before, K.KERNEL = K.KERNEL, "torch"
+        try:
+            return run(*args)
+        finally:
+            K.KERNEL = before
+    return by_reference
+
+
+def reference_peer(bench, run):
+    """The reference as a peer, where it is not what runs anyway."""
+    return {"reference": reference(run)} if K.use_triton(torch.empty(0, device=bench.device)) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,42 +101,134 @@ def scores_as_published(queries, keys):
 
 def scores_per_head(queries, keys):
     """Each head by itself, the heads of a group sharing keys: (G, R * T, D) @ (G, D, C)."""
-    T, H, D = queries.shape
-    C, G, _ = keys.shape
-    grouped = queries.view(T, G, H // G, D).permute(1, 2, 0, 3).reshape(G, -1, D)
-    return (grouped @ keys.permute(1, 2, 0)).float().view(H, T, C).mean(0).amax(0)
+    T, heads, _ = queries.shape
+    C, groups, size = keys.shape
+    grouped = queries.view(T, groups, heads // groups, size).permute(1, 2, 0, 3).reshape(groups, -1, size)
+    return (grouped @ keys.permute(1, 2, 0)).float().view(heads, T, C).mean(0).amax(0)
 
 
-def bench_route(device, chunks, rows):
-    """Qwen3-4B's routing: 32 query heads, 8 key heads of 128; one question."""
-    H, G, D = 32, 8, 128
-    limits = ceilings(device, (torch.float32, torch.bfloat16))
-    print(f"route: {chunks:,} chunks x {G} heads x {D}; " + ", ".join(f"{k} {v / 1e9:,.0f} G/s" for k, v in limits.items()))
-    full = F.normalize(torch.randn(chunks, G, D, device=device), dim=-1)
-    for T in (16, 64) if device.type == "cuda" else (16,):
-        queries = torch.randn(1, T, H, D, device=device)
+@torch.no_grad()
+def bench_route(bench, chunks, tokens):
+    """One question against every chunk, each a document of its own, with fp32, bf16 and int8 keys."""
+    device, offsets = bench.device, torch.arange(chunks + 1, device=bench.device)
+    print(f"route: {chunks:,} chunks x {G} heads x {D}, {H} query heads")
+    full = torch.empty(chunks, G, D, device=device)
+    for part in full.split(2 ** 16):
+        part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=-1))
+    for T in tokens:
+        queries, mask = torch.randn(1, T, H, D, device=device), torch.ones(1, T, dtype=torch.bool, device=device)
         grouped, unit = K.group_queries(queries, G), F.normalize(queries[0], dim=-1)
-        mask, offsets = torch.ones(1, T, dtype=torch.bool, device=device), torch.arange(chunks + 1, device=device)
+        published = torch.cat([scores_as_published(unit, part) for part in full.split(2 ** 16)]).topk(16).indices.tolist()
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             keys, scales = K.quantize(full) if dtype == torch.int8 else (full.to(dtype), None)
-            run = lambda: K.select_documents(grouped, mask, keys, offsets, 16, scales)
-            with torch.no_grad():
-                ours, found = seconds(run, device), run()[0][0].tolist()
-                peers = {}
-                if scales is None:
-                    for name, peer in (("authors", scores_as_published), ("per-head", scores_per_head)):
-                        peers[name] = seconds(lambda: peer(unit.to(dtype), keys).topk(16), device, repeats=3)
-                published = scores_as_published(unit, full if scales is not None else keys.float()).topk(16).indices.tolist()
-            rate = limits[str(torch.bfloat16 if dtype == torch.int8 else dtype)]
-            floor = max(keys.nbytes / limits["read"], 2 * T * G * D * chunks / rate)
-            report(rows, f"route {str(dtype)[6:]}, {T} tokens", ours, peers, floor,
-                   f"same 16: {len(set(found) & set(published))}; {keys.nbytes / ours / limits['read']:.2f} of read bandwidth")
+            run, peers = lambda: K.select_documents(grouped, mask, keys, offsets, 16, scales), {}
+            if scales is None:
+                peers = {name: lambda peer=peer: peer(unit.to(dtype), keys).topk(16)
+                         for name, peer in (("authors", scores_as_published), ("per-head", scores_per_head))}
+            same = len(set(run()[0][0].tolist()) & set(published))
+            bench.measure(f"route {str(dtype)[6:]}, {T} tokens", run, peers, keys.nbytes, 2 * T * G * D * chunks,
+                          torch.bfloat16 if dtype == torch.int8 else dtype, f"same 16: {same}")
+
+
+# name, questions, tokens, past, with gradients
+ATTEND = [("prefill", 1, 1024, 0, False), ("prefill", 16, 64, 0, False), ("decode", 1, 1, 1024, False), ("decode", 32, 1, 1024, False),
+          ("training", 32, 128, 0, True)]
+
+
+def bench_attend(bench, cases, slots=128, chunks=1024):
+    """Questions over 128 slots each (16 documents of 8 chunks) of 1,024 chunks that they share, and their own tokens."""
+    device, dtype = bench.device, torch.bfloat16 if bench.cuda else torch.float32
+    print(f"attend: {H} query heads, {G} key heads x {D}, {slots} memory slots, {str(dtype)[6:]}")
+    for name, B, T, past, training in cases:
+        new = lambda *shape: torch.randn(*shape, device=device).to(dtype).requires_grad_(training)
+        inputs = [new(B, T, H, D), new(B, past + T, G, D), new(B, past + T, G, D), new(chunks, G, D), new(chunks, G, D)]
+        index = torch.stack([torch.randperm(chunks, device=device)[:slots].sort().values for _ in range(B)])
+        full, gradient = torch.full((B,), slots, device=device), torch.randn(B, T, H, D, device=device).to(dtype)
+
+        def run():
+            output = K.sparse_attention(*inputs, index, full)
+            return torch.autograd.grad(output, inputs, gradient) if training else output
+
+        seen = T * slots + T * past + T * (T + 1) // 2                                   # keys that a question's tokens see, of a head
+        rows = index.unique().numel()
+        bytes = (2 * inputs[0].numel() + 2 * inputs[1].numel() + 2 * rows * G * D) * dtype.itemsize * (3 if training else 1)
+        bench.measure(f"attend {name}, {B} x {T} tokens, past {past}", run, reference_peer(bench, run), bytes,
+                      (14 if training else 4) * D * H * B * seen, dtype)
+
+
+def bench_pool(bench, documents, length=1024):
+    """Keys, values and routing keys of full documents into chunks of 64."""
+    device, dtype = bench.device, torch.bfloat16 if bench.cuda else torch.float32
+    print(f"pool: {documents} documents x {length} tokens, {G} heads x {D}, {str(dtype)[6:]}")
+    for training in (False, True):
+        inputs = [torch.randn(documents, length, G, D, device=device).to(dtype).requires_grad_(training) for _ in range(3)]
+        lengths = torch.full((documents,), length, device=device)
+        gradients = [torch.randn(documents * -(-length // 64), G, D, device=device).to(dtype) for _ in range(3)]
+
+        def run():
+            pooled = K.pool_chunks(*inputs, lengths, 64)
+            return torch.autograd.grad(pooled, inputs, gradients) if training else pooled
+
+        bytes = 3 * (inputs[0].nbytes + gradients[0].nbytes) * (2 if training else 1)
+        bench.measure(f"pool {'with gradients' if training else 'forward'}", run, reference_peer(bench, run), bytes, 0, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            qk_norm=True, top_k=8, score_bias=True)
+QWEN3_06B = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                 num_key_value_heads=8, head_dim=128, qk_norm=True, rope_theta=1e6)
+# name, configuration, documents x tokens, questions x tokens
+TRAIN = [("demo", DEMO, 32, 40, 48, 32), ("Qwen3-0.6B", QWEN3_06B, 64, 128, 32, 64)]
+
+
+def random_pool(config, documents, length, questions, tokens, device):
+    """One pool for MSA.forward: documents and questions of random tokens, each about one document."""
+    ids = lambda *shape: torch.randint(0, config.vocab_size, shape, device=device)
+    target = torch.zeros(questions, tokens, dtype=torch.bool, device=device)
+    target[:, tokens // 2:] = True
+    positive = torch.zeros(questions, documents, dtype=torch.bool, device=device)
+    positive[torch.arange(questions), torch.arange(questions) % documents] = True
+    batch = dict(tokens=ids(questions, tokens), routing_mask=~target, target_mask=target, positive=positive,
+                 answers=torch.zeros(questions, dtype=torch.bool, device=device), appended=torch.zeros_like(positive))
+    return list(ids(documents, length).cpu()), list(range(documents)), [batch]
+
+
+def bench_train(bench, cases, steps=20):
+    """An optimizer step over one pool: forward, backward, AdamW."""
+    device, dtype = bench.device, torch.bfloat16 if bench.cuda else torch.float32
+    print(f"train: {str(dtype)[6:]} products, float32 weights")
+    for name, options, *sizes in cases:
+        config = ModelConfig(**options)
+
+        def start():
+            torch.manual_seed(1)
+            model = MSA(config).to(device)
+            pool, optimizer = random_pool(config, *sizes, device), torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+            def step():
+                with autocast(device, dtype):
+                    losses = model(*pool)
+                (losses["lm"] + losses["aux"]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                return float((losses["lm"] + losses["aux"]).detach())
+            return step
+
+        step, other = start(), reference_peer(bench, start())
+        curves = [[run() for _ in range(steps)] for run in (step, *other.values())]
+        apart = max(abs(a - b) / b for a, b in zip(*curves)) if other else 0.0
+        weights = sum(p.numel() for p in MSA(config).parameters())
+        tokens = sizes[0] * sizes[1] + sizes[2] * sizes[3]
+        bench.measure(f"train {name}, {tokens:,} tokens", step, other, 28 * weights, 6 * weights * tokens, dtype,
+                      f"loss within {apart:.0e} over {steps} steps" if other else "")
 
 
 def script():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("route",))
-    parser.add_argument("--json", default="", help="write the numbers here")
+    parser.add_argument("what", choices=("route", "attend", "pool", "train", "all"))
+    parser.add_argument("--json", default="", help="write the numbers to this file, or into this folder under the device's name")
     parser.add_argument("--chunks", type=int, default=0, help="of the memory that is routed; default 200,000, on a GPU 1,048,576")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
@@ -106,10 +237,21 @@ def script():
     kernels = "Triton" if K.use_triton(torch.empty(0, device=device)) else "PyTorch"
     print(f"device: {name} ({reason}); torch {torch.__version__}; kernels: {kernels}")
     torch.manual_seed(1)
-    rows = []
-    bench_route(device, args.chunks or (2 ** 20 if device.type == "cuda" else 200_000), rows)
+    bench = Bench(device)
+    if args.what in ("route", "all"):
+        bench_route(bench, args.chunks or (2 ** 20 if bench.cuda else 200_000), (1, 16, 64) if bench.cuda else (16,))
+    if args.what in ("attend", "all"):
+        bench_attend(bench, ATTEND)
+    if args.what in ("pool", "all"):
+        bench_pool(bench, 64 if bench.cuda else 8)
+    if args.what in ("train", "all"):
+        bench_train(bench, TRAIN if bench.cuda else TRAIN[:1])
     if args.json:
-        write_json(args.json, dict(device=name, torch=torch.__version__, rows=rows))
+        path = Path(args.json)
+        if path.is_dir():
+            path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+        write_json(path, dict(device=name, torch=torch.__version__, kernels=kernels, rows=bench.rows))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

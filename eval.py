@@ -44,6 +44,7 @@ class EvalConfig:
     filler: int = 0                         # noise sentences around every document's own; 2 make documents of about 64 tokens
     baseline: Literal["none", "no_memory", "oracle", "bm25", "full"] = "none"  # what answers in place of the memory
     zero_values: bool = False               # pooled values become zero
+    routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # what the memory holds routing keys in; int8: one scale per chunk
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200                    # asked at every length; their documents lie in the shortest memory
     seed: int = 1                           # of documents and questions
@@ -67,6 +68,8 @@ class EvalConfig:
         if self.baseline in ("bm25", "full") and self.task == "niah_single":
             raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a memory of its own; "
                             "choose another --task")
+        if self.routing_keys != "float32" and self.baseline != "none":
+            raise UserError(f"--routing-keys is about the memory, --baseline {self.baseline} has none; leave one of them out")
         if self.top_k < 0:
             raise UserError(f"--top-k is {self.top_k}; it must be at least 1 (or 0 for the checkpoint's own)")
 
@@ -147,8 +150,10 @@ def ask_all(ask, numbers, questions, top_k, label):
 def memory_asker(model, tokenizer, texts, numbers, needles, config):
     """The model with its memory, encoded once. Also returns the tokens encoded per second."""
     order = np.argsort(numbers)  # a memory is in the order of its numbers
-    memory, speed = encode_texts(model, tokenizer, [texts[d] for d in order], [numbers[d] for d in order])
-    own = [encode_texts(model, tokenizer, [needle], [numbers[0]])[0] for needle in needles]
+    encode = lambda texts, numbers: encode_texts(model, tokenizer, texts, numbers)
+    memory, speed = encode([texts[d] for d in order], [numbers[d] for d in order])
+    memory, *own = (m.round_routing_keys(getattr(torch, config.routing_keys))
+                    for m in (memory, *(encode([needle], [numbers[0]])[0] for needle in needles)))
     if config.zero_values:
         for part in (memory, *own):
             part.values = [torch.zeros_like(values) for values in part.values]
@@ -271,8 +276,9 @@ def script():
             rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(spelled[count - 1]), documents=count,
                              questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
                              exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
-                             filler=config.filler, zero_values=config.zero_values, max_rounds=config.interleave.max_rounds,
-                             router_weight=config.interleave.router_weight, checkpoint=config.checkpoint, device=str(device)))
+                             filler=config.filler, routing_keys=config.routing_keys, zero_values=config.zero_values,
+                             max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                             checkpoint=config.checkpoint, device=str(device)))
             print(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
                   flush=True)
             if config.json:

@@ -9,17 +9,15 @@ Training and inference are the same two calls; `forward` is encode + read + loss
     S memory slots of a question   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from common import UserError, atomic_file, merge, write_json
-from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, ranges, route, sparse_attention, top_documents
+from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, quantize, ranges, route, sparse_attention, top_documents
 
 
 @dataclass
@@ -102,9 +100,10 @@ class Memory:
     """A memory held as tensors, one entry per memory layer; documents in the order of their numbers."""
     keys: list                         # of (C, G, D): attention keys after QK-norm and RoPE, mean of each chunk
     values: list                       # of (C, G, D): attention values, mean of each chunk
-    routing_keys: list                 # of (C, G, D): unit length per head
+    routing_keys: list                 # of (C, G, D): unit length per head; int8 with scales
     offsets: torch.Tensor              # (M + 1,) int64: document m's chunks are offsets[m]:offsets[m + 1]
     numbers: list                      # M document numbers, increasing
+    scales: list = None                # of (C,) fp32, with int8 routing keys
 
     def __len__(self):
         return len(self.numbers)
@@ -116,7 +115,8 @@ class Memory:
         force: optional (B, M) bool, documents that are selected whatever their score (training with it
         hides a router at chance: what one layer then reads tells the next which documents are right).
         """
-        scores = route(routing_query, routing_mask, self.routing_keys[layer], self.offsets)
+        scales = None if self.scales is None else self.scales[layer]
+        scores = route(routing_query, routing_mask, self.routing_keys[layer], self.offsets, scales)
         ranked = scores.detach() if force is None else scores.detach().masked_fill(force, float("inf"))
         documents, _ = top_documents(ranked, top_k)
         own = scores.detach().gather(1, documents.clamp(min=0)).masked_fill(documents < 0, float("-inf"))
@@ -132,7 +132,14 @@ class Memory:
         offsets = F.pad(counts.cumsum(0), (1, 0))
         rows = ranges(self.offsets[documents], counts)
         return Memory(*([x[rows] for x in xs] for xs in (self.keys, self.values, self.routing_keys)), offsets,
-                      [self.numbers[d] for d in documents.tolist()])
+                      [self.numbers[d] for d in documents.tolist()], self.scales and [x[rows] for x in self.scales])
+
+    def round_routing_keys(self, dtype):
+        """The same memory with routing keys in float32, bfloat16 or int8."""
+        if dtype != torch.int8:
+            return replace(self, routing_keys=[x.to(dtype) for x in self.routing_keys])
+        keys, scales = zip(*map(quantize, self.routing_keys))
+        return replace(self, routing_keys=list(keys), scales=list(scales))
 
     @staticmethod
     def cat(memories):
@@ -141,9 +148,9 @@ class Memory:
         if any(a >= b for a, b in zip(numbers, numbers[1:])):
             raise ValueError("document numbers must be increasing")
         counts = torch.cat([memory.offsets.diff() for memory in memories])
-        layers = [[torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
-                  for name in ("keys", "values", "routing_keys")]
-        return Memory(*layers, F.pad(counts.cumsum(0), (1, 0)), numbers)
+        join = lambda name: [torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
+        return Memory(join("keys"), join("values"), join("routing_keys"), F.pad(counts.cumsum(0), (1, 0)), numbers,
+                      memories[0].scales and join("scales"))
 
 
 class Cache:
@@ -492,6 +499,8 @@ class MSA(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     def save(self, folder):
         """Write config.json and model.safetensors, each atomically."""
+        from safetensors.torch import save  # here and in load: bench.py runs where only torch, triton and numpy are installed
+
         values = asdict(self.config)
         msa = {name: values.pop(name) for name in MSA_FIELDS}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -502,6 +511,9 @@ class MSA(nn.Module):
     @staticmethod
     def load(folder, device="cpu"):
         """The model of a checkpoint folder, in evaluation mode. Raises UserError for a folder that does not hold one."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         config = load_config(folder)
         path = Path(folder) / "model.safetensors"
         try:

@@ -257,15 +257,13 @@ def route(query, mask, routing_keys, offsets, scales=None):
     if use_triton(query):
         winners = torch.is_grad_enabled() and (query.requires_grad or routing_keys.requires_grad)
         return Route.apply(query, mask, routing_keys, offsets, scales, winners)
-    return document_max(chunk_scores(query, mask, routing_keys.flatten(1), scales), offsets)
+    tile = 64 if torch.is_grad_enabled() else ROUTE_TILE  # in training a pool has few chunks
+    return document_max(chunk_scores(query, mask, routing_keys.flatten(1), scales, tile), offsets)
 
 
-def chunk_scores(query, mask, keys, scales=None):
-    """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), the max over tokens, in padded tiles of one shape.
-
-    (In training the tiles are small: a pool has few chunks.)
-    """
-    (B, T, W), best, tile = query.shape, [], 64 if torch.is_grad_enabled() else ROUTE_TILE
+def chunk_scores(query, mask, keys, scales, tile):
+    """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), the max over tokens, in padded tiles of `tile` chunks."""
+    (B, T, W), best = query.shape, []
     queries, blind = query.reshape(B * T, W).T, None if mask.all() else ~mask
     for start in range(0, len(keys), tile):
         part = keys[start:start + tile].float()
@@ -289,23 +287,27 @@ def document_max(best, offsets):
 def select_documents(query, mask, routing_keys, offsets, top_k, scales=None):
     """The first top_k of `route`'s ranking, without gradients: indices (B, top_k) int64, scores (B, top_k), as `top_documents`.
 
-    A CPU multiplies bf16 keys at twice the rate of fp32, but rounds every score to bf16. With the query rounded as well a score is off
-    by at most 2^-8 (the lengths of a token's grouped query, summed over groups, are 1 at most), so that only documents within 2^-7 of the
-    k-th rough score can be among the first; these are scored again in fp32. The result is exact.
+    A CPU multiplies bf16 at twice the rate of fp32, but rounds the score to bf16 as well as the query. How far this moves a score is
+    known: by the length of the query's rounding error, summed over groups (keys have unit length), and by half a unit in the score's last
+    place. Documents that could still be among the first k by their rough scores are scored again in fp32: the result is exact.
     """
-    if routing_keys.dtype != torch.bfloat16 or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if routing_keys.dtype not in (torch.bfloat16, torch.int8) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return top_documents(route(query, mask, routing_keys, offsets, scales), top_k)
-    (B, T, W), rough = query.shape, []
+    (B, T, W), (_, G, D), rough = query.shape, routing_keys.shape, []
     queries, blind = query.reshape(B * T, W).bfloat16(), None if mask.all() else ~mask[:, :, None]
     for part in routing_keys.flatten(1).split(4 * ROUTE_TILE):
-        scores = (queries @ part.T).view(B, T, -1)
+        scores = (queries @ part.bfloat16().T).view(B, T, -1)                           # int8 is exact in bf16
         rough.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(1))
-    rough = document_max(torch.cat(rough, 1).float(), offsets)                          # (B, M)
+    rough = torch.cat(rough, 1).float()
+    rough = document_max(rough if scales is None else rough * scales, offsets)          # (B, M)
     kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
-    kept = ((rough >= kth - 2 ** -7) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
+    error = (query - queries.view(B, T, W)).unflatten(2, (G, D)).norm(dim=3).sum(2).amax(1, keepdim=True)
+    margin = 1.1 * (2 * error + 2 ** -8 * kth.abs().nan_to_num(posinf=0))               # twice: the k-th score may be off as well
+    kept = ((rough >= kth - margin) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
     counts = offsets.diff()[kept]
-    candidates = routing_keys[ranges(offsets[kept], counts)]
-    documents, scores = top_documents(route(query, mask, candidates, F.pad(counts.cumsum(0), (1, 0))), top_k)
+    rows = ranges(offsets[kept], counts)
+    exact = chunk_scores(query, mask, routing_keys[rows].flatten(1), None if scales is None else scales[rows], tile=64)
+    documents, scores = top_documents(document_max(exact, F.pad(counts.cumsum(0), (1, 0))), top_k)
     return torch.cat([kept, kept.new_tensor([-1])])[documents], scores                  # -1 stays -1
 
 

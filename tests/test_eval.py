@@ -158,8 +158,8 @@ def test_rows(evaluate, checkpoint):
     rows, asked = evaluate("--lengths", "300", "--questions", 2, *flags)
     measured = {name: rows[0].pop(name) for name in ("memory_tokens", "documents", "seconds_per_question", "encode_tokens_per_second")}
     assert rows == [dict(task="read_pooled", baseline="none", questions=2, seed=9, top_k=2, recall_at_k=0, router_top1=0, named=0,
-                         exact_match=0, filler=1, zero_values=True, max_rounds=0, router_weight=2.5, checkpoint=str(checkpoint),
-                         device="cpu")]
+                         exact_match=0, filler=1, routing_keys="float32", zero_values=True, max_rounds=0, router_weight=2.5,
+                         checkpoint=str(checkpoint), device="cpu")]
     assert 240 < measured["memory_tokens"] <= 300 and measured["documents"] == len(asked[0].texts)
     assert measured["seconds_per_question"] >= 0 and measured["encode_tokens_per_second"] > 0
     assert asked[0].config.max_rounds == 0 and asked[0].config.router_weight == 2.5
@@ -176,6 +176,21 @@ def test_zero_values(evaluate, task):
             assert a.shape == b.shape and b.eq(0).all()
         for name in ("keys", "routing_keys"):
             assert all(torch.equal(a, b) for a, b in zip(getattr(plain.memory, name), getattr(zeroed.memory, name)))
+
+
+@pytest.mark.parametrize("kind, dtype", [("bfloat16", torch.bfloat16), ("int8", torch.int8)])
+@pytest.mark.parametrize("task", ["niah_single", "niah_multikey"])
+def test_routing_keys(evaluate, task, kind, dtype):
+    """Every figure of rounded routing keys would be one of float32 keys, or a chunk would have another's scale."""
+    flags = ["--task", task, "--lengths", "400", "--questions", 2]
+    rows, asked = evaluate(*flags, "--routing-keys", kind)
+    assert rows[0]["routing_keys"] == kind
+    for plain, rounded in zip(evaluate(*flags)[1], asked):
+        assert plain.memory.scales is None
+        for layer, (a, b) in enumerate(zip(plain.memory.routing_keys, rounded.memory.routing_keys)):
+            assert a.dtype == torch.float32 and b.dtype == dtype
+            b = b * rounded.memory.scales[layer][:, None, None] if kind == "int8" else b.float()
+            torch.testing.assert_close(a, b, rtol=0, atol=1 / 254 + 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -223,16 +223,17 @@ def test_top_documents_of_no_question(documents):
 
 
 @pytest.mark.parametrize("counts", [[1], [1] * 700, [2, 1, 4, 3, 1] * 130])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_select_documents(counts, dtype, monkeypatch):
     """Rounded products would decide which documents are found, or in what order; or a question that routes nothing would find some."""
     monkeypatch.setattr(msa_kernel, "ROUTE_TILE", 64)
-    offsets, keys = torch.tensor([0, *counts]).cumsum(0), unit_keys(sum(counts), 2, 16, seed=4).to(dtype)
+    offsets, keys = torch.tensor([0, *counts]).cumsum(0), unit_keys(sum(counts), 2, 16, seed=4)
     keys[-1] = keys[0]  # a tie
+    keys, scales = quantize(keys) if dtype == torch.int8 else (keys.to(dtype), None)
     query, mask = group_queries(random(3, 5, 4, 16, seed=5), 2), torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
     query[0, 2] = group_queries(keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None], 2)[0, 0]  # finds the tie
-    documents, scores = select_documents(query, mask, keys, offsets, 6)
-    wanted, values = top_documents(route(query, mask, keys, offsets), 6)
+    documents, scores = select_documents(query, mask, keys, offsets, 6, scales)
+    wanted, values = top_documents(route(query, mask, keys, offsets, scales), 6)
     assert documents.equal(wanted) and documents[1].eq(-1).all()
     close(scores, values)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import msa_kernel
 import train
 from model import MSA, ModelConfig
 from prepare_data import Pools, collate
@@ -85,6 +86,20 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
         assert {row["named"], row["answered"]} <= {0, 0.25, 0.5, 0.75, 1, 0.333333, 0.666667}  # 4 samples name, 3 answer
     assert "| naming " in result.out and f" {rows[0]['naming']:.3f} {rows[0]['named']:.2f} |" in result.out
     assert rows[0]["lm"] == pytest.approx(np.log(608), abs=0.1)  # an untrained model knows nothing
+
+
+def test_training_with_kernels(fit, whole, tmp_path, monkeypatch, files_of):
+    """The Triton kernels would train another model than the reference: the same seed must give the same losses, within 1e-4."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", "triton")
+    calls, attend = [], msa_kernel.Attend.apply
+    monkeypatch.setattr(msa_kernel.Attend, "apply", lambda *args: calls.append(1) or attend(*args))
+    assert fit("--out", tmp_path, "--max-steps", 3).code == 0
+    by_kernels, by_reference = read_log(files_of(tmp_path)), read_log(whole)
+    assert calls and [row["step"] for row in by_kernels] == [1, 2, 3, 3]
+    for found, expected in zip(by_kernels, by_reference):
+        for name in ("lm", "naming", "answer", "aux", "recall", "top1"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_training_learns(fit, tmp_path, files_of):

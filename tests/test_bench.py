@@ -1,0 +1,66 @@
+"""The benchmarks at toy sizes, on the reference and on the kernels: that they run, count what they claim and need few packages."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench
+import msa_kernel
+
+TRAIN = ("toy", dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=8, chunk_size=4, top_k=2, score_bias=True), 4, 6, 3, 8)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A Bench whose probes and turns are small."""
+    for name, value in (("H", 4), ("G", 2), ("D", 16)):
+        monkeypatch.setattr(bench, name, value)
+    take_turns = bench.take_turns
+    monkeypatch.setattr(bench, "take_turns", lambda runs, device: take_turns(runs, device, turns=1))
+    made = bench.Bench(torch.device("cpu"))
+    made.large = made.other = torch.randn(1000)
+    return made
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_all_benchmarks(toy, kernel, monkeypatch):
+    """A GPU's half hour would end in a typing error; the kernels would race against themselves; training would follow another curve."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
+    bench.bench_route(toy, 100, (5,))
+    bench.bench_attend(toy, [("prefill", 2, 3, 1, False), ("decode", 2, 1, 4, False), ("training", 2, 5, 0, True)], slots=3, chunks=8)
+    bench.bench_pool(toy, 2, 70)
+    bench.bench_train(toy, [TRAIN], steps=3)
+    rows = toy.rows
+    assert len(rows) == 3 + 3 + 2 + 1 and all(row["seconds"] > 0 and row["floor_over_time"] > 0 for row in rows)
+    assert rows[0]["note"] == "same 16: 16"
+    assert [row["bytes"] for row in rows[:3]] == [100 * 32 * size for size in (4, 2, 1)] and rows[0]["operations"] == 2 * 5 * 32 * 100
+    assert rows[4]["operations"] == 4 * 16 * 4 * 2 * (3 + 5)  # one token each sees 3 slots, 4 of the past and itself
+    assert [set(row["peers_over_ours"]) for row in rows[3:]] == [{"reference"} if kernel == "triton" else set()] * 6
+    assert msa_kernel.KERNEL == kernel
+    if kernel == "triton":
+        assert float(rows[-1]["note"].split()[2]) < 1e-5, rows[-1]["note"]
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    """`--json FOLDER` would not leave a file under the device's name."""
+    monkeypatch.setattr(bench, "bench_pool", lambda made, documents: made.rows.append({"what": "pool"}))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "pool", "--device", "cpu", "--json", str(tmp_path)])
+    bench.script()
+    file, = tmp_path.iterdir()
+    assert file.name == f"bench-{torch.get_num_threads()}-cpu-threads.json" and json.loads(file.read_text())["rows"] == [{"what": "pool"}]
+    assert f"wrote {file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["bench", "tests/kernel_checks"])
+def test_needs_only_torch(module):
+    """`make gpu` would fail on a machine that has torch, triton and numpy only."""
+    blocked = ("tyro", "safetensors", "tqdm", "tiktoken", "rustbpe", "wonderwords", "matplotlib", "bm25s", "pytest")
+    path, name = ("tests", module.split("/")[1]) if "/" in module else (".", module)
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path.insert(0, {path!r}); import {name}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=bench.__file__.rsplit("/", 1)[0], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
