@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import msa_kernel as K
-from common import autocast, detect_device, main, write_json
+from common import autocast, detect_device, keep_freed_memory, main, write_json
 from model import MSA, ModelConfig
 
 H, G, D = 32, 8, 128  # Qwen3-4B's heads
@@ -232,6 +232,7 @@ def script():
     parser.add_argument("--chunks", type=int, default=0, help="of the memory that is routed; default 200,000, on a GPU 1,048,576")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
+    keep_freed_memory()
     device, _, reason = detect_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     kernels = "Triton" if K.use_triton(torch.empty(0, device=device)) else "PyTorch"

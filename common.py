@@ -126,7 +126,7 @@ def autocast(device, dtype):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what is freed: a CPU training step of a small model is otherwise spent in page faults."""
+    """Tell glibc to keep what is freed: a CPU training step of a small model, or routing, is otherwise spent in page faults."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-3, 1 << 25), (-1, 2_000_000_000), (-2, 1 << 28)):  # mmap and trim thresholds, top pad

@@ -31,7 +31,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import UserError, atomic_file, autocast, command_line, detect_device, main, write_json
+from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, write_json
 from model import Cache, Memory
 from sample import InterleaveConfig, Round, answer_question, encode_texts, generate_answer, load_checkpoint, read
 from tasks import TASKS, Words, make_memory
@@ -252,6 +252,7 @@ def plot(rows, path):
 
 def script():
     config = command_line(EvalConfig, __doc__)
+    keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
     for path in filter(None, (config.json, config.plot)):  # an unusable folder is better known before the first question
         Path(path).parent.mkdir(parents=True, exist_ok=True)

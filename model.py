@@ -87,12 +87,12 @@ class Selection:
     slot_scores: torch.Tensor          # (B, S) fp32, the score of each slot's document
     documents: torch.Tensor            # (B, K) int64, best first; -1: fewer than K
     scores: torch.Tensor               # (B, K) fp32, descending; -inf where documents is -1
-    all_scores: torch.Tensor           # (B, M) fp32, for Eq. 5
+    all_scores: torch.Tensor           # (B, M) fp32, for Eq. 5; None from a bank
 
     def map(self, pick):
         """A copy of which every tensor of B rows is what `pick` makes of it."""
-        rows = {name: pick(getattr(self, name)) for name in ("index", "slots", "slot_scores", "documents", "scores", "all_scores")}
-        return Selection(self.keys, self.values, **rows)
+        rows = {name: pick(getattr(self, name)) for name in ("index", "slots", "slot_scores", "documents", "scores")}
+        return Selection(self.keys, self.values, **rows, all_scores=None if self.all_scores is None else pick(self.all_scores))
 
 
 @dataclass

@@ -284,24 +284,30 @@ def document_max(best, offsets):
 
 
 @torch.no_grad()
-def select_documents(query, mask, routing_keys, offsets, top_k, scales=None):
+def select_documents(query, mask, routing_keys, offsets, top_k, scales=None, alive=None):
     """The first top_k of `route`'s ranking, without gradients: indices (B, top_k) int64, scores (B, top_k), as `top_documents`.
 
-    A CPU multiplies bf16 at twice the rate of fp32, but rounds the score to bf16 as well as the query. How far this moves a score is
-    known: by the length of the query's rounding error, summed over groups (keys have unit length), and by half a unit in the score's last
-    place. Documents that could still be among the first k by their rough scores are scored again in fp32: the result is exact.
+    alive: optional (M,) bool; the others are not found.
+
+    Some CPUs multiply bf16 at more than twice the rate of fp32, but round the score to bf16 as well as what is multiplied. How far this
+    moves a score is known: by the length of the query's rounding error, summed over groups (keys have unit length), by 2^-9 of the query's
+    own where keys are rounded, and by half a unit in the score's last place. Documents that could still be among the first k by their
+    rough scores are scored again in fp32: the result is exact.
     """
-    if routing_keys.dtype not in (torch.bfloat16, torch.int8) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return top_documents(route(query, mask, routing_keys, offsets, scales), top_k)
+    if use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        scores = route(query, mask, routing_keys, offsets, scales)
+        return top_documents(scores if alive is None else scores.masked_fill(~alive, float("-inf")), top_k)
     (B, T, W), (_, G, D), rough = query.shape, routing_keys.shape, []
     queries, blind = query.reshape(B * T, W).bfloat16(), None if mask.all() else ~mask[:, :, None]
-    for part in routing_keys.flatten(1).split(4 * ROUTE_TILE):
+    for part in routing_keys.flatten(1).split(8 * ROUTE_TILE // max(routing_keys.element_size(), 2)):
         scores = (queries @ part.bfloat16().T).view(B, T, -1)                           # int8 is exact in bf16
         rough.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(1))
     rough = torch.cat(rough, 1).float()
     rough = document_max(rough if scales is None else rough * scales, offsets)          # (B, M)
+    rough = rough if alive is None else rough.masked_fill(~alive, float("-inf"))
     kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
-    error = (query - queries.view(B, T, W)).unflatten(2, (G, D)).norm(dim=3).sum(2).amax(1, keepdim=True)
+    length = lambda x: x.unflatten(2, (G, D)).norm(dim=3).sum(2).amax(1, keepdim=True)
+    error = length(query - queries.view(B, T, W)) + 2 ** -9 * length(query) * (routing_keys.dtype not in (torch.bfloat16, torch.int8))
     margin = 1.1 * (2 * error + 2 ** -8 * kth.abs().nan_to_num(posinf=0))               # twice: the k-th score may be off as well
     kept = ((rough >= kth - margin) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
     counts = offsets.diff()[kept]

@@ -14,7 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import UserError, autocast, command_line, detect_device, main
+from common import UserError, autocast, command_line, detect_device, keep_freed_memory, main
 from model import MSA, Cache
 from prepare_data import read_folder
 from tokenizer import Tokenizer
@@ -230,6 +230,7 @@ def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents:
         raise UserError("--documents is missing; give a folder of .txt or .md files, such as --documents examples")
+    keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(config.checkpoint, device)

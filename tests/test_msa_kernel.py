@@ -238,14 +238,23 @@ def test_select_documents(counts, dtype, monkeypatch):
     close(scores, values)
 
 
-def test_select_documents_where_rounding_misleads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_documents_where_rounding_misleads(dtype):
     """The rough score would decide: the second document has .50129, its rounded products say .5039; the first has .5019 and .5."""
     query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
     keys = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]).bfloat16()
     assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
-    documents, scores = select_documents(query, mask, keys, torch.arange(3), 1)
+    documents, scores = select_documents(query, mask, keys.to(dtype), torch.arange(3), 1)
     assert documents.tolist() == [[0]]
     close(scores, torch.tensor([[0.5019]]))
+
+
+def test_select_documents_where_rounded_keys_mislead():
+    """float32 keys would be found by what bfloat16 leaves of them: 1 - 2^-10 and 1 - 2^-12 are alike there, and the first would win."""
+    keys = torch.tensor([[[1 - 2 ** -10]], [[1 - 2 ** -12]], [[0.5]]])
+    assert keys[0].bfloat16().equal(keys[1].bfloat16())
+    documents, _ = select_documents(torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), keys, torch.arange(4), 1)
+    assert documents.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("documents", [
