@@ -8,6 +8,7 @@ Training and inference are the same two calls; `forward` is encode + read + loss
     B questions   T question tokens   M documents   L tokens of a document (padded)   C chunks   K documents selected
     S memory slots of a question   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -497,6 +498,15 @@ class MSA(nn.Module):
         return cache
 
     # -----------------------------------------------------------------------------------------------------------------
+    def fingerprint(self):
+        """16 hexadecimal digits that differ where what `encode` stores might: of the configuration and of up to 1,024 numbers a tensor."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in ("top_k", "router_temperature", "score_bias")}
+        found = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+        for name, tensor in sorted(self.state_dict().items()):
+            sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            found.update(name.encode() + sample.tobytes())
+        return found.hexdigest()
+
     def save(self, folder):
         """Write config.json and model.safetensors, each atomically."""
         from safetensors.torch import save  # here and in load: bench.py runs where only torch, triton and numpy are installed

@@ -69,41 +69,81 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A document's text and where it came from, for citations; lines count from 1."""
+    """A document's text and where it came from, for citations; lines count from 1. id: what makes it the same document after a change."""
     text: str
     source: str = ""
     first_line: int = 0
     last_line: int = 0
+    id: str = ""
 
     def where(self):
         return f"{self.source}:{self.first_line}-{self.last_line}" if self.source else "(generated)"
 
 
-def read_folder(folder, count_tokens, max_tokens):
-    """The .txt and .md files below `folder` (hidden ones left out), in the order of their names, as a list of Documents.
+def read_documents(path, count_tokens, max_tokens):
+    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order of their names, or of a .jsonl
+    file of lines {"id": ..., "title": ..., "text": ...}, title optional.
 
-    A file of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at lines, a longer
-    line at words. Raises UserError for a missing or empty folder and for a file that cannot be read or is not UTF-8.
+    A text of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at lines, a longer
+    line at words. Raises UserError for what is missing or has no text, and for a file or line that cannot be read or is not UTF-8.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{folder}: no such folder of documents")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".txt", ".md") and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
-    documents = []
-    for path in files:
+    root, none = Path(path), True
+    if root.suffix.lower() == ".jsonl" and root.is_file():
+        texts = read_jsonl(root)
+    elif root.is_dir():
+        texts = read_files(root)
+    else:
+        raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
+    for id, source, text in texts:
+        for i, (first, last, piece) in enumerate(split_text(text, count_tokens, max_tokens)):
+            none = False
+            yield Document(piece, source, first, last, f"{id}#{i}")
+    if none:
+        raise UserError(f"{path}: no text in it; expected .txt or .md files, or lines of a .jsonl file, that are not empty")
+
+
+def read_folder(folder, count_tokens, max_tokens):
+    """All of `read_documents` as a list."""
+    return list(read_documents(folder, count_tokens, max_tokens))
+
+
+def read_files(root):
+    """Yields (id, source, text) of a folder's files: the path below the folder is both."""
+    for path in folder_files(root):
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it out of the folder") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        source = str(path.relative_to(root))
-        documents += [Document(piece, source, first, last)
-                      for first, last, piece in split_text(text, count_tokens, max_tokens)]
-    if not documents:
-        raise UserError(f"{folder}: no text in it; expected .txt or .md files that are not empty")
-    return documents
+        yield (str(path.relative_to(root)),) * 2 + (text,)
+
+
+def folder_files(root):
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in (".txt", ".md") and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def read_jsonl(path):
+    """Yields (id, title, text) of the lines of a .jsonl file; a document without a title is called by its id."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line.decode())
+                id, title, text = found["id"], found.get("title") or found["id"], found["text"]
+                if {type(x) for x in (id, title, text)} != {str}:
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", "text": "..."}} of UTF-8 strings') from None
+            yield id, title, text
+
+
+def documents_size(path):
+    """Bytes of what `read_documents` reads."""
+    root = Path(path)
+    return sum(file.stat().st_size for file in (folder_files(root) if root.is_dir() else [root] if root.is_file() else []))
 
 
 def split_text(text, count_tokens, max_tokens):

@@ -1,22 +1,31 @@
-"""Ask a memory: encode a folder of documents, then answer questions and name the sources.
+"""Ask a memory: encode documents, then answer questions and name the sources.
 
     python sample.py --documents examples "What is the special magic number for gentle-otter?"
     python sample.py --checkpoint out/demo --documents examples          # no question: asks for them
     python sample.py --documents examples --trace "..."                  # what was routed to, named, appended
+    python sample.py --memory bank --documents examples "..."            # bring a bank on disk in line with the folder, then ask it
+    python sample.py --memory bank "..."                                 # ask the bank as it is
+    torchrun --nproc_per_node=2 sample.py --memory bank "..."            # its documents spread over two processes
 
 The interleave loop of the paper (section 3.5) lives here: `interleave`. In a round the model names documents or ends the
 retrieval; the system appends the text of the named ones to the question and the next round begins, with new routing.
 """
+import hashlib
+import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
+import memory_bank
 from common import UserError, autocast, command_line, detect_device, keep_freed_memory, main
+from memory_bank import Bank, Layout, Writer, write_segment
+from memory_parallel import ParallelMemory, Ranks, to_records
 from model import MSA, Cache
-from prepare_data import read_folder
+from prepare_data import documents_size, read_documents, read_folder
 from tokenizer import Tokenizer
 
 
@@ -41,8 +50,16 @@ class InterleaveConfig:
 class SampleConfig:
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""  # without one, they are read from the terminal
     checkpoint: str = "checkpoints/demo"                 # folder that train.py wrote
-    documents: str = ""                                  # folder of .txt and .md files, required
+    documents: str = ""                                  # folder of .txt and .md files, or a .jsonl file of id, title, text
     max_document_tokens: int = 128                       # longer files are split at paragraphs; the demo model knows short ones
+    memory: str = ""                                     # folder of a memory bank: documents are encoded once, not by every run
+    info: bool = False                                   # print what the bank holds
+    verify: bool = False                                 # check every sum of the bank
+    compact: bool = False                                # rewrite the bank without its deleted documents
+    content: Literal["bfloat16", "int8"] = "bfloat16"    # how a new bank stores keys and values
+    content_in: Literal["disk", "host"] = "disk"         # where they are while the bank is asked: read when needed, or held in RAM
+    routing_keys: Literal["bfloat16", "int8"] = "bfloat16"  # as the device holds them
+    timeout: float = 60                                  # seconds that ranks wait for each other
     trace: bool = False                                  # print each round: routed to, named, appended
     seed: int = 1337                                     # of sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
@@ -54,6 +71,11 @@ class SampleConfig:
             raise UserError(f"max_document_tokens is {self.max_document_tokens}; it must be at least 1")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be at least 0")
+        if not self.timeout > 0:
+            raise UserError(f"timeout is {self.timeout}; it must be positive")
+        for name in ("info", "verify", "compact"):
+            if getattr(self, name) and not self.memory:
+                raise UserError(f"--{name} is about a bank on disk; name it with --memory")
 
 
 @dataclass
@@ -124,12 +146,15 @@ def number_log_probabilities(model, tokenizer, cache, numbers):
 def interleave(model, tokenizer, memory, texts, question, config):
     """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of text.
 
-    memory: what `MSA.encode` returned, or None; texts: token ids of the documents' texts, by position in the memory; question: str.
+    memory: what `MSA.encode` returned, a ParallelMemory, or None; texts: token ids of the documents' texts, by position in the memory;
+    question: str. With a ParallelMemory over several ranks all of them call this with the same question, and rank 0 chooses.
     In a round the model alone decides between another document, stop, and end of retrieval. For another document the
     candidates are those that some memory layer selected and that are not yet named or appended; the highest
     `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite what it did not see.
     """
     prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
+    agree = memory.ranks.agree if isinstance(memory, ParallelMemory) else int
+    pick = lambda logits: agree(choose(logits, config.temperature, config.top_p))
     for rounds in range(config.max_rounds + 1):
         cache = Cache()
         mask = torch.tensor([[True] * len(prompt) + [False]], device=model.device)  # generated tokens never route
@@ -141,29 +166,32 @@ def interleave(model, tokenizer, memory, texts, question, config):
             choices = [tokenizer.stop if named else tokenizer.end_of_retrieval]
             if candidates and len(named) < config.max_documents:
                 choices.append(tokenizer.open_bracket)
-            if choices[choose(logits[choices], config.temperature, config.top_p)] != tokenizer.open_bracket:
+            if choices[pick(logits[choices])] != tokenizer.open_bracket:
                 break
-            log_p = number_log_probabilities(model, tokenizer, cache, [memory.numbers[d] for d, _ in candidates])
+            log_p = number_log_probabilities(model, tokenizer, cache, [int(memory.numbers[d]) for d, _ in candidates])
             scores = torch.tensor([score for _, score in candidates]) / model.config.router_temperature
-            named.append(candidates[choose(log_p + config.router_weight * scores, config.temperature, config.top_p)][0])
-            logits = read(model, tokenizer.number(memory.numbers[named[-1]]), cache=cache)[-1]
+            named.append(candidates[pick(log_p + config.router_weight * scores)][0])
+            logits = read(model, tokenizer.number(int(memory.numbers[named[-1]])), cache=cache)[-1]
         if rounds < max(config.max_rounds, 1):
-            yield Round([(memory.numbers[d], score) for d, score in ranked], [memory.numbers[d] for d in named],
-                        [memory.numbers[d] for d in sorted(named)])
+            yield Round([(int(memory.numbers[d]), score) for d, score in ranked], [int(memory.numbers[d]) for d in named],
+                        [int(memory.numbers[d]) for d in sorted(named)])
         if not named:
             break
         seen.update(named)
         for d in sorted(named):
-            prompt = prompt + tokenizer.appended(memory.numbers[d], texts[d])
-    yield from generate_answer(model, tokenizer, cache, config)
+            prompt = prompt + tokenizer.appended(int(memory.numbers[d]), texts[d])
+    yield from generate_answer(model, tokenizer, cache, config, agree)
 
 
-def generate_answer(model, tokenizer, cache, config):
-    """Continue a cache, which ends with `<|retrieve|>`, by the end of retrieval and an answer; yields it as pieces of text."""
+def generate_answer(model, tokenizer, cache, config, agree=int):
+    """Continue a cache, which ends with `<|retrieve|>`, by the end of retrieval and an answer; yields it as pieces of text.
+
+    agree: makes every rank's choice of a token that of rank 0.
+    """
     token, answer, shown = tokenizer.end_of_retrieval, [], ""
     for _ in range(config.max_answer_tokens):
         logits = read(model, [token], cache=cache)[-1, :tokenizer.vocab_size]  # a model's vocabulary may be padded
-        token = choose(logits, config.temperature, config.top_p)
+        token = agree(choose(logits, config.temperature, config.top_p))
         if token == tokenizer.end:
             break
         answer.append(token)
@@ -202,54 +230,248 @@ def load_checkpoint(folder, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A bank on disk
 
-def show(model, tokenizer, memory, documents, texts, question, config):
-    """Stream one answer to the terminal, then its sources."""
-    place = dict(zip(memory.numbers, documents))
+ENCODE_TOKENS = 65536   # that a rank encodes between two looks at the others
+COMMIT_SECONDS = 60     # at most so long is what an interruption loses
+
+
+def fingerprint(model, tokenizer):
+    return f"{model.fingerprint()}-{tokenizer.fingerprint()}"
+
+
+def bank_layout(model, tokenizer, content="bfloat16"):
+    """What a bank of this model holds."""
+    config = model.config
+    return Layout(fingerprint(model, tokenizer), len(config.memory_layers), config.num_key_value_heads, config.head_dim, content)
+
+
+def check_fingerprint(layout, folder, model, tokenizer):
+    """Raises UserError for a bank that another model or tokenizer has made."""
+    own = fingerprint(model, tokenizer)
+    if layout.fingerprint != own:
+        part = "model or chunk size" if layout.fingerprint[:16] != own[:16] else "tokenizer"
+        raise UserError(f"{folder}: made by another {part} ({layout.fingerprint}) than this checkpoint ({own}); give its checkpoint, "
+                        "or another --memory to encode the documents again")
+
+
+def hash64(*parts):
+    """Strings -> an unsigned 64-bit number."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+
+
+@torch.no_grad()
+def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", numbers=None, size=0):
+    """Bring the bank `folder` in line with a stream of Documents: new ones are added, changed ones encoded again under their old number,
+    those that do not come are removed; nothing else is touched. A bank that is not there is made. Collective.
+
+    Documents are the same when their `id` is, unchanged when text and place are too. numbers: an iterator for new documents, else they
+    count on. The ranks take turns at encoding; what is done is committed when a segment is full or a minute has passed, and is not done
+    again after an interruption. size: bytes of all texts, for the time left. Returns a sentence that says what was done.
+    """
+    first, layout = ranks.rank == 0, bank_layout(model, tokenizer, content)
+    writer = Writer(folder, layout) if first else None
+    if first:
+        writer.__enter__()
+    try:
+        ranks.gather_objects(None)  # others wait until there is a bank
+        bank = ranks.same(Bank(folder))
+        check_fingerprint(bank.layout, folder, model, tokenizer)
+        numbers = iter(range(bank.next_number, 1 << 62)) if numbers is None else iter(numbers)
+        order = np.argsort(bank.keys)
+        sorted_keys, seen = bank.keys[order], np.zeros(0, np.uint64)
+        counts, pieces, replaced, encoded = dict(added=0, updated=0, removed=0, unchanged=0), [], [], 0
+        began = committed = time.monotonic()
+
+        def commit(removed=()):
+            entries = [write_segment(folder, bank.layout, memory_bank.join(pieces))] if pieces else []
+            entries = [entry for part in ranks.gather_objects(entries) for entry in part]
+            if first and (entries or len(removed)):
+                writer.commit(entries, removed)
+            pieces.clear()
+
+        with tqdm(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1, disable=not first) as bar:
+            for group in groups(documents, tokenizer, ENCODE_TOKENS * ranks.world):
+                keys = np.array([hash64(document.id) for document, _ in group], np.uint64)
+                doubled = np.isin(keys, seen) | ~np.isin(np.arange(len(keys)), np.unique(keys, return_index=True)[1])
+                if doubled.any():
+                    raise UserError(f"two documents have the id {group[int(doubled.argmax())][0].id.rpartition('#')[0]!r}; ids must differ")
+                seen = np.concatenate([seen, keys])
+                place = np.searchsorted(sorted_keys, keys)
+                due = []  # (number, document, text, key, digest)
+                for (document, text), key, at in zip(group, keys, place):
+                    digest, position = hash64(document.id, document.where(), document.text), None
+                    if at < len(order) and sorted_keys[at] == key:
+                        position = order[at]
+                    if position is not None and int(bank.digests[position]) == digest:
+                        counts["unchanged"] += 1
+                        continue
+                    counts["added" if position is None else "updated"] += 1
+                    number = int(next(numbers) if position is None else bank.numbers[position])
+                    replaced += [] if position is None else [number]
+                    due.append((number, document, text, int(key), digest))
+                encoded += sum(len(text) for _, _, text, _, _ in due)
+                due = sorted(due[ranks.rank::ranks.world], key=lambda x: x[0])
+                if due:
+                    spelled = [torch.tensor(tokenizer.document(number, text)) for number, _, text, _, _ in due]
+                    memory = model.encode(spelled, [number for number, *_ in due])
+                    pieces.append(to_records(memory, [text for _, _, text, _, _ in due], [document.where() for _, document, *_ in due],
+                                             [(key, digest) for *_, key, digest in due], bank.layout.content))
+                bar.update(sum(len(document.text.encode()) for document, _ in group))
+                bar.set_postfix_str(f"{encoded / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+                full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
+                late = first and time.monotonic() - committed > COMMIT_SECONDS
+                if ranks.any(full or late):
+                    commit(replaced)
+                    replaced, committed = [], time.monotonic()
+        gone = bank.numbers[~np.isin(bank.keys, seen)].tolist()
+        counts["removed"] = len(gone)
+        commit(replaced + gone)
+        if first:
+            writer.merge()
+        ranks.gather_objects(None)
+    finally:
+        if first:
+            writer.__exit__()
+    spent = time.monotonic() - began
+    return (", ".join(f"{n:,} {what}" for what, n in counts.items() if n or what == "added")
+            + (f"; {encoded:,} tokens encoded at {encoded / spent:,.0f} tokens/s" if encoded else ""))
+
+
+def groups(documents, tokenizer, size):
+    """Lists of (document, token ids of its text) of about `size` tokens each."""
+    batch, total = [], 0
+    for document in documents:
+        batch.append(document)
+        total += len(document.text) // 3  # tokens, roughly: counted exactly in one batch below
+        if total >= size:
+            yield list(zip(batch, tokenizer.encode_batch([d.text for d in batch])))
+            batch, total = [], 0
+    if batch:
+        yield list(zip(batch, tokenizer.encode_batch([d.text for d in batch])))
+
+
+def describe(bank):
+    """What a bank holds, in a few lines."""
+    scales = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+    size = lambda n: next(f"{n / scale:,.1f} {unit}" for scale, unit in scales if n >= scale or scale == 1)
+    layout, chunks = bank.layout, int(bank.chunks.sum())
+    vector = layout.layers * layout.kv_heads * layout.head_dim
+    content = 2 * vector * (2 if layout.content == "bfloat16" else 1) + 8 * layout.layers * (layout.content == "int8")
+    on_disk = sum(segment.entry["bytes"] for segment in bank.segments)
+    return "\n".join([
+        f"documents     {len(bank):,} live, {sum(int(d.sum()) for d in bank.deleted):,} deleted; the next number is {bank.next_number:,}",
+        f"tokens        {int(bank.tokens.sum()):,} of text in {chunks:,} chunks",
+        f"routing keys  {size(2 * vector * chunks)} in bfloat16 on the devices, {size((vector + 4 * layout.layers) * chunks)} in int8",
+        f"content       {size(content * chunks)} in {layout.content}, on disk or on the hosts",
+        f"on disk       {size(on_disk)} in {len(bank.segments):,} segments",
+        f"made by       {layout.fingerprint} (model-tokenizer)",
+        f"of a chunk    {layout.layers} memory layers, {layout.kv_heads} heads of {layout.head_dim}"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def show(model, tokenizer, memory, texts, where, question, config, say=print):
+    """Stream one answer to the terminal, then its sources. where(position) says where a document comes from."""
+    place = lambda number: int(np.searchsorted(memory.numbers, number))
     used, first, answering = [], None, False
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
-            print(event, end="", flush=True)
+            say(event, end="", flush=True)
             answering = True
             continue
         used += event.appended
         first = next((n for n, _ in event.routed), None) if first is None else first
         if config.trace:
-            print("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed))
-            print("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
+            say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed))
+            say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
-                print(f"       appended [{n}] {place[n].where()}: {place[n].text}")
-    print("" if answering else "(no answer)")
+                say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
+    say("" if answering else "(no answer)")
     for n in used:
-        print(f"  [{n}] {place[n].where()}")
+        say(f"  [{n}] {where(place(n))}")
     if not used and first is not None:
-        print(f"  [{first}] {place[first].where()} (read in the memory; no text was appended)")
+        say(f"  [{first}] {where(place(first))} (read in the memory; no text was appended)")
+
+
+def open_bank(model, tokenizer, config, device, ranks, say, reason):
+    """Do to the bank what the flags ask for. Returns it as a ParallelMemory, or None where nothing is asked of it."""
+    count_tokens = lambda text: len(tokenizer.encode(text))
+    if config.documents:
+        documents = read_documents(config.documents, count_tokens, config.max_document_tokens)
+        done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size=documents_size(config.documents))
+        say(f"{config.memory}: {done} on {device} ({reason})")
+    bank = Bank(config.memory)
+    check_fingerprint(bank.layout, config.memory, model, tokenizer)
+    if config.compact and ranks.rank == 0:
+        with Writer(config.memory) as writer, tqdm(desc="compacting", unit="B", unit_scale=True, delay=1) as bar:
+            writer.compact(bar.update)
+            bank = writer.bank
+    if config.verify and ranks.rank == 0:
+        total = sum(segment.entry["bytes"] for segment in bank.segments)
+        with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, delay=1) as bar:
+            bank.verify(bar.update)
+        say(f"{config.memory}: {total:,} bytes, every sum is right")
+    if config.info:
+        say(describe(bank))
+    if not config.question and (config.info or config.verify or config.compact):
+        return None
+    total = int(bank.chunks.sum()) * bank.layout.layers * bank.layout.kv_heads * bank.layout.head_dim * 2
+    with tqdm(desc="opening", total=total // ranks.world, unit="B", unit_scale=True, delay=1, disable=ranks.rank > 0) as bar:
+        return ParallelMemory(bank, device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
-    if not config.documents:
-        raise UserError("--documents is missing; give a folder of .txt or .md files, such as --documents examples")
+    if not config.documents and not config.memory:
+        raise UserError("--documents is missing; give a folder of .txt or .md files, such as --documents examples, or a bank (--memory)")
     keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     if model.config.full_attention:
         raise UserError(f"{config.checkpoint}: trained with full_attention, it has no memory; only eval.py --baseline full reads it")
-    documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
-    texts = [tokenizer.encode(document.text) for document in documents]
+    ranks = Ranks(device, config.timeout) if config.memory else None
+    say = print if ranks is None or ranks.rank == 0 else lambda *_, **__: None
     with autocast(device, dtype):
-        memory, speed = encode_texts(model, tokenizer, texts)
-        print(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
+        if config.memory:
+            memory = open_bank(model, tokenizer, config, device, ranks, say, reason)
+            if memory is None:
+                return ranks.end()
+            ask = lambda question: show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
+        else:
+            documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
+            texts = tokenizer.encode_batch([document.text for document in documents])
+            memory, speed = encode_texts(model, tokenizer, texts)
+            print(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
+            ask = lambda question: show(model, tokenizer, memory, texts, lambda d: documents[d].where(), question, config)
         if config.question:
-            return show(model, tokenizer, memory, documents, texts, config.question, config)
-        while True:
+            ask(config.question)
+        else:
+            chat(ask, memory, ranks)
+    if ranks:
+        ranks.end()
+
+
+def chat(ask, memory, ranks):
+    """Read questions from the terminal, rank 0's, until it ends; a bank that has changed is asked as it is now."""
+    for turn in range(1 << 62):
+        question = ""
+        while ranks is None or ranks.rank == 0:
             try:
                 question = input("question> ").strip()
             except (EOFError, KeyboardInterrupt):
-                return print()
-            if question:
-                show(model, tokenizer, memory, documents, texts, question, config)
+                question = None
+                print()
+            if question != "":
+                break
+        if ranks:
+            question = ranks.tell(f"question/{turn}", question)
+        if question is None:
+            return
+        if ranks:
+            memory.refresh()
+        ask(question)
 
 
 if __name__ == "__main__":

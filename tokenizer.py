@@ -17,6 +17,7 @@ A token then says which place it fills, so that the mean over the five loses not
 first one written tells almost all documents apart. Numbers are below 256^3 = 16,777,216.
 """
 import base64
+import hashlib
 import json
 from pathlib import Path
 
@@ -100,6 +101,11 @@ class Tokenizer:
     def question(self, text):
         """A question as it stands before the first round: all of these tokens route. `text` is a list of ids."""
         return [self.question_start, *text, *self.encode("\n")]
+
+    def fingerprint(self):
+        """16 hexadecimal digits that differ for tokenizers that spell a text differently."""
+        special = json.dumps([self.encoding._pat_str, sorted(self.encoding._special_tokens.items())])
+        return hashlib.blake2b(tiktoken_bytes(self.encoding._mergeable_ranks) + special.encode(), digest_size=8).hexdigest()
 
     def save(self, folder):
         """Write `tokenizer.tiktoken` (mergeable ranks) and `tokenizer_msa.json` (name, pattern, special tokens)."""
