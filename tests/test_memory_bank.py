@@ -1,0 +1,276 @@
+"""The bank on disk against an oracle, a dict of what it must hold; tests/torture.py kills it and damages it."""
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torture
+from torture import CHANGES, LAYOUTS, after, contents, expected, make, start
+
+import memory_bank
+from common import UserError
+from memory_bank import Bank, Writer, add_sums, join, pick, read_manifest, write_segment
+
+LAYOUT = LAYOUTS["bfloat16"]
+
+
+@pytest.fixture
+def bank(tmp_path):
+    """A folder with a bank of documents 0 to 5 in three segments, number 2 deleted, 4 changed."""
+    with Writer(tmp_path / "bank", LAYOUT) as writer:
+        for numbers in ([0, 1, 2], [5, 3], [4]):
+            writer.add(join([make(number, 0, LAYOUT) for number in numbers]))
+        writer.remove([2])
+        writer.add(make(4, 1, LAYOUT), removed=[4])
+    return tmp_path / "bank"
+
+
+HELD = {0: 0, 1: 0, 3: 0, 4: 1, 5: 0}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_changes(tmp_path, kind, seed):
+    """What was added would be missing, changed or found after it went; numbers would move; a rewritten bank would hold something else."""
+    rng, versions, following = random.Random(seed), {}, 0
+    with torture.small_segments(), Writer(tmp_path / "bank", LAYOUTS[kind]) as writer:
+        before = None
+        for _ in range(25):
+            change, draw = rng.choice(list(CHANGES)), rng.random()
+            CHANGES[change](writer, versions, random.Random(draw))
+            versions, following = after(change, versions, following, draw)
+            assert contents(writer.bank) == expected(versions, LAYOUTS[kind])
+            assert writer.bank.next_number == following and writer.bank.numbers.tolist() == sorted(versions)
+            before = Bank(tmp_path / "bank", before)  # a reader that follows
+            assert contents(before) == contents(Bank(tmp_path / "bank")) == expected(versions, LAYOUTS[kind])
+    Bank(tmp_path / "bank").verify()
+
+
+def test_merge_leaves_few_segments(tmp_path):
+    """A bank of many small changes would need a file for each for ever; or every change would rewrite a large bank."""
+    with Writer(tmp_path / "bank", LAYOUT) as writer:
+        for number in range(memory_bank.MANY):
+            writer.add(make(number, 0, LAYOUT))
+        writer.merge()
+        assert len(writer.bank.segments) == memory_bank.MANY
+        writer.add(make(99, 0, LAYOUT))
+        writer.merge()
+        assert len(writer.bank.segments) == 1 and len(writer.bank) == memory_bank.MANY + 1
+
+
+def test_compact_forgets(bank):
+    """What was deleted would stay on disk after --compact."""
+    gone = make(2, 0, LAYOUT)["source"].tobytes()
+    holds = lambda: any(gone in path.read_bytes() for path in (bank / "segments").iterdir())
+    assert holds()
+    with Writer(bank) as writer:
+        writer.compact()
+        assert len(writer.bank.segments) == 1
+    assert not holds() and contents(Bank(bank)) == expected(HELD, LAYOUT)
+
+
+def test_full_segments(tmp_path):
+    """Compacting would hold the whole bank in memory, or write one file of it."""
+    with torture.small_segments():
+        start(tmp_path / "bank", LAYOUT, segments=30)
+        with Writer(tmp_path / "bank") as writer:
+            writer.compact()
+            sizes = [memory_bank.size_of(s.load(np.ones(s.entry["documents"], bool))) for s in writer.bank.segments]
+    assert len(sizes) > 2 and all(2048 <= size < 4096 for size in sizes[:-1])
+
+
+def test_a_reader_keeps_its_snapshot(bank):
+    """A question that is being answered would lose its documents when the bank is rewritten under it."""
+    reader = Bank(bank)
+    with Writer(bank) as writer:
+        writer.remove([0, 1])
+        writer.compact()
+        assert contents(reader) == expected(HELD, LAYOUT)
+    assert contents(reader) == expected(HELD, LAYOUT)
+    now = reader.refresh()
+    assert now is not reader and sorted(contents(now)) == [3, 4, 5] and now.refresh() is now
+
+
+def test_readers_of_a_busy_bank(bank):
+    """Opening would fail when a writer replaces the segments between the reading of the manifest and of its segments."""
+    def write():
+        with Writer(bank) as writer:
+            for number in range(100, 140):
+                writer.add(make(number, 0, LAYOUT))
+                writer.compact()
+    thread = threading.Thread(target=write)
+    thread.start()
+    opened = 0
+    while thread.is_alive():
+        numbers = Bank(bank).numbers.tolist()
+        assert numbers == sorted(HELD) + list(range(100, 100 + len(numbers) - len(HELD)))
+        opened += 1
+    thread.join()
+    assert opened > 5
+
+
+def test_one_writer(bank):
+    """Two writers would lose each other's documents; or a writer that died would lock the bank for ever."""
+    code = f"import sys; sys.path[:0] = ['.', 'tests']\nfrom memory_bank import Writer\nwith Writer({str(bank)!r}):\n print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(memory_bank.__file__), stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match=rf"bank: another process is writing to this bank \(process {holder.pid}\); wait"):
+        with Writer(bank):
+            pass
+    assert contents(Bank(bank)) == expected(HELD, LAYOUT)  # readers do not wait
+    holder.kill()
+    holder.wait()
+    with Writer(bank) as writer:
+        writer.remove([0])
+    holder.stdin.close()
+    holder.stdout.close()
+
+
+def test_numbers(bank):
+    """A number would be given twice, or a document removed that is not there."""
+    with Writer(bank) as writer:
+        with pytest.raises(ValueError, match="same number"):
+            writer.add(make(3, 0, LAYOUT))
+        with pytest.raises(ValueError, match="same number"):
+            writer.add(join([make(7, 0, LAYOUT), make(7, 1, LAYOUT)]))
+        with pytest.raises(UserError, match=r"bank: no document \[2\]"):
+            writer.remove([2])
+        writer.add(make(2, 5, LAYOUT))
+        assert writer.bank.next_number == 6
+        writer.remove([5])
+        assert writer.bank.next_number == 6  # never given again
+    assert contents(Bank(bank)) == expected({0: 0, 1: 0, 2: 5, 3: 0, 4: 1}, LAYOUT)
+
+
+@pytest.mark.parametrize("change", [dict(routing_keys=np.zeros((2, 1, 1, 4), np.float32)), dict(chunks=np.array([9], np.int32)),
+                                    dict(content=np.zeros((2, 7, 2, 1, 4), np.uint16)), dict(text=np.zeros(40, np.int32))])
+def test_wrong_records(tmp_path, change):
+    """Records that do not fit the bank would be written and not be readable."""
+    (tmp_path / "segments").mkdir()
+    with pytest.raises(ValueError, match="a segment needs|add up to"):
+        write_segment(tmp_path, LAYOUT, {**make(1, 0, LAYOUT), **change})
+    assert not list((tmp_path / "segments").iterdir())
+
+
+@pytest.mark.parametrize("rows", [[True, False, True], [False] * 3, [True] * 3])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_pick(kind, rows):
+    """Merging would mix up documents of unequal length."""
+    parts = [make(number, 0, LAYOUTS[kind]) for number in range(3)]
+    found = pick(join(parts), np.array(rows))
+    wanted = [part for part, row in zip(parts, rows) if row]
+    for name, x in found.items():
+        assert len(wanted) == 0 and x.size == 0 or np.array_equal(x, join(wanted)[name]), name
+
+
+def test_sums_cover_every_byte():
+    """A damaged byte would be believed: of every record all bytes stand under one of its sums."""
+    records = join([make(number, 0, LAYOUTS["int8"]) for number in range(3)])
+    before = add_sums(records)
+    for name in ("text", "source", "content", "scales", "routing_keys"):
+        for i in np.linspace(0, records[name].nbytes - 1, 40).astype(int):
+            changed = {**records, name: records[name].copy()}
+            changed[name].view(np.uint8).reshape(-1)[i] ^= 16
+            after = add_sums(changed)
+            assert any(not np.array_equal(before[sums], after[sums]) for sums in memory_bank.SUMS), (name, i)
+
+
+def test_tiles(tmp_path, monkeypatch):
+    """Routing keys of documents that begin or end within a tile would be another document's."""
+    monkeypatch.setattr(memory_bank, "TILE", 4)
+    with Writer(tmp_path / "bank", LAYOUT) as writer:
+        writer.add(join([make(number, 0, LAYOUT) for number in (3, 9, 1, 4)]))
+        writer.add(join([make(number, 0, LAYOUT) for number in (8, 2, 7, 5, 6, 0)]))
+        writer.remove([4, 5])
+    bank = Bank(tmp_path / "bank")
+    wanted = {number: make(number, 0, LAYOUT)["routing_keys"] for number in bank.numbers.tolist()}
+    for positions in (np.arange(8), np.array([1]), np.array([7, 0, 3]), np.array([6, 5])):
+        numbers, found = bank.numbers[positions].tolist(), {}
+        for layer in range(2):
+            ends = memory_bank.ends_of(bank.chunks[positions])
+            keys, filled = np.zeros((ends[-1], 1, 4), np.uint16), np.zeros(ends[-1], int)
+            for rows, part in bank.routing_keys(layer, positions):
+                keys[rows] = part
+                filled[rows] += 1
+            assert (filled == 1).all()
+            found[layer] = [keys[a:b] for a, b in zip(ends, ends[1:])]
+        for i, number in enumerate(numbers):
+            assert all(np.array_equal(found[layer][i], wanted[number][layer]) for layer in range(2))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("none", r"none: no memory bank here \(no manifest.json\); give --documents to make one"),
+    ("file", "file: no memory bank here"),
+])
+def test_no_bank(tmp_path, wrong, message):
+    """A folder that is no bank would end in a traceback."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=message):
+        Bank(tmp_path / wrong)
+    with pytest.raises(UserError, match=message):
+        Writer(tmp_path / wrong).__enter__()
+
+
+def test_a_folder_of_something_else(tmp_path):
+    """A bank would be made among a user's files."""
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="exists and is not a memory bank; give another --memory"):
+        Writer(tmp_path, LAYOUT).__enter__()
+    with pytest.raises(UserError, match="exists and is not a memory bank"):
+        Writer(tmp_path / "thesis.txt", LAYOUT).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_format(bank):
+    """A bank of a later version would be misread."""
+    import zlib
+    file = json.loads((bank / "manifest.json").read_text())
+    file["bank"]["format"] = 2
+    (bank / "manifest.json").write_text(json.dumps({"sum": zlib.crc32(json.dumps(file["bank"]).encode()), "bank": file["bank"]}))
+    with pytest.raises(UserError, match="manifest.json: damaged .*format 2 is not 1; this is another version's bank"):
+        read_manifest(bank)
+
+
+def test_a_missing_segment(bank):
+    """A segment that is gone would be looked for for ever, or left out."""
+    next((bank / "segments").iterdir()).unlink()
+    with pytest.raises(UserError, match="safetensors: missing; restore it from a copy or encode the bank anew"):
+        Bank(bank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sample of tests/torture.py
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_killed_at_every_call(change):
+    """A SIGKILL at some write, fsync or rename would lose documents, half of a change would be found, or stray files would stay."""
+    calls, new = torture.kill_at_every_call(change, "halfway", LAYOUT)
+    assert calls > 15 and (0 < new < calls or change in ("merge", "compact"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_full_disk(change):
+    """A full disk would cost what the bank held."""
+    torture.kill_at_every_call(change, "full", LAYOUT, stride=3)
+
+
+def test_killed_while_it_is_made():
+    """A bank whose making was interrupted could neither be opened nor made again."""
+    assert torture.kill_creation("halfway") > 5
+
+
+def test_killed_at_random():
+    """As above, at moments that no one has thought of."""
+    assert torture.kill_at_random(8, 3, LAYOUT) > 0
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_damaged_files(kind):
+    """A damaged file would end in a traceback, a hang, a huge allocation or another answer."""
+    refused, unchanged = torture.damage(25, 5, LAYOUTS[kind])
+    assert refused > 15
