@@ -1,13 +1,14 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
+# make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
 #              python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
 RUN = .venv/bin/python
 RESULTS ?= results
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test torture gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -17,6 +18,9 @@ demo: out/demo/two_hop.json
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+
+torture: .venv/installed
+	$(RUN) tests/torture.py
 
 gpu:
 	$(PYTHON) tests/kernel_checks.py

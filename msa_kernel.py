@@ -265,7 +265,7 @@ def chunk_scores(query, mask, keys, scales, tile):
     """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), the max over tokens, in padded tiles of `tile` chunks."""
     (B, T, W), best = query.shape, []
     queries, blind = query.reshape(B * T, W).T, None if mask.all() else ~mask
-    for start in range(0, len(keys), tile):
+    for start in range(0, max(len(keys), 1), tile):
         part = keys[start:start + tile].float()
         part = part if len(part) == tile else F.pad(part, (0, 0, 0, tile - len(part)))
         scores = (part @ queries).view(tile, B, T)                                      # keys first: the faster order on a CPU

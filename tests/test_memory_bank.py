@@ -115,7 +115,7 @@ def test_readers_of_a_busy_bank(bank):
 
 def test_one_writer(bank):
     """Two writers would lose each other's documents; or a writer that died would lock the bank for ever."""
-    code = f"import sys; sys.path[:0] = ['.', 'tests']\nfrom memory_bank import Writer\nwith Writer({str(bank)!r}):\n print(flush=True); input()"
+    code = f"import sys; sys.path[:0] = ['.']\nfrom memory_bank import Writer\nwith Writer({str(bank)!r}):\n print(flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(memory_bank.__file__), stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -241,6 +241,31 @@ def test_a_missing_segment(bank):
     next((bank / "segments").iterdir()).unlink()
     with pytest.raises(UserError, match="safetensors: missing; restore it from a copy or encode the bank anew"):
         Bank(bank)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 16, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+def test_a_hostile_header(bank, length):
+    """A header that says it is huge would be believed."""
+    path = sorted((bank / "segments").iterdir())[0]
+    data = bytearray(path.read_bytes())
+    data[:8] = length.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path.name}: damaged, its header says that it has {length:,} bytes"):
+        Bank(bank)
+
+
+def test_the_order_of_calls(tmp_path, monkeypatch):
+    """After a power cut a name could stand for a file whose bytes never reached the disk: fsync comes before rename, the folder's after."""
+    calls = []
+    for name in ("write", "fsync", "replace"):
+        real = getattr(os, name)
+        def call(*args, name=name, real=real):
+            folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")
+            calls.append(name + " of the folder" * folder)
+            return real(*args)
+        monkeypatch.setattr(os, name, call)
+    memory_bank.write_file(tmp_path / "file", b"x" * 10)
+    assert calls == ["write", "fsync", "replace", "fsync of the folder"] and (tmp_path / "file").read_bytes() == b"x" * 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""Answers of a bank as several ranks give them: what tests/test_memory_parallel.py and a longer run by hand compare.
+
+    torchrun --nproc_per_node=4 tests/rank_answers.py CHECKPOINT BANK QUESTIONS.json OUT.json [--routing-keys int8]
+
+QUESTIONS is a list of strings. Rank 0 writes for each: the answer; of every round what was routed to (number, score), named, appended.
+--stall R: rank R sleeps before the second question. --kill R: it ends there.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import main  # noqa: E402
+from memory_bank import Bank  # noqa: E402
+from memory_parallel import ParallelMemory, Ranks  # noqa: E402
+from sample import InterleaveConfig, answer_question, load_checkpoint  # noqa: E402
+
+
+def script():
+    parser = argparse.ArgumentParser()
+    for name in ("checkpoint", "bank", "questions", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--routing-keys", default="bfloat16")
+    parser.add_argument("--timeout", type=float, default=60)
+    parser.add_argument("--stall", type=int, default=-1)
+    parser.add_argument("--kill", type=int, default=-1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    ranks = Ranks(device, args.timeout)
+    model, tokenizer = load_checkpoint(args.checkpoint, device)
+    memory = ParallelMemory(Bank(args.bank), device, ranks, args.routing_keys)
+    found = []
+    for i, question in enumerate(json.loads(Path(args.questions).read_text())):
+        if i == 1 and ranks.rank == args.stall:
+            time.sleep(1000)
+        if i == 1 and ranks.rank == args.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        found.append([answer, [[r.routed, r.named, r.appended] for r in rounds]])
+    if ranks.rank == 0:
+        Path(args.out).write_text(json.dumps(found))
+    ranks.end()
+
+
+if __name__ == "__main__":
+    main(script)

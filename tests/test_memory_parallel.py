@@ -1,0 +1,483 @@
+"""A bank in use: against the same documents in one Memory, over ranks, while it changes; and sample.py --memory."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import memory_bank
+import msa_kernel
+import sample
+from common import UserError
+from memory_bank import Bank, Layout, Writer, join
+from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
+from model import Memory
+from msa_kernel import top_documents
+from prepare_data import Document
+from sample import InterleaveConfig, answer_question, bank_layout, load_checkpoint, sync
+from tasks import make_memory
+
+TESTS = Path(__file__).parent
+CPU = torch.device("cpu")
+ALONE = Ranks(CPU)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint, CPU)
+
+
+def documents_of(texts, prefix="d"):
+    return [Document(text, f"{prefix}{i}.txt", 1, 1, f"{prefix}{i}#0") for i, text in enumerate(texts)]
+
+
+TREES = "ash birch cedar elm fir hazel larch maple oak pine yew".split()
+TEXTS = [f"The number of {name} is {i}." * (1 + i % 3) for i, name in enumerate(TREES)]
+
+
+def in_memory(loaded, bank, kind):
+    """What the bank holds, encoded at once and rounded in the same way, as a model.Memory."""
+    model, tokenizer = loaded
+    texts = [bank.document(position)[0].tolist() for position in range(len(bank))]
+    numbers = bank.numbers.tolist()
+    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers)
+    rounded = memory.round_routing_keys(torch.bfloat16)
+    if kind == "int8":
+        rounded = rounded.round_routing_keys(torch.int8)
+    if bank.layout.content == "bfloat16":
+        rounded.keys, rounded.values = ([x.bfloat16().float() for x in xs] for xs in (memory.keys, memory.values))
+    return rounded, texts
+
+
+def same_selection(found, expected, atol=1e-6):
+    """Of every question the same documents, scores, keys and values in the same order."""
+    assert found.documents.equal(expected.documents) and found.slots.equal(expected.slots)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=atol)
+    for b, slots in enumerate(found.slots.tolist()):
+        torch.testing.assert_close(found.slot_scores[b, :slots], expected.slot_scores[b, :slots], rtol=0, atol=atol)
+        for name in ("keys", "values"):
+            rows = [getattr(s, name)[s.index[b, :slots]].float() for s in (found, expected)]
+            torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("place", ["disk", "host"])
+@pytest.mark.parametrize("documents", [1, 3, 11])
+def test_select(loaded, tmp_path, kind, place, documents):
+    """A bank would find other documents than a memory does, or bring the content of others; with fewer than k, or with blind questions."""
+    model, tokenizer = loaded
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:documents]), ALONE)
+    memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
+    wanted, _ = in_memory(loaded, memory.bank, kind)
+    query = msa_kernel.group_queries(torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(1)), 1)
+    for mask in (torch.ones(3, 5, dtype=torch.bool), torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
+                 torch.zeros(3, 5, dtype=torch.bool)):
+        for k in (1, 2, 20):
+            same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+    assert len(memory) == documents and memory.texts[documents - 1] == tokenizer.encode(TEXTS[documents - 1])
+
+
+def test_int8_content(loaded, tmp_path):
+    """Keys and values in int8 would be off by more than half a step of their scale."""
+    model, tokenizer = loaded
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE, content="int8")
+    for place in ("disk", "host"):
+        memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, "bfloat16", place)
+        wanted, _ = in_memory(loaded, memory.bank, "bfloat16")
+        found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 20)
+        for a, b in ((found.keys, wanted.keys[0]), (found.values, wanted.values[0])):
+            step = b.abs().amax((1, 2), keepdim=True) / 127
+            assert a.dtype == torch.float32 and ((a - b).abs() <= step * 0.501).all() and not a.equal(b)
+
+
+@pytest.mark.parametrize("chunks, world", [([1] * 8, 2), ([5, 1, 1, 1], 2), ([1], 4), ([], 3), ([1, 9, 1], 3), ([2] * 7, 4)])
+def test_deal(chunks, world):
+    """A rank would hold much more than its share, or a document lie nowhere."""
+    owner = deal(np.array(chunks, np.int32), world)
+    assert len(owner) == len(chunks) and (np.diff(owner) >= 0).all()
+    if chunks:
+        assert 0 <= owner.min() and owner.max() < world
+        held = np.bincount(owner, chunks, world)
+        assert held.max() <= sum(chunks) / world + max(chunks)
+
+
+def test_best_of():
+    """The order of equal scores would depend on the rank that brings them."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randint(0, 4, (5, 30), generator=generator).float()
+    found, numbers = best_of(scores, torch.arange(30).expand(5, -1)[:, torch.randperm(30, generator=generator)], 7)
+    for b in range(5):
+        assert (found[b].diff() <= 0).all() and ((found[b].diff() < 0) | (numbers[b].diff() > 0)).all()
+    order = torch.randperm(30, generator=generator)
+    documents, best = top_documents(scores, 7)
+    again, numbers = best_of(scores[:, order], order.expand(5, -1), 7)
+    assert numbers.equal(documents) and again.equal(best)
+
+
+def test_tie(loaded, tmp_path):
+    """Of equal documents one of a higher number would be found first, because it was added first or lies elsewhere."""
+    layout = Layout("x", 1, 1, 4)
+    one = torch.ones(1, 1, 4) / 2
+    def records(numbers):
+        n = len(numbers)
+        memory = Memory([one.expand(n, -1, -1)], [one.expand(n, -1, -1)], [one.expand(n, -1, -1)], torch.arange(n + 1), numbers)
+        return to_records(memory, [[1]] * n, [""] * n, [(number, 0) for number in numbers], "bfloat16")
+    with Writer(tmp_path / "bank", layout) as writer:
+        for numbers in ([40, 50], [3, 9], [7], [1, 60]):
+            writer.add(join([records(numbers)]))
+    memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
+    found = memory.select(0, torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), 4)
+    assert memory.numbers[found.documents[1]].tolist() == [1, 3, 7, 9]
+
+
+def test_refresh(loaded, tmp_path):
+    """A question would not see what came, or still see what went, or an old text under a number that stayed."""
+    model, tokenizer = loaded
+    folder, query, mask = tmp_path / "bank", torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5)), torch.ones(2, 4).bool()
+    sync(model, tokenizer, folder, documents_of(TEXTS[:5]), ALONE)
+    memories = [ParallelMemory(Bank(folder), CPU, ALONE, kind, place) for kind, place in (("bfloat16", "disk"), ("int8", "host"))]
+
+    def check(*blocks):
+        for memory, kind in zip(memories, ("bfloat16", "int8")):
+            memory.refresh()
+            wanted, texts = in_memory(loaded, memory.bank, kind)
+            assert not blocks or len(memory.blocks) == blocks[0]
+            assert memory.numbers.tolist() == wanted.numbers
+            for k in (1, 3, 30):
+                same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+            assert [memory.texts[d] for d in range(len(memory))] == texts
+
+    check(1)
+    changed = documents_of(TEXTS)
+    sync(model, tokenizer, folder, changed, ALONE)
+    check(2)
+    blocks = [id(block) for block in memories[0].blocks]
+    del changed[3:5]
+    sync(model, tokenizer, folder, changed, ALONE)
+    check(2)
+    changed[1] = Document("Now it is another text. " * 5, "d1.txt", 1, 1, "d1#0")
+    sync(model, tokenizer, folder, changed, ALONE)
+    check(3)
+    with Writer(folder) as writer:
+        writer.compact()
+    check(3)
+    assert [id(block) for block in memories[0].blocks][:2] == blocks  # nothing was loaded twice
+    blocks = []
+    for i in range(7):  # one more at a time
+        sync(model, tokenizer, folder, changed + documents_of([f"More of {j}." for j in range(i + 1)], "m"), ALONE)
+        check()
+        blocks.append(len(memories[0].blocks))
+    assert blocks == [4, 5, 6, 7, 8, 9, 1]  # too many: loaded anew
+    with Writer(folder) as writer:
+        writer.remove(writer.bank.numbers)
+    for memory in memories:
+        memory.refresh()
+        assert len(memory) == 0
+    sync(model, tokenizer, folder, documents_of(TEXTS[:2]), ALONE)
+    check(1)
+
+
+def test_independence(loaded, tmp_path):
+    """What a bank stores of a document would depend on what was added with it, before it or after it; or on merging."""
+    model, tokenizer = loaded
+    documents, rng = documents_of(TEXTS), np.random.default_rng(0)
+    for trial in range(3):
+        folder = tmp_path / f"bank{trial}"
+        for _ in range(6):
+            chosen = sorted(rng.choice(len(documents), rng.integers(1, len(documents)), replace=False))
+            sync(model, tokenizer, folder, [documents[i] for i in chosen], ALONE)
+        sync(model, tokenizer, folder, documents, ALONE)
+        if trial == 1:
+            with Writer(folder) as writer:
+                writer.compact()
+        bank = Bank(folder)
+        ids = {sample.hash64(document.id): document for document in documents}
+        order = [ids[int(key)] for key in bank.keys]
+        sync(model, tokenizer, tmp_path / f"once{trial}", order, ALONE, numbers=bank.numbers.tolist())
+        once = Bank(tmp_path / f"once{trial}")
+        assert once.numbers.tolist() == bank.numbers.tolist() and once.keys.tolist() == bank.keys.tolist()
+        for position in range(len(bank)):
+            assert all(np.array_equal(a, b) for a, b in zip(bank.document(position), once.document(position)))
+            assert ulps(bank.content(0, position)[0], once.content(0, position)[0]) <= 1
+        for (_, a), (_, b) in zip(*(x.routing_keys(0, np.arange(len(bank))) for x in (bank, once))):
+            assert len(a) != len(b) or ulps(a, b) <= 1
+        keys = [np.concatenate([part[np.argsort(rows)] for rows, part in x.routing_keys(0, np.arange(len(bank)))]) for x in (once,)]
+        assert len(keys[0]) == bank.chunks.sum()
+
+
+def ulps(a, b):
+    """The largest distance of bfloat16 numbers, held as uint16, in units in the last place; tiny ones count as equal."""
+    ordered = lambda x: np.where(x & 0x8000, 0x8000 - (x & 0x7fff).astype(int), 0x8000 + x.astype(int))
+    values = [(x.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+    return int((np.abs(ordered(a) - ordered(b)) * (np.abs(values[0] - values[1]) > 1e-5)).max(initial=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bringing a bank in line
+
+def held(folder):
+    bank = Bank(folder)
+    return {bank.document(position)[1]: int(bank.numbers[position]) for position in range(len(bank))}
+
+
+@pytest.fixture
+def encoded(loaded, monkeypatch):
+    """The numbers of the documents that were encoded, in the order of encoding."""
+    numbers, real = [], loaded[0].encode
+    monkeypatch.setattr(loaded[0], "encode", lambda documents, given: numbers.extend(given) or real(documents, given), raising=False)
+    return numbers
+
+
+def test_sync(loaded, tmp_path, encoded):
+    """A change of one file would encode others again, move their numbers, or leave the old text; a number would be given twice."""
+    model, tokenizer = loaded
+    folder, documents = tmp_path / "bank", documents_of(TEXTS[:5])
+    assert sync(model, tokenizer, folder, documents, ALONE).startswith("5 added; ") and encoded == [0, 1, 2, 3, 4]
+    state = Bank(folder).state
+    assert sync(model, tokenizer, folder, documents, ALONE) == "0 added, 5 unchanged" and Bank(folder).state == state
+    encoded.clear()
+    documents[2] = Document("It has changed.", "d2.txt", 1, 1, "d2#0")
+    gone = documents.pop(0)
+    assert sync(model, tokenizer, folder, [documents_of(["new"], "n")[0], *documents], ALONE).startswith(
+        "1 added, 1 updated, 1 removed, 3 unchanged; ")
+    assert encoded == [2, 5] and held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"n0.txt:1-1": 5}
+    assert tokenizer.decode(Bank(folder).document(1)[0].tolist()) == "It has changed."
+    sync(model, tokenizer, folder, [*documents, gone], ALONE)
+    assert held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"d0.txt:1-1": 6}
+
+
+def test_sync_of_moved_lines(loaded, tmp_path, encoded):
+    """A text that stands elsewhere in its file would be cited where it was."""
+    model, tokenizer = loaded
+    sync(model, tokenizer, tmp_path / "bank", [Document("Text.", "a.txt", 1, 1, "a#0")], ALONE)
+    sync(model, tokenizer, tmp_path / "bank", [Document("Text.", "a.txt", 5, 5, "a#0")], ALONE)
+    assert held(tmp_path / "bank") == {"a.txt:5-5": 0}
+
+
+def test_interrupted_sync(loaded, tmp_path, encoded, monkeypatch):
+    """An interruption would cost what was encoded before it, or be taken for the end of the documents: the rest would be removed."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(sample, "ENCODE_TOKENS", 10)
+    monkeypatch.setattr(sample, "COMMIT_SECONDS", -1)
+    documents = documents_of(TEXTS)
+    sync(model, tokenizer, tmp_path / "bank", documents[5:7], ALONE)
+    encoded.clear()
+
+    def interrupted():
+        yield from documents[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sync(model, tokenizer, tmp_path / "bank", interrupted(), ALONE)
+    before = held(tmp_path / "bank")
+    assert {"d5.txt:1-1", "d6.txt:1-1"} < set(before) and len(before) >= 4
+    done = len(encoded)
+    sync(model, tokenizer, tmp_path / "bank", documents, ALONE)
+    assert len(encoded) <= 11 and len(encoded) - done == 11 - len(before)
+    after = held(tmp_path / "bank")
+    assert set(after) == {f"d{i}.txt:1-1" for i in range(11)} and after.items() > before.items()
+
+
+def test_full_segments_are_committed(loaded, tmp_path, monkeypatch):
+    """A corpus larger than memory would be held until its end."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(sample, "ENCODE_TOKENS", 10)
+    monkeypatch.setattr(memory_bank, "SEGMENT_BYTES", 300)
+    monkeypatch.setattr(memory_bank, "MANY", 100)
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
+    assert len(Bank(tmp_path / "bank").segments) > 3
+
+
+def test_same_id_twice(loaded, tmp_path):
+    """One of two documents of the same id would be lost without a word."""
+    model, tokenizer = loaded
+    with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
+        sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:3]) + documents_of(TEXTS[:2])[1:], ALONE)
+
+
+@pytest.mark.parametrize("other", ["weights", "chunk_size", "tokenizer"])
+def test_another_model(loaded, tmp_path, other):
+    """A bank would be asked with a model that did not make it, and answer with garbage."""
+    model, tokenizer = loaded
+    folder = tmp_path / "bank"
+    sync(model, tokenizer, folder, documents_of(TEXTS[:2]), ALONE)
+    made_by, state = Bank(folder).layout.fingerprint, model.state_dict()
+    if other == "weights":
+        changed = type(model)(model.config)
+        state = {name: x.clone() for name, x in state.items()}
+        state["model.layers.1.self_attn.router_k_proj.0.weight"][3, 5] += 1e-3
+        changed.load_state_dict(state)
+    elif other == "chunk_size":
+        import dataclasses
+        changed = type(model)(dataclasses.replace(model.config, chunk_size=8))
+        changed.load_state_dict(state)
+    else:
+        changed = model
+        encoding = tokenizer.encoding
+        tokenizer = type(tokenizer)(type(encoding)("x", pat_str=r"\S+|\s+", mergeable_ranks=encoding._mergeable_ranks,
+                                                   special_tokens=encoding._special_tokens))
+    with pytest.raises(UserError) as error:
+        sync(changed, tokenizer, folder, documents_of(TEXTS[:2]), ALONE)
+    own = sample.fingerprint(changed, tokenizer)
+    part = "tokenizer" if other == "tokenizer" else "model or chunk size"
+    assert f"made by another {part} ({made_by}) than this checkpoint ({own})" in str(error.value) and made_by != own
+
+
+def test_fingerprint_survives_saving(loaded, tmp_path):
+    """A checkpoint that is copied, or loaded again, would no longer fit its bank."""
+    model, tokenizer = loaded
+    model.save(tmp_path)
+    tokenizer.save(tmp_path)
+    assert sample.fingerprint(*load_checkpoint(tmp_path, CPU)) == sample.fingerprint(model, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py --memory
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(checkpoint, "good")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for i, text in enumerate(TEXTS[:4]):
+        (docs / f"{i}.txt").write_text(text)
+    return tmp_path
+
+
+def test_sample(run, here):
+    """The command line would not do what its help says."""
+    def ask(*flags):
+        result = run(sample, "--checkpoint", "good", "--memory", "bank", *flags)
+        assert result.code == 0, result.err
+        return result.out
+    assert ask("--documents", "docs", "What?").startswith("bank: 4 added; ")
+    assert "bank" not in ask("What?")
+    (here / "docs" / "1.txt").unlink()
+    (here / "docs" / "9.txt").write_text("A new one.")
+    assert ask("--documents", "docs", "What?").startswith("bank: 1 added, 1 removed, 3 unchanged; ")
+    out = ask("--info", "--verify")
+    assert "4 live, 1 deleted; the next number is 5" in out and "every sum is right" in out
+    assert Bank("bank").layout.fingerprint in out and "in 2 segments" in out
+    assert "4 live, 0 deleted; the next number is 5" in ask("--compact", "--info")
+    lines = [{"id": f"{i}", "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
+    (here / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    out = ask("--documents", "lines.jsonl", "What?", "--content-in", "host", "--routing-keys", "int8")
+    assert out.startswith("bank: 11 added, 4 removed")
+    assert sorted(held("bank"))[:2] == ["Title 0:1-1", "Title 10:1-1"]
+
+
+def test_chat_follows_the_bank(run, here, monkeypatch):
+    """A question at the terminal would be answered from the bank as it was when the program began."""
+    run(sample, "--checkpoint", "good", "--memory", "bank", "--documents", "docs", "What?")
+    seen, lines, refresh = [], iter(["What?", "", "And now?"]), ParallelMemory.refresh
+
+    def type_line(_):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        if line == "And now?":
+            with Writer("bank") as writer:
+                writer.remove([0, 2])
+        return line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(ParallelMemory, "refresh", lambda memory: refresh(memory) or seen.append(memory.numbers.tolist()))
+    assert run(sample, "--checkpoint", "good", "--memory", "bank").code == 0
+    assert seen == [[0, 1, 2, 3], [1, 3]]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--memory none q", "error: none: no memory bank here (no manifest.json); give --documents to make one"),
+    ("--memory docs --documents docs q", "error: docs: exists and is not a memory bank; give another --memory"),
+    ("--info", "--info is about a bank on disk; name it with --memory"),
+    ("--memory bank --documents bad.jsonl q", "error: bad.jsonl:2: not an object"),
+    ("--memory bank --documents twice.jsonl q", "error: two documents have the id 'a'; ids must differ"),
+    ("--memory bank --documents none.jsonl q", "error: none.jsonl: no such folder of documents, nor a .jsonl file"),
+    ("--memory bank --documents empty.jsonl q", "error: empty.jsonl: no text in it"),
+    ("--memory bank --timeout 0 q", "timeout is 0.0; it must be positive"),
+])
+def test_mistakes(run, here, flags, message):
+    """A mistake would end in a traceback, or cost what the bank holds."""
+    run(sample, "--checkpoint", "good", "--memory", "bank", "--documents", "docs", "What?")
+    before = held("bank")
+    (here / "bad.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": 1, "text": "b"}\n')
+    (here / "twice.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": "a", "text": "c"}\n')
+    (here / "empty.jsonl").write_text("\n")
+    result = run(sample, "--checkpoint", "good", *flags.split())
+    assert result.code == 2 and message in result.error, result.error
+    assert held("bank") == before and sorted(path.name for path in (here / "docs").iterdir()) == [f"{i}.txt" for i in range(4)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+def torchrun(world, *args, timeout=120):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
+                           "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, args)],
+                          capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.fixture(scope="module")
+def asked(words, tmp_path_factory):
+    """The demo checkpoint's bank of 60 documents, some of them twice, and questions about them."""
+    folder, demo = tmp_path_factory.mktemp("ranks"), TESTS.parent / "checkpoints" / "demo"
+    texts, questions = make_memory(words(), "two_hop", 40, 6, 1)
+    lines = [json.dumps({"id": f"{i}", "text": text}) + "\n" for i, text in enumerate(texts + texts[:20])]
+    (folder / "lines.jsonl").write_text("".join(lines))
+    (folder / "questions.json").write_text(json.dumps([q.text for q in questions]))
+    return demo, folder
+
+
+def test_ranks_answer_alike(asked):
+    """The answer would depend on how many ranks hold the memory; a bank made by two ranks could not be read by one or by four."""
+    demo, folder = asked
+    made = torchrun(2, TESTS.parent / "sample.py", "--checkpoint", demo, "--memory", folder / "bank", "--documents", folder / "lines.jsonl",
+                    "--info")
+    assert made.returncode == 0 and made.stdout.count("60 added") == 1 and "in 2 segments" in made.stdout, made.stderr[-3000:]
+    model, tokenizer = load_checkpoint(demo, CPU)
+    memory, questions = ParallelMemory(Bank(folder / "bank"), CPU, ALONE), json.loads((folder / "questions.json").read_text())
+    alone = [answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig()) for question in questions]
+    for world in (2, 4):
+        out = folder / f"{world}.json"
+        done = torchrun(world, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json", out)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(out.read_text()) == [[answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]]
+                                               for answer, rounds in alone]
+    # and as one Memory answers: the same documents and texts
+    whole, texts = in_memory((model, tokenizer), memory.bank, "bfloat16")
+    for question, (answer, rounds) in zip(questions, alone):
+        wanted, wanted_rounds = answer_question(model, tokenizer, whole, texts, question, InterleaveConfig())
+        assert answer == wanted and [r.appended for r in rounds] == [r.appended for r in wanted_rounds]
+
+
+@pytest.mark.parametrize("trouble, message", [("--kill", "exitcode  : -9"), ("--stall", "rank 1 did not answer within --timeout 5.0 s")])
+def test_a_rank_in_trouble(asked, trouble, message, files_of):
+    """A rank that is dead or stuck would leave the others waiting for ever, without a word about which."""
+    demo, folder = asked
+    before = files_of(folder / "bank")
+    done = torchrun(2, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json", folder / "none.json",
+                    "--timeout", 5, trouble, 1, timeout=60)
+    assert done.returncode == 1 and message in done.stderr, done.stderr[-3000:]
+    assert files_of(folder / "bank") == before and not (folder / "none.json").exists()
+
+
+def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
+    """A rank without a document would crash, or keep others' documents from being found."""
+    model, tokenizer = loaded
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:2]), ALONE)
+    bank = Bank(tmp_path / "bank")
+    ranks = Ranks(CPU)
+    ranks.world, ranks.rank = 5, 0
+    ranks.gather = lambda x: x[None].expand(5, *x.shape)
+    ranks.sum = ranks.agree = lambda x: x
+    memory = ParallelMemory(bank, CPU, ranks)
+    assert not memory.blocks
+    found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 3)
+    assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys.shape == (0, 1, 8)
+    assert Block(bank, np.array([1]), CPU, "int8", True).keys[0].dtype == torch.int8 and bank_layout(model, tokenizer) == bank.layout
