@@ -1,6 +1,6 @@
 """Speed of a memory layer's three operations and of a training step, each beside its peers and its limit, in one run.
 
-    python bench.py route|attend|pool|train|all [--json FILE] [--device cuda]
+    python bench.py route|attend|pool|train|memory|all [--json FILE] [--device cuda]
 
 The limit of an operation on this machine is floor = max(bytes / bandwidth, operations / rate). Bandwidth is what summing a large tensor
 reads per second, rate what a large matrix product of the same type does; both take turns with the operation and its peers, so that
@@ -16,19 +16,32 @@ other work on the machine slows all alike. `floor/time` is 1 for a perfect kerne
     train     one optimizer step at the demo's and at Qwen3-0.6B's shape. Peer: the same with MSA_KERNEL=torch. `loss within`: the largest
               relative difference of the two losses over 20 steps on one seed
 
+    memory    banks. The demo checkpoint's on disk (not where only torch, triton and numpy are installed): opening and asking it, cold (its
+              files dropped from the page cache) and warm, one document added and removed. Qwen3-4B's shape with random contents, made in
+              memory as large as it fits: what a question costs beside one reading of all routing keys. `bytes` of 100M tokens as designed
+
 On a CPU the reference does the work, and the rows of the others have no peer but themselves.
 """
 import argparse  # not tyro: this runs where only torch, triton and numpy are installed
+import dataclasses
+import importlib.util
+import os
 import re
+import resource
 import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import msa_kernel as K
 from common import autocast, detect_device, keep_freed_memory, main, write_json
+from memory_bank import Bank, Layout, Writer
+from memory_parallel import ParallelMemory, Ranks, to_records
 from model import MSA, ModelConfig
 
 H, G, D = 32, 8, 128  # Qwen3-4B's heads
@@ -225,9 +238,142 @@ def bench_train(bench, cases, steps=20):
                       f"loss within {apart:.0e} over {steps} steps" if other else "")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHAPE = Layout("random", 18, G, D)  # Qwen3-4B: the upper half of 36 layers
+CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
+
+
+class RandomBank:
+    """A bank in the host's memory whose contents are random: what memory_parallel needs of one, without documents."""
+
+    def __init__(self, layout, chunks, chunks_per_document):
+        documents = chunks // chunks_per_document
+        self.layout, self.state, self.numbers, self.digests = layout, (0, 0, 0), np.arange(documents), np.zeros(documents, np.uint64)
+        self.chunks = np.full(documents, chunks_per_document, np.int32)
+        self.segment_of, self.row_of, self.tile = np.zeros(documents, np.int32), np.arange(documents), None
+        size = (layout.layers, chunks, 2, layout.kv_heads, layout.head_dim)
+        self.held = torch.empty(size, dtype=torch.bfloat16 if layout.content == "bfloat16" else torch.int8)
+        for part in self.held.flatten(0, 1).split(4096):
+            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16) * (1 if layout.content == "bfloat16" else 40))
+        self.scales = np.full((chunks_per_document, 2), 0.03, np.float32) if layout.content == "int8" else None
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def routing_keys(self, layer, positions):
+        rows = np.arange(self.chunks[positions].sum())
+        for start in range(0, len(rows), 4096):
+            keys = F.normalize(torch.randn(min(4096, len(rows) - start), self.layout.kv_heads, self.layout.head_dim), dim=-1)
+            yield rows[start:start + 4096], keys.bfloat16().view(torch.uint16).numpy()
+
+    def content(self, layer, position):
+        rows = slice(position * self.chunks[0], (position + 1) * self.chunks[0])
+        found = self.held[layer, rows]
+        return (found.view(torch.uint16) if found.dtype == torch.bfloat16 else found).numpy(), self.scales
+
+
+def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
+    """Qwen3-4B's shape: a question's routing and fetching in all 18 memory layers, for as many chunks as fit."""
+    device, free = bench.device, fraction * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    query = K.group_queries(torch.randn(1, tokens, H, D, device=device), G)
+    mask, vector = torch.ones(1, tokens, dtype=torch.bool, device=device), SHAPE.layers * G * D
+    for kind, size in (("bfloat16", 2), ("int8", 1)):
+        keys = size * vector + 4 * SHAPE.layers * (size == 1)                           # bytes of a chunk: routing keys, content
+        content = 2 * size * vector + 8 * SHAPE.layers * (size == 1)
+        if bench.cuda:
+            on_device = fraction * 1.6 * torch.cuda.mem_get_info()[0]
+            chunks = int(min(on_device / keys, free / content))
+        else:
+            chunks = int(free / (keys + content))
+        for name, each in CHUNKS_PER_TOKEN.items():
+            M = chunks // 2 if name != "full chunks" else chunks
+            bank = RandomBank(dataclasses.replace(SHAPE, content=kind), M * (chunks // M), chunks // M)
+            memory = ParallelMemory(bank, device, Ranks(device), kind, "disk")          # its "disk" is the host's memory
+            run = lambda memory=memory: [memory.select(layer, query, mask, top_k) for layer in range(SHAPE.layers)]
+            held = int(bank.chunks.sum())
+            bench.measure(f"memory {kind}, {held / each / 1e6:,.1f}M tokens, {name}", run, {}, keys * held,
+                          2 * tokens * vector * held, torch.bfloat16,
+                          f"random contents; keys {keys * held / 1e9:.1f} GB, content {content * held / 1e9:.1f} GB, peak {peak(device)}; "
+                          f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB")
+            del memory, bank, run
+
+
+def peak(device):
+    """The most memory that this process has held."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device" if device.type == "cuda" else ""
+    return f"{host / 1e9:.1f} GB{device}"
+
+
+def drop_caches(folder):
+    """Ask the kernel to forget what it has of the files below a folder: the next read comes from the disk."""
+    for path in filter(Path.is_file, Path(folder).rglob("*")):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+TIMES = ("open cold", "open warm", "ask cold", "ask warm", "add one", "follow", "remove")
+
+
+def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
+    """The demo checkpoint over banks on disk: a table of times against tokens."""
+    from prepare_data import Document
+    from sample import InterleaveConfig, answer_question, load_checkpoint, sync
+    from tasks import Words, make_memory
+    device = bench.device
+    model, tokenizer = load_checkpoint(Path(__file__).parent / "checkpoints/demo", device)
+    ranks, words = Ranks(device), Words()
+    texts, asked = make_memory(words, "niah_multikey", lengths[-1] // 20, questions, 1)
+    ends = np.cumsum([len(tokenizer.document(10000, text)) for text in tokenizer.encode_batch(texts)])
+    counts = np.searchsorted(ends, lengths, side="right")
+    documents = [Document(text, f"d{i}", 1, 1, f"d{i}") for i, text in enumerate(texts)]
+    seconds = lambda run: (time.perf_counter(), run(), time.perf_counter())
+    print(f"{'bank: tokens':>12} {'documents':>9} {'encode t/s':>10} " + " ".join(f"{name:>9}" for name in TIMES) + "   (ms)")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        def opened():
+            return ParallelMemory(Bank(folder), device, ranks)
+
+        def answer(memory, question):
+            return answer_question(model, tokenizer, memory, memory.texts, question.text, InterleaveConfig())
+
+        before = 0
+        for count in counts:
+            began, _, ended = seconds(lambda: sync(model, tokenizer, folder, documents[:count], ranks))
+            speed = (ends[count - 1] - before) / (ended - began)
+            before, times = ends[count - 1], {}
+            for name in ("cold", "warm"):
+                if name == "cold":
+                    drop_caches(folder)
+                began, memory, ended = seconds(opened)
+                times[f"open {name}"] = ended - began
+                if name == "cold":
+                    drop_caches(folder)
+                found = [seconds(lambda: answer(memory, question)) for question in asked]
+                times[f"ask {name}"] = found[0][2] - found[0][0] if name == "cold" else statistics.median(e - b for b, _, e in found)
+            number = int(memory.bank.next_number)
+            encoded = model.encode([torch.tensor(tokenizer.document(number, tokenizer.encode(texts[-1])))], [number])
+            with Writer(folder) as writer:
+                records = to_records(encoded, [tokenizer.encode(texts[-1])], ["new"], [(1, 1)], "bfloat16")
+                began, _, ended = seconds(lambda: writer.add(records))
+                times["add one"] = ended - began
+                began, _, ended = seconds(memory.refresh)
+                times["follow"] = ended - began
+                assert len(memory) == count + 1
+                began, _, ended = seconds(lambda: writer.remove([number]))
+                times["remove"] = ended - began
+            memory.refresh()
+            assert len(memory) == count
+            cells = " ".join(f"{1e3 * times[name]:>9.1f}" for name in TIMES)
+            print(f"{ends[count - 1]:>12,} {count:>9,} {speed:>10,.0f} {cells}", flush=True)
+            disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            bench.rows.append(dict(what="bank", tokens=int(ends[count - 1]), documents=int(count), encode_tokens_per_second=float(speed),
+                                   disk_bytes=disk, peak=peak(device), seconds=times))
+
+
 def script():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("route", "attend", "pool", "train", "all"))
+    parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "all"))
     parser.add_argument("--json", default="", help="write the numbers to this file, or into this folder under the device's name")
     parser.add_argument("--chunks", type=int, default=0, help="of the memory that is routed; default 200,000, on a GPU 1,048,576")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -247,6 +393,10 @@ def script():
         bench_pool(bench, 64 if bench.cuda else 8)
     if args.what in ("train", "all"):
         bench_train(bench, TRAIN if bench.cuda else TRAIN[:1])
+    if args.what in ("memory", "all"):
+        if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
+            bench_bank(bench)
+        bench_random_memory(bench)
     if args.json:
         path = Path(args.json)
         if path.is_dir():

@@ -27,7 +27,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save
 
 from common import UserError
 
@@ -147,6 +146,8 @@ def write_file(path, data):
 
 def write_segment(folder, layout, records):
     """Write records as a new segment. Returns its entry for the manifest, which does not name it yet."""
+    from safetensors.numpy import save  # here: bench.py runs where only torch, triton and numpy are installed
+
     counts = dict(documents=len(records["numbers"]), chunks=records["routing_keys"].shape[1], tokens=len(records["text"]),
                   source_bytes=len(records["source"]))
     for name, (dtype, shape) in layout.shapes(**counts).items():

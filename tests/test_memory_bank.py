@@ -180,6 +180,34 @@ def test_sums_cover_every_byte():
             assert any(not np.array_equal(before[sums], after[sums]) for sums in memory_bank.SUMS), (name, i)
 
 
+@pytest.mark.parametrize("name, read, message", [
+    ("text", lambda s: s.document(1), "the text of document [1] has a wrong checksum"),
+    ("source", lambda s: s.document(1), "the text of document [1] has a wrong checksum"),
+    ("content", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
+    ("scales", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
+    ("routing_keys", lambda s: list(s.routing_keys(0)), "its routing keys have a wrong checksum (layer 0, chunks from 0)"),
+    ("digests", None, "the checksum of its header and table is wrong"),
+])
+def test_every_reader_checks(tmp_path, name, read, message):
+    """A damaged byte would be found by --verify alone, and until then answer questions."""
+    with Writer(tmp_path / "bank", LAYOUTS["int8"]) as writer:
+        writer.add(join([make(number, 0, LAYOUTS["int8"]) for number in (0, 1, 3)]))
+    segment, = Bank(tmp_path / "bank").segments
+    unit = {"text": "tokens", "source": "sources"}.get(name, "chunks")
+    row, (_, shape) = int(segment.ends[unit][1]), segment.shapes[name]
+    item = segment.read(name, slice(0, 1), *[0] * (name in ("content", "scales", "routing_keys"))).nbytes
+    assert shape[0] and item
+    data = bytearray(segment.path.read_bytes())
+    data[segment.at[name] + row * item] ^= 1
+    segment.path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        found, = Bank(tmp_path / "bank").segments
+        read(found)
+    assert message in str(error.value) and str(segment.path) in str(error.value)
+    with pytest.raises(UserError, match="checksum"):
+        Bank(tmp_path / "bank").verify()
+
+
 def test_tiles(tmp_path, monkeypatch):
     """Routing keys of documents that begin or end within a tile would be another document's."""
     monkeypatch.setattr(memory_bank, "TILE", 4)
