@@ -14,13 +14,20 @@ Baselines, same questions, same table (`--baseline`): no_memory: the question al
 many documents as the question needs, found by BM25, each search extended by the text found before; full: a checkpoint trained with
 `--model.full-attention` reads all documents as one text. `--zero-values` zeroes the pooled values: memory attention brings nothing.
 
+With `--memory BANK` the documents lie in a bank on disk, which is made or completed first; under torchrun they, and their encoding, are
+spread over the ranks:
+
+    torchrun --nproc_per_node=2 eval.py --memory bank --task niah_multikey --lengths 16k,1m,10m
+
 Lengths are nested prefixes of one memory (k = 1,024 tokens, numbers and punctuation of documents counted), encoded once;
 the same questions are asked at every length. recall@k: gold documents among the first k of the ranking by mean routing
 score, nothing forced, union over rounds. top-1: gold documents that ranked first, among those not yet appended, in some round.
 named: gold documents that the model named first in the round that wants them.
 """
 import dataclasses
+import os
 import re
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +39,11 @@ import tyro
 from tqdm import tqdm
 
 from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, write_json
+from memory_bank import Bank
+from memory_parallel import ParallelMemory, Ranks
 from model import Cache, Memory
-from sample import InterleaveConfig, Round, answer_question, encode_texts, generate_answer, load_checkpoint, read
+from prepare_data import Document
+from sample import InterleaveConfig, Round, answer_question, encode_texts, generate_answer, hash64, load_checkpoint, read, sync
 from tasks import TASKS, Words, make_memory
 
 
@@ -48,6 +58,8 @@ class EvalConfig:
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200                    # asked at every length; their documents lie in the shortest memory
     seed: int = 1                           # of documents and questions
+    memory: str = ""                        # folder of a bank that holds the documents; without one they are encoded into RAM
+    timeout: float = 600                    # seconds that ranks wait for each other
     json: str = ""                          # write the rows to this file
     plot: str = ""                          # draw them to this .png
     top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
@@ -68,6 +80,12 @@ class EvalConfig:
         if self.baseline in ("bm25", "full") and self.task == "niah_single":
             raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a memory of its own; "
                             "choose another --task")
+        if self.memory and (self.task == "niah_single" or self.zero_values or self.baseline != "none"):
+            raise UserError("--memory: a bank holds one memory as it is; leave out niah_single, --zero-values and --baseline")
+        if self.memory and self.routing_keys == "float32":
+            self.routing_keys = "bfloat16"  # as a bank stores them
+        if not self.timeout > 0:
+            raise UserError(f"--timeout is {self.timeout}; it must be positive")
         if self.routing_keys != "float32" and self.baseline != "none":
             raise UserError(f"--routing-keys is about the memory, --baseline {self.baseline} has none; leave one of them out")
         if self.top_k < 0:
@@ -131,17 +149,17 @@ def score(question, gold, rounds, answer, top_k):
 
 
 def ask_all(ask, numbers, questions, top_k, label):
-    """Ask every question; returns mean (recall@k, top-1, named, exact match) and seconds per question.
+    """Ask every question; returns mean (recall@k, top-1, named, exact match), seconds per question, and those of the first.
 
     ask(i, question) -> (answer, rounds); numbers: of the documents that gold indices mean.
     """
-    scores, seconds = [], 0.0
-    for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1)):
+    scores, seconds = [], []
+    for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1, disable=not label)):
         began = time.perf_counter()
         answer, rounds = ask(i, question)
-        seconds += time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
         scores.append(score(question, [numbers[d] for d in question.gold], rounds, answer, top_k))
-    return *np.mean(scores, 0).tolist(), seconds / len(questions)
+    return *np.mean(scores, 0).tolist(), float(np.mean(seconds)), seconds[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +187,35 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
             memory_of = lambda i: (part, part_texts)
         return lambda i, question: answer_question(model, tokenizer, *memory_of(i), question.text, config.interleave)
     return at_length, speed
+
+
+def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
+    """The model with a bank on disk, over the ranks. at_length also returns what opening cost: (ask, {"open_seconds": ...})."""
+    id_of = lambda i: f"{config.task} seed {config.seed} filler {config.filler} #{i}"
+    if (Path(config.memory) / "manifest.json").exists():
+        held = Bank(config.memory).keys
+        if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
+            raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another --memory")
+    documents = (Document(tokenizer.decode(text), "", id=id_of(i), number=number) for i, (text, number) in enumerate(zip(texts, numbers)))
+    size = sum(map(len, texts)) * 4  # bytes, roughly
+    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=size))
+    bank = ranks.same(Bank(config.memory))
+
+    def at_length(count):
+        began = time.perf_counter()
+        memory = ParallelMemory(bank.only(numbers[:count]), model.device, ranks, config.routing_keys)
+        opened = time.perf_counter() - began
+        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text, config.interleave), opened
+    return at_length
+
+
+def resident_bytes():
+    """What this process holds in RAM now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def answer_from_text(model, tokenizer, question, appended, config, context=None):
@@ -260,30 +307,45 @@ def script():
     model.config.top_k = config.top_k or model.config.top_k
     if model.config.full_attention != (config.baseline == "full"):
         raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
+    ranks = Ranks(device, config.timeout) if config.memory else None
+    say = print if ranks is None or ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()
     texts, numbers, counts, questions, needles = build(words, tokenizer, config, lengths)
     spelled = np.cumsum([len(tokenizer.document(n, text)) for n, text in zip(numbers, texts)])
-    print(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
-    rows, k = [], model.config.top_k
+    say(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
+    rows, k, speed = [], model.config.top_k, 0
     with torch.no_grad(), autocast(device, dtype):
-        if config.baseline == "none":
+        if config.memory:
+            at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
+        elif config.baseline == "none":
             at_length, speed = memory_asker(model, tokenizer, texts, numbers, needles, config)
-            print(f"encoded {speed:,.0f} tokens/s")
+            say(f"encoded {speed:,.0f} tokens/s")
         else:
-            at_length, speed = baseline_asker(model, tokenizer, texts, numbers, needles, config), 0
-        print(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
+            at_length = baseline_asker(model, tokenizer, texts, numbers, needles, config)
+        say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
         for count in counts:
-            recall, top1, named, exact, seconds = ask_all(at_length(count), numbers, questions, k, f"{count:,} documents")
+            ask, about = at_length(count), {}
+            if config.memory:
+                ask, opened = ask
+                about = dict(ranks=ranks.world, open_seconds=round(opened, 5))
+            label = "" if ranks and ranks.rank else f"{count:,} documents"
+            recall, top1, named, exact, seconds, first = ask_all(ask, numbers, questions, k, label)
+            if config.memory:
+                about |= dict(first_question_seconds=round(first, 4), resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
             rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(spelled[count - 1]), documents=count,
                              questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
                              exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
                              filler=config.filler, routing_keys=config.routing_keys, zero_values=config.zero_values,
                              max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
-                             checkpoint=config.checkpoint, device=str(device)))
-            print(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
-                  flush=True)
-            if config.json:
+                             checkpoint=config.checkpoint, device=str(device), **about))
+            say(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
+                flush=True)
+            if config.json and (ranks is None or ranks.rank == 0):
                 write_json(config.json, rows)  # after every length: long runs end early
+    if ranks:
+        ranks.end()
+        if ranks.rank:
+            return
     if config.plot:
         plot(rows, config.plot)
 

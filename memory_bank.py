@@ -16,6 +16,7 @@ each vector of G * D.
 """
 import base64
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -343,6 +344,10 @@ class Bank:
     def __init__(self, folder, before=None):
         """Open `folder`; segments that the snapshot `before` has open are not read again. Raises UserError."""
         self.folder = Path(folder)
+        with contextlib.suppress(ImportError, ValueError, OSError):  # a large bank has more segments than 1,024, the usual limit
+            import resource
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
         known = {segment.entry["file"]: segment for segment in before.segments} if before else {}
         for attempt in range(10):
             self.state = self.state_now()
@@ -370,6 +375,13 @@ class Bank:
         if {**segment.entry, "deleted": 0} != {**entry, "deleted": 0}:
             raise segment.damaged("the manifest says something else of it than before")
         return segment
+
+    def only(self, numbers):
+        """The same snapshot with the documents of these numbers only."""
+        part, kept = copy.copy(self), np.isin(self.numbers, numbers)
+        for name in ("numbers", "chunks", "keys", "digests", "tokens", "segment_of", "row_of"):
+            setattr(part, name, getattr(self, name)[kept])
+        return part
 
     def __len__(self):
         return len(self.numbers)

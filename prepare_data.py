@@ -69,12 +69,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A document's text and where it came from, for citations; lines count from 1. id: what makes it the same document after a change."""
+    """A document's text and where it came from, for citations; lines count from 1. id: what makes it the same document after a change.
+    number: that a bank must give it, else the next."""
     text: str
     source: str = ""
     first_line: int = 0
     last_line: int = 0
     id: str = ""
+    number: int | None = None
 
     def where(self):
         return f"{self.source}:{self.first_line}-{self.last_line}" if self.source else "(generated)"

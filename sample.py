@@ -11,6 +11,7 @@ The interleave loop of the paper (section 3.5) lives here: `interleave`. In a ro
 retrieval; the system appends the text of the named ones to the question and the next round begins, with new routing.
 """
 import hashlib
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -261,13 +262,13 @@ def hash64(*parts):
 
 
 @torch.no_grad()
-def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", numbers=None, size=0):
+def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0):
     """Bring the bank `folder` in line with a stream of Documents: new ones are added, changed ones encoded again under their old number,
     those that do not come are removed; nothing else is touched. A bank that is not there is made. Collective.
 
-    Documents are the same when their `id` is, unchanged when text and place are too. numbers: an iterator for new documents, else they
-    count on. The ranks take turns at encoding; what is done is committed when a segment is full or a minute has passed, and is not done
-    again after an interruption. size: bytes of all texts, for the time left. Returns a sentence that says what was done.
+    Documents are the same when their `id` is, unchanged when text and place are too. The ranks share the encoding; what is done is
+    committed when a segment is full or a minute has passed, and is not done again after an interruption. size: bytes of all texts,
+    for the time left. Returns a sentence that says what was done. Raises UserError, among others for ids or numbers given twice.
     """
     first, layout = ranks.rank == 0, bank_layout(model, tokenizer, content)
     writer = Writer(folder, layout) if first else None
@@ -277,8 +278,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", numbers
         ranks.gather_objects(None)  # others wait until there is a bank
         bank = ranks.same(Bank(folder))
         check_fingerprint(bank.layout, folder, model, tokenizer)
-        numbers = iter(range(bank.next_number, 1 << 62)) if numbers is None else iter(numbers)
-        order = np.argsort(bank.keys)
+        following, order = itertools.count(bank.next_number), np.argsort(bank.keys)
         sorted_keys, seen = bank.keys[order], np.zeros(0, np.uint64)
         counts, pieces, replaced, encoded = dict(added=0, updated=0, removed=0, unchanged=0), [], [], 0
         began = committed = time.monotonic()
@@ -303,12 +303,18 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", numbers
                     digest, position = hash64(document.id, document.where(), document.text), None
                     if at < len(order) and sorted_keys[at] == key:
                         position = order[at]
+                        number = int(bank.numbers[position])
+                        if document.number not in (None, number):
+                            raise UserError(f"{folder}: holds {document.id!r} as [{number}], not [{document.number}]; "
+                                            "give another --memory")
                     if position is not None and int(bank.digests[position]) == digest:
                         counts["unchanged"] += 1
                         continue
                     counts["added" if position is None else "updated"] += 1
-                    number = int(next(numbers) if position is None else bank.numbers[position])
-                    replaced += [] if position is None else [number]
+                    if position is None:
+                        number = next(following) if document.number is None else document.number
+                    else:
+                        replaced.append(number)
                     due.append((number, document, text, int(key), digest))
                 encoded += sum(len(text) for _, _, text, _, _ in due)
                 due = sorted(due[ranks.rank::ranks.world], key=lambda x: x[0])

@@ -66,7 +66,8 @@ def evaluate(run, checkpoint, tmp_path, monkeypatch):
         asked = []
 
         def observed(model, tokenizer, memory, texts, question, config):
-            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(text) for text in texts], question=question, model=model,
+            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(texts[d]) for d in range(len(memory or texts))],
+                                         question=question, model=model,
                                          config=config))
             return answer(memory, asked[-1].texts, question)
         with monkeypatch.context() as patch:
@@ -191,6 +192,38 @@ def test_routing_keys(evaluate, task, kind, dtype):
             assert a.dtype == torch.float32 and b.dtype == dtype
             b = b * rounded.memory.scales[layer][:, None, None] if kind == "int8" else b.float()
             torch.testing.assert_close(a, b, rtol=0, atol=1 / 254 + 1e-6)
+
+
+@pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])
+def test_bank(evaluate, task, tmp_path):
+    """A table over a bank would ask other documents than one over a memory in RAM, or say nothing of what opening costs."""
+    flags = ["--task", task, "--lengths", "400,800", "--questions", 2]
+    rows, asked = evaluate(*flags, "--memory", tmp_path / "bank")
+    for row, length in zip(rows, (400, 800)):
+        assert row["ranks"] == 1 and row["open_seconds"] > 0 and row["first_question_seconds"] >= 0 and row["routing_keys"] == "bfloat16"
+        assert len(row["resident_bytes_per_rank"]) == 1 and row["resident_bytes_per_rank"][0] > 1e7
+        assert length - 60 < row["memory_tokens"] <= length
+    for plain, found in zip(evaluate(*flags, "--routing-keys", "bfloat16")[1], asked):
+        assert found.question == plain.question and found.texts == plain.texts
+        assert found.memory.numbers.tolist() == plain.memory.numbers
+        query = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1))
+        a, b = (m.select(0, query, torch.ones(1, 3).bool(), 3) for m in (found.memory, plain.memory))
+        assert a.documents.equal(b.documents)
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-6)
+    state = (tmp_path / "bank" / "manifest.json").read_bytes()
+    evaluate(*flags, "--memory", tmp_path / "bank", "--routing-keys", "int8")  # again: nothing is encoded
+    assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
+
+
+def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path):
+    """Evaluating would delete a user's documents from their bank, or ask over an older, shorter memory's numbers."""
+    evaluate("--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank")
+    for other, message in ((["--seed", 5], "holds other documents than this evaluation's"),
+                           (["--lengths", "2k"], r"holds 'niah_multikey seed 1 filler 0 #\d+' as \[\d+\], not \[\d+\]; give another")):
+        state = (tmp_path / "bank" / "manifest.json").read_bytes()
+        result = run(evaluation, "--checkpoint", checkpoint, "--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank", *other)
+        assert result.code == 2 and re.search(message, result.error), result.error
+        assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

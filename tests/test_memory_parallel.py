@@ -1,4 +1,5 @@
 """A bank in use: against the same documents in one Memory, over ranks, while it changes; and sample.py --memory."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -196,8 +197,8 @@ def test_independence(loaded, tmp_path):
                 writer.compact()
         bank = Bank(folder)
         ids = {sample.hash64(document.id): document for document in documents}
-        order = [ids[int(key)] for key in bank.keys]
-        sync(model, tokenizer, tmp_path / f"once{trial}", order, ALONE, numbers=bank.numbers.tolist())
+        order = [dataclasses.replace(ids[int(key)], number=int(number)) for key, number in zip(bank.keys, bank.numbers)]
+        sync(model, tokenizer, tmp_path / f"once{trial}", order[::-1], ALONE)
         once = Bank(tmp_path / f"once{trial}")
         assert once.numbers.tolist() == bank.numbers.tolist() and once.keys.tolist() == bank.keys.tolist()
         for position in range(len(bank)):
@@ -248,6 +249,33 @@ def test_sync(loaded, tmp_path, encoded):
     assert tokenizer.decode(Bank(folder).document(1)[0].tolist()) == "It has changed."
     sync(model, tokenizer, folder, [*documents, gone], ALONE)
     assert held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"d0.txt:1-1": 6}
+
+
+def test_numbers_of_their_own(loaded, tmp_path):
+    """A document would not get the number that it must have, or another than it has."""
+    model, tokenizer = loaded
+    documents = [dataclasses.replace(document, number=n) for document, n in zip(documents_of(TEXTS[:3]), (70, 5, 600))]
+    sync(model, tokenizer, tmp_path / "bank", documents, ALONE)
+    assert held(tmp_path / "bank") == {"d0.txt:1-1": 70, "d1.txt:1-1": 5, "d2.txt:1-1": 600}
+    sync(model, tokenizer, tmp_path / "bank", [*documents, *documents_of(["new"], "n")], ALONE)
+    assert held(tmp_path / "bank")["n0.txt:1-1"] == 601
+    with pytest.raises(UserError, match=r"bank: holds 'd1#0' as \[5\], not \[6\]; give another --memory"):
+        sync(model, tokenizer, tmp_path / "bank", [dataclasses.replace(documents[1], number=6)], ALONE)
+    with pytest.raises(ValueError, match="same number"):
+        sync(model, tokenizer, tmp_path / "bank", [*documents, dataclasses.replace(documents_of(["x"], "o")[0], number=5)], ALONE)
+
+
+def test_only(loaded, tmp_path):
+    """A part of a bank would find documents outside of it."""
+    model, tokenizer = loaded
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
+    bank, kept = Bank(tmp_path / "bank"), [7, 2, 9, 3]
+    part = ParallelMemory(bank.only(kept), CPU, ALONE)
+    wanted, texts = in_memory(loaded, part.bank, "bfloat16")
+    query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
+    same_selection(part.select(0, query, torch.ones(2, 4).bool(), 3), wanted.select(0, query, torch.ones(2, 4).bool(), 3))
+    assert part.numbers.tolist() == sorted(kept) and [part.texts[d] for d in range(4)] == [tokenizer.encode(TEXTS[n]) for n in sorted(kept)]
+    assert len(bank) == 11
 
 
 def test_sync_of_moved_lines(loaded, tmp_path, encoded):
@@ -312,7 +340,6 @@ def test_another_model(loaded, tmp_path, other):
         state["model.layers.1.self_attn.router_k_proj.0.weight"][3, 5] += 1e-3
         changed.load_state_dict(state)
     elif other == "chunk_size":
-        import dataclasses
         changed = type(model)(dataclasses.replace(model.config, chunk_size=8))
         changed.load_state_dict(state)
     else:
