@@ -104,22 +104,24 @@ def parse_lengths(text):
 
 
 def build(words, tokenizer, config, lengths):
-    """The longest memory and its questions: (texts as ids, numbers, documents of each length, questions, needles).
+    """The longest memory and its questions: (texts, numbers, tokens up to the end of each document, documents of each length, questions,
+    needles).
 
     Documents stand in the order in which the memory grows; the ones that answer are shuffled into the shortest. Numbers are a
     random permutation: where a document stands says nothing about whether it answers. For `niah_single` document 0 is the
     place of a question's own needle, and `needles` holds their texts.
     """
     rng, single = np.random.default_rng(config.seed), config.task == "niah_single"
-    documents, questions = make_memory(words, config.task, 64, 1, config.seed, config.filler)
-    count = lengths[-1] // (len(tokenizer.encode(documents[-1])) + 8) + config.questions
+    texts, questions = make_memory(words, config.task, 64, 1, config.seed, config.filler)
+    count = lengths[-1] // (len(tokenizer.encode(texts[-1])) + 8) + config.questions
     while True:
-        documents, questions = make_memory(words, config.task, count, config.questions, config.seed, config.filler)
-        texts = tokenizer.encode_batch(documents)
+        texts, questions = make_memory(words, config.task, count, config.questions, config.seed, config.filler)
         needles, texts = (texts[:config.questions], texts[config.questions - 1:]) if single else ([], texts)
         numbers = rng.permutation(len(texts)).tolist()
         around = {digits: len(tokenizer.document(10 ** (digits - 1), [])) for digits in range(1, len(str(len(texts))) + 1)}
-        ends = np.cumsum([len(text) + around[len(str(number))] for text, number in zip(texts, numbers)])
+        frame = np.array([around[len(str(number))] for number in numbers])
+        sizes = count_tokens(tokenizer, texts)
+        ends = np.cumsum(sizes + frame)
         if ends[-1] >= lengths[-1]:
             break
         count += count // 8 + 1
@@ -128,12 +130,20 @@ def build(words, tokenizer, config, lengths):
     if gold > counts[0]:
         raise UserError(f"--lengths {config.lengths}: {lengths[0]:,} tokens hold {counts[0]} documents, but {config.questions} questions "
                         f"of {config.task} need {gold}; ask fewer --questions or begin with a longer memory")
-    place = list(range(len(texts)))
+    place = np.arange(len(texts))  # document i moves to place[i]
     if not single:
-        place[:counts[0]] = rng.permutation(counts[0]).tolist()  # document i moves to place[i]
-    texts = [text for _, text in sorted(zip(place, texts), key=lambda pair: pair[0])]
-    questions = [dataclasses.replace(q, gold=(0,) if single else tuple(place[i] for i in q.gold)) for q in questions]
-    return texts[:counts[-1]], numbers[:counts[-1]], counts, questions, needles
+        place[:counts[0]] = rng.permutation(counts[0])
+    source = np.argsort(place)[:counts[-1]]
+    questions = [dataclasses.replace(q, gold=(0,) if single else tuple(int(place[i]) for i in q.gold)) for q in questions]
+    return [texts[i] for i in source], numbers[:counts[-1]], np.cumsum(sizes[source] + frame[:counts[-1]]), counts, questions, needles
+
+
+def count_tokens(tokenizer, texts, batch=20000):
+    """(M,) token counts of texts."""
+    parts = [texts[i:i + batch] for i in range(0, len(texts), batch)]
+    with tqdm(desc="counting tokens", total=len(texts), unit=" documents", unit_scale=True, leave=False, delay=1,
+              disable=os.environ.get("RANK", "0") != "0") as bar:
+        return np.concatenate([(np.array(list(map(len, tokenizer.encode_batch(part)))), bar.update(len(part)))[0] for part in parts])
 
 
 def score(question, gold, rounds, answer, top_k):
@@ -167,6 +177,7 @@ def ask_all(ask, numbers, questions, top_k, label):
 
 def memory_asker(model, tokenizer, texts, numbers, needles, config):
     """The model with its memory, encoded once. Also returns the tokens encoded per second."""
+    texts, needles = tokenizer.encode_batch(texts), tokenizer.encode_batch(needles)
     order = np.argsort(numbers)  # a memory is in the order of its numbers
     encode = lambda texts, numbers: encode_texts(model, tokenizer, texts, numbers)
     memory, speed = encode([texts[d] for d in order], [numbers[d] for d in order])
@@ -196,9 +207,8 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
         held = Bank(config.memory).keys
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
             raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another --memory")
-    documents = (Document(tokenizer.decode(text), "", id=id_of(i), number=number) for i, (text, number) in enumerate(zip(texts, numbers)))
-    size = sum(map(len, texts)) * 4  # bytes, roughly
-    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=size))
+    documents = (Document(text, id=id_of(i), number=number) for i, (text, number) in enumerate(zip(texts, numbers)))
+    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=sum(map(len, texts))))
     bank = ranks.same(Bank(config.memory))
 
     def at_length(count):
@@ -238,25 +248,26 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
 
     def oracle(count):
         def ask(i, question):
-            gold = [(numbers[d], needles[i] if needles else texts[d]) for d in question.gold]
+            gold = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in question.gold]
             return answer_from_text(model, tokenizer, question.text, gold, config), []
         return ask
 
     def bm25(count):
-        search = bm25_search([tokenizer.decode(text) for text in texts[:count]])
+        search = bm25_search(texts[:count])
         def ask(i, question):
             found, rounds, query = [], [], question.text
             for _ in question.gold:
                 ranked = search(query, model.config.top_k + len(found))
                 best = next(d for d, _ in ranked if d not in found)
                 rounds.append(Round([(numbers[d], s) for d, s in ranked], [numbers[best]], [numbers[best]]))
-                found, query = [*found, best], f"{query} {tokenizer.decode(texts[best])}"
-            return answer_from_text(model, tokenizer, question.text, [(numbers[d], texts[d]) for d in found], config), rounds
+                found, query = [*found, best], f"{query} {texts[best]}"
+            appended = [(numbers[d], tokenizer.encode(texts[d])) for d in found]
+            return answer_from_text(model, tokenizer, question.text, appended, config), rounds
         return ask
 
     def full(count):
         order = np.argsort(numbers[:count])
-        context = model.context(torch.cat([torch.tensor(texts[d]) for d in order])[None])  # it has no use for numbers
+        context = model.context(torch.cat([torch.tensor(tokenizer.encode(texts[d])) for d in order])[None])  # it has no use for numbers
         return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config, context), [])
 
     return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]
@@ -310,8 +321,7 @@ def script():
     ranks = Ranks(device, config.timeout) if config.memory else None
     say = print if ranks is None or ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()
-    texts, numbers, counts, questions, needles = build(words, tokenizer, config, lengths)
-    spelled = np.cumsum([len(tokenizer.document(n, text)) for n, text in zip(numbers, texts)])
+    texts, numbers, spelled, counts, questions, needles = build(words, tokenizer, config, lengths)
     say(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
     rows, k, speed = [], model.config.top_k, 0
     with torch.no_grad(), autocast(device, dtype):

@@ -291,15 +291,14 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
             pieces.clear()
 
         with tqdm(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1, disable=not first) as bar:
-            for group in groups(documents, tokenizer, ENCODE_TOKENS * ranks.world):
-                keys = np.array([hash64(document.id) for document, _ in group], np.uint64)
+            for group in groups(documents, ENCODE_TOKENS * ranks.world):
+                keys = np.array([hash64(document.id) for document in group], np.uint64)
                 doubled = np.isin(keys, seen) | ~np.isin(np.arange(len(keys)), np.unique(keys, return_index=True)[1])
                 if doubled.any():
-                    raise UserError(f"two documents have the id {group[int(doubled.argmax())][0].id.rpartition('#')[0]!r}; ids must differ")
+                    raise UserError(f"two documents have the id {group[int(doubled.argmax())].id.rpartition('#')[0]!r}; ids must differ")
                 seen = np.concatenate([seen, keys])
-                place = np.searchsorted(sorted_keys, keys)
-                due = []  # (number, document, text, key, digest)
-                for (document, text), key, at in zip(group, keys, place):
+                due = []  # (number, document, (key, digest))
+                for document, key, at in zip(group, keys, np.searchsorted(sorted_keys, keys)):
                     digest, position = hash64(document.id, document.where(), document.text), None
                     if at < len(order) and sorted_keys[at] == key:
                         position = order[at]
@@ -315,16 +314,16 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
                         number = next(following) if document.number is None else document.number
                     else:
                         replaced.append(number)
-                    due.append((number, document, text, int(key), digest))
-                encoded += sum(len(text) for _, _, text, _, _ in due)
+                    due.append((number, document, (int(key), digest)))
                 due = sorted(due[ranks.rank::ranks.world], key=lambda x: x[0])
                 if due:
-                    spelled = [torch.tensor(tokenizer.document(number, text)) for number, _, text, _, _ in due]
-                    memory = model.encode(spelled, [number for number, *_ in due])
-                    pieces.append(to_records(memory, [text for _, _, text, _, _ in due], [document.where() for _, document, *_ in due],
-                                             [(key, digest) for *_, key, digest in due], bank.layout.content))
-                bar.update(sum(len(document.text.encode()) for document, _ in group))
-                bar.set_postfix_str(f"{encoded / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+                    given, changed, ids = zip(*due)
+                    texts = tokenizer.encode_batch([document.text for document in changed])
+                    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(given, texts)], given)
+                    pieces.append(to_records(memory, texts, [document.where() for document in changed], ids, bank.layout.content))
+                    encoded += sum(map(len, texts))
+                bar.update(sum(len(document.text.encode()) for document in group))
+                bar.set_postfix_str(f"{encoded * ranks.world / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
                 full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
                 late = first and time.monotonic() - committed > COMMIT_SECONDS
                 if ranks.any(full or late):
@@ -339,22 +338,22 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
     finally:
         if first:
             writer.__exit__()
-    spent = time.monotonic() - began
+    encoded, spent = int(ranks.sum(torch.tensor(encoded, device=model.device))), time.monotonic() - began
     return (", ".join(f"{n:,} {what}" for what, n in counts.items() if n or what == "added")
             + (f"; {encoded:,} tokens encoded at {encoded / spent:,.0f} tokens/s" if encoded else ""))
 
 
-def groups(documents, tokenizer, size):
-    """Lists of (document, token ids of its text) of about `size` tokens each."""
+def groups(documents, size):
+    """Lists of documents of about `size` tokens each, four characters to a token."""
     batch, total = [], 0
     for document in documents:
         batch.append(document)
-        total += len(document.text) // 3  # tokens, roughly: counted exactly in one batch below
+        total += len(document.text) // 4 + 1
         if total >= size:
-            yield list(zip(batch, tokenizer.encode_batch([d.text for d in batch])))
+            yield batch
             batch, total = [], 0
     if batch:
-        yield list(zip(batch, tokenizer.encode_batch([d.text for d in batch])))
+        yield batch
 
 
 def describe(bank):
