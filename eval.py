@@ -114,6 +114,8 @@ def build(words, tokenizer, config, lengths):
     rng, single = np.random.default_rng(config.seed), config.task == "niah_single"
     texts, questions = make_memory(words, config.task, 64, 1, config.seed, config.filler)
     count = lengths[-1] // (len(tokenizer.encode(texts[-1])) + 8) + config.questions
+    if not single:
+        count = min(count, int((words.split == 0).sum()))  # all test keys that there are: enough for 100m, where the guess is too high
     while True:
         texts, questions = make_memory(words, config.task, count, config.questions, config.seed, config.filler)
         needles, texts = (texts[:config.questions], texts[config.questions - 1:]) if single else ([], texts)

@@ -63,8 +63,8 @@ class Ranks:
 
     def __init__(self, device, timeout=60):
         """timeout: seconds that a collective waits for the slowest rank."""
-        self.rank, self.world, self.timeout, self.steps = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), timeout, 0
-        self.device = device
+        self.rank, self.world, self.timeout = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), timeout
+        self.device, self.steps, self.turns = device, 0, 0
         if self.world > 1:
             limit = timedelta(seconds=timeout)
             self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -136,6 +136,11 @@ class Ranks:
         else:
             self.store.wait([key], timedelta(days=365))
         return json.loads(self.store.get(key))
+
+    def wait(self, what):
+        """Wait for rank 0, however long it takes."""
+        self.turns += 1
+        self.tell(f"{what}/{self.turns}", None)
 
     def gather_objects(self, x):
         if self.world == 1:

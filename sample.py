@@ -275,7 +275,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
     if first:
         writer.__enter__()
     try:
-        ranks.gather_objects(None)  # others wait until there is a bank
+        ranks.wait("made")  # the others, until there is a bank
         bank = ranks.same(Bank(folder))
         check_fingerprint(bank.layout, folder, model, tokenizer)
         following, order = itertools.count(bank.next_number), np.argsort(bank.keys)
@@ -334,7 +334,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
         commit(replaced + gone)
         if first:
             writer.merge()
-        ranks.gather_objects(None)
+        ranks.wait("merged")
     finally:
         if first:
             writer.__exit__()
@@ -417,6 +417,7 @@ def open_bank(model, tokenizer, config, device, ranks, say, reason):
         with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, delay=1) as bar:
             bank.verify(bar.update)
         say(f"{config.memory}: {total:,} bytes, every sum is right")
+    ranks.wait("checked")
     if config.info:
         say(describe(bank))
     if not config.question and (config.info or config.verify or config.compact):

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -254,14 +255,63 @@ def test_a_folder_of_something_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def edit_manifest(folder, edit):
+    """Change a manifest under a checksum that is right."""
+    body = json.loads((folder / "manifest.json").read_text())["bank"]
+    edit(body)
+    (folder / "manifest.json").write_text(json.dumps({"sum": zlib.crc32(json.dumps(body).encode()), "bank": body}))
+
+
 def test_another_format(bank):
     """A bank of a later version would be misread."""
-    import zlib
-    file = json.loads((bank / "manifest.json").read_text())
-    file["bank"]["format"] = 2
-    (bank / "manifest.json").write_text(json.dumps({"sum": zlib.crc32(json.dumps(file["bank"]).encode()), "bank": file["bank"]}))
+    edit_manifest(bank, lambda body: body.update(format=2))
     with pytest.raises(UserError, match="manifest.json: damaged .*format 2 is not 1; this is another version's bank"):
         read_manifest(bank)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(documents=0), dict(documents=-1), dict(documents=1 << 40), dict(documents=True), dict(documents="3"), dict(chunks=1 << 62),
+    dict(chunks=1), dict(bytes=1), dict(bytes=1 << 70), dict(sum=-5), dict(tokens=None), dict(source_bytes=1.0), dict(deleted=""),
+    dict(deleted="!!!"), dict(deleted="AAAA"), dict(deleted=[]), dict(file="../manifest.json"), dict(file="x"), dict(file=7), "twice",
+    "not an object", dict(layers=0), dict(layers=1 << 20), dict(head_dim="x"), dict(kv_heads=2.0), dict(content="float32"),
+    dict(content=[]), dict(fingerprint=None), dict(more=1)])
+def test_a_hostile_manifest(bank, changes):
+    """Sizes in a manifest would be believed because its checksum is right: huge allocations, files elsewhere, documents twice."""
+    def edit(body):
+        if changes == "twice":
+            body["segments"].append(body["segments"][0])
+        elif changes == "not an object":
+            body["segments"][0] = 5
+        else:
+            (body["layout"] if set(changes) & {"layers", "head_dim", "kv_heads", "content", "fingerprint", "more"} else
+             body["segments"][0]).update(changes)
+    edit_manifest(bank, edit)
+    with pytest.raises(UserError, match=r"manifest.json: damaged|safetensors: (damaged|missing)"):
+        Bank(bank)
+
+
+def test_every_byte_of_the_manifest(bank):
+    """A damaged byte of the manifest would bring documents back or hide others."""
+    path, wanted = bank / "manifest.json", contents(Bank(bank))
+    data, refused = path.read_bytes(), 0
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        try:
+            assert contents(Bank(bank)) == wanted
+        except UserError as error:
+            assert str(path) in str(error) or "no memory bank" in str(error)
+            refused += 1
+    assert refused > len(data) // 2
+
+
+@pytest.mark.parametrize("change, message", [(lambda data: data + b"x", "the manifest says"), (lambda data: data[:-1], "the manifest says"),
+                                             (lambda data: b"", "0 bytes")])
+def test_a_segment_of_another_size(bank, change, message):
+    """A segment that was cut or has grown would be read as it is."""
+    path = sorted((bank / "segments").iterdir())[0]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path.name}: damaged, it has .*{message}"):
+        Bank(bank)
 
 
 def test_a_missing_segment(bank):
