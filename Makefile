@@ -1,14 +1,16 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
+# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 7 GB in SCALE=folder; interrupted, it goes on
 # make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
 #              python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
 RUN = .venv/bin/python
 RESULTS ?= results
+SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test torture gpu lint clean
+.PHONY: demo test scale torture gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -18,6 +20,13 @@ demo: out/demo/two_hop.json
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+
+scale: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
+		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png
+	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
+		--routing-keys int8 --json $(RESULTS)/scale-int8.json
+	$(RUN) eval.py config/scale.toml --baseline bm25 --json $(RESULTS)/scale-bm25.json
 
 torture: .venv/installed
 	$(RUN) tests/torture.py

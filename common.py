@@ -133,6 +133,12 @@ def keep_freed_memory():
             mallopt(option, value)
 
 
+def return_freed_memory():
+    """Give what `keep_freed_memory` has kept back to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
     """Open a file that appears under `path` whole or not at all: temporary file, fsync, rename."""

@@ -38,7 +38,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, write_json
+from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
 from memory_bank import Bank
 from memory_parallel import ParallelMemory, Ranks
 from model import Cache, Memory
@@ -328,7 +328,8 @@ def script():
     rows, k, speed = [], model.config.top_k, 0
     with torch.no_grad(), autocast(device, dtype):
         if config.memory:
-            at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
+            at_length, texts = bank_asker(model, tokenizer, texts, numbers, config, ranks, say), None  # they lie in the bank
+            return_freed_memory()
         elif config.baseline == "none":
             at_length, speed = memory_asker(model, tokenizer, texts, numbers, needles, config)
             say(f"encoded {speed:,.0f} tokens/s")
@@ -336,7 +337,8 @@ def script():
             at_length = baseline_asker(model, tokenizer, texts, numbers, needles, config)
         say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
         for count in counts:
-            ask, about = at_length(count), {}
+            ask, about = None, {}  # the last memory goes before the next one is opened
+            ask = at_length(count)
             if config.memory:
                 ask, opened = ask
                 about = dict(ranks=ranks.world, open_seconds=round(opened, 5))

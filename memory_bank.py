@@ -18,6 +18,7 @@ import base64
 import contextlib
 import copy
 import errno
+import hashlib
 import json
 import os
 import re
@@ -269,9 +270,8 @@ class Segment:
 
     def load(self, rows):
         """Records of the documents of `rows` (M,) bool, every sum of theirs verified."""
-        L, M = self.layout.layers, self.entry["documents"]
         records = {name: self.read(name, slice(None)) for name in AXIS}
-        sums = add_sums({**records, "routing_keys": records["routing_keys"]})
+        sums = add_sums(records)
         for name in SUMS:
             wrong = np.argwhere(sums[name] != self.table[name])
             wrong = wrong if name == "routing_sums" else wrong[rows[wrong[:, -1]]]
@@ -279,7 +279,6 @@ class Segment:
                 what = f"layer {wrong[0][0]}, chunks from {wrong[0][1] * TILE:,}" if name == "routing_sums" else \
                     f"document [{self.table['numbers'][wrong[0][-1]]}]"
                 raise self.damaged(f"a checksum is wrong ({name}, {what})")
-        assert records["content"].shape[0] == L and len(rows) == M
         return pick(records, rows)
 
 
@@ -287,11 +286,12 @@ class Segment:
 # The manifest
 
 def read_manifest(folder):
-    """(Layout, entries, next number) of a bank. An entry says of one segment: file, bytes, sum, documents, chunks, tokens, source_bytes,
-    deleted (M,) bool. Raises UserError."""
+    """(Layout, entries, next number, state, stat) of a bank. An entry says of one segment: file, bytes, sum, documents, chunks, tokens,
+    source_bytes, deleted (M,) bool. state: a number that differs for another manifest; stat: as of `stat_manifest`. Raises UserError."""
     path = Path(folder) / "manifest.json"
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            stat, data = stat_manifest(file.fileno()), file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no memory bank here (no manifest.json); give --documents to make one") from None
     try:
@@ -309,9 +309,18 @@ def read_manifest(folder):
         entries = [read_entry(entry) for entry in body["segments"]]
         if len({entry["file"] for entry in entries}) < len(entries):
             raise ValueError("it names a segment twice")
-        return layout, entries, body["next_number"]
+        return layout, entries, body["next_number"], int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little"), stat
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or encode the bank anew") from None
+
+
+def stat_manifest(path):
+    """What changes when the file is replaced, None where there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    except OSError:
+        return None
 
 
 def read_entry(entry):
@@ -328,7 +337,6 @@ def read_entry(entry):
 def write_manifest(folder, layout, entries, next_number):
     entries = [{**entry, "deleted": base64.b64encode(np.packbits(entry["deleted"]).tobytes()).decode()} for entry in entries]
     body = {"format": FORMAT, "layout": asdict(layout), "next_number": next_number, "segments": entries}
-    body = json.loads(json.dumps(body))
     write_file(Path(folder) / "manifest.json", json.dumps({"sum": zlib.crc32(json.dumps(body).encode()), "bank": body}, indent=1).encode())
 
 
@@ -350,14 +358,15 @@ class Bank:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
         known = {segment.entry["file"]: segment for segment in before.segments} if before else {}
         for attempt in range(10):
-            self.state = self.state_now()
-            self.layout, entries, self.next_number = read_manifest(folder)
+            self.layout, entries, self.next_number, self.state, self.stat = read_manifest(folder)
+            if before and self.layout != before.layout:
+                raise UserError(f"{folder}: is another bank now, made by {self.layout.fingerprint}; open it anew")
             try:
                 self.segments = [self.again(known[entry["file"]], entry) if entry["file"] in known else Segment(folder, self.layout, entry)
                                  for entry in entries]
                 break
             except FileNotFoundError as error:
-                if self.state == self.state_now() or attempt == 9:  # else a writer has just replaced it
+                if self.stat == stat_manifest(self.folder / "manifest.json") or attempt == 9:  # else a writer has just replaced it
                     raise UserError(f"{error.filename}: missing; restore it from a copy or encode the bank anew") from None
         self.deleted = [entry["deleted"] for entry in entries]
         rows = [np.flatnonzero(~deleted) for deleted in self.deleted]
@@ -386,17 +395,9 @@ class Bank:
     def __len__(self):
         return len(self.numbers)
 
-    def state_now(self):
-        """Changes when the manifest is replaced."""
-        try:
-            found = os.stat(self.folder / "manifest.json")
-            return found.st_ino, found.st_mtime_ns, found.st_size
-        except OSError:
-            return None
-
     def refresh(self):
         """The bank as it is now: this snapshot itself where nothing has changed."""
-        return self if self.state == self.state_now() else Bank(self.folder, self)
+        return self if self.stat == stat_manifest(self.folder / "manifest.json") else Bank(self.folder, self)
 
     def document(self, position):
         """A document's text as token ids, and its source."""
@@ -406,19 +407,24 @@ class Bank:
         """See Segment.content."""
         return self.segments[self.segment_of[position]].content(layer, self.row_of[position])
 
-    def routing_keys(self, layer, positions):
-        """Yields (rows, keys (n, G, D)): tile by tile, the verified routing keys of the documents at `positions`, and their rows among
-        all chunks of these, document after document."""
-        to = ends_of(self.chunks[positions])
-        for i, segment in enumerate(self.segments):
-            mine = np.flatnonzero(self.segment_of[positions] == i)
-            mine = mine[np.argsort(self.row_of[positions[mine]])]
-            if not len(mine):
-                continue
-            counts = self.chunks[positions[mine]].astype(np.int64)
-            nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            source = np.repeat(segment.ends["chunks"][self.row_of[positions[mine]]], counts) + nth
-            rows = np.repeat(to[mine], counts) + nth
+    def plan(self, positions):
+        """Where the chunks of these documents lie: for each segment that has some, (segment, its chunks (n,) increasing, the rows (n,) that
+        they fill among all chunks of the documents, in the order of `positions`)."""
+        to, found = ends_of(self.chunks[positions]), []
+        order = np.lexsort((self.row_of[positions], self.segment_of[positions]))
+        cuts = np.searchsorted(self.segment_of[positions[order]], np.arange(len(self.segments) + 1))
+        for segment, a, b in zip(self.segments, cuts, cuts[1:]):
+            if a < b:
+                mine = order[a:b]
+                counts = self.chunks[positions[mine]].astype(np.int64)
+                nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                found.append((segment, np.repeat(segment.ends["chunks"][self.row_of[positions[mine]]], counts) + nth,
+                              np.repeat(to[mine], counts) + nth))
+        return found
+
+    def routing_keys(self, layer, plan):
+        """Yields (rows, keys (n, G, D)): tile by tile, the verified routing keys of a `plan` and the rows that they fill."""
+        for segment, source, rows in plan:
             for first, keys in segment.routing_keys(layer, int(source[0]), int(source[-1]) + 1):
                 low, high = np.searchsorted(source, [first, first + len(keys)])
                 if low < high:
@@ -466,11 +472,11 @@ class Writer:
 
     def __enter__(self):
         if self.new and not (self.folder / "manifest.json").exists():
-            if self.folder.exists() and (not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {"segments", "lock"}
-                                         and not all(path.name.startswith(".manifest.json.") or path.name in ("segments", "lock")
-                                                     for path in self.folder.iterdir())):
-                raise UserError(f"{self.folder}: exists and is not a memory bank; give another --memory")
+            if not self.is_free():
+                raise UserError(f"{self.folder}: exists and is not a memory bank, or one that has lost its manifest.json; "
+                                "give another --memory")
             (self.folder / "segments").mkdir(parents=True, exist_ok=True)
+            sync_folder(self.folder.parent)
         elif not (self.folder / "manifest.json").exists():
             read_manifest(self.folder)  # raises
         self.lock = locked(self.folder)
@@ -485,14 +491,23 @@ class Writer:
             raise
         return self
 
-    def __exit__(self, *_):  # of `with`, and by name
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.clean()  # after a full disk: what was written and is not named
         self.lock.__exit__(None, None, None)
 
+    def is_free(self):
+        """Whether a bank can be made here: nothing is in the way but what an interrupted making has left."""
+        if not self.folder.exists():
+            return True
+        return self.folder.is_dir() and all(path.name == "lock" or path.name == "segments" and path.is_dir() and not any(path.iterdir())
+                                            or path.name.startswith(".manifest.json.") for path in self.folder.iterdir())
+
     def clean(self):
-        """Delete what a crash has left."""
+        """Delete what a crash has left: our own files that no manifest names."""
         named = {segment.path.name for segment in self.bank.segments}
         for path in [*(self.folder / "segments").iterdir(), *self.folder.glob(".manifest.json.*.tmp")]:
-            if path.name not in named:
+            if path.name not in named and re.fullmatch(r"[0-9a-f]{16}\.safetensors|\..*\.tmp", path.name):
                 path.unlink()
 
     def commit(self, entries=(), removed=(), dropped=()):
@@ -510,11 +525,14 @@ class Writer:
             if segment.entry["file"] not in dropped and not deleted.all():
                 kept.append({**segment.entry, "deleted": deleted})
         kept += [{**entry, "deleted": np.zeros(entry["documents"], bool)} for entry in entries]
-        added = [Segment(self.folder, self.bank.layout, entry).table["numbers"] for entry in entries]
-        live = np.concatenate([self.bank.numbers[~np.isin(self.bank.numbers, removed)], *([] if dropped else added), np.zeros(0, np.int64)])
-        if len(np.unique(live)) < len(live) or len(live) and live.min() < 0:
-            raise ValueError("two documents would have the same number")
-        following = max([self.bank.next_number, *(int(numbers.max()) + 1 for numbers in added)])
+        added, stay = [Segment(self.folder, self.bank.layout, entry).table for entry in entries], ~np.isin(self.bank.numbers, removed)
+        for name, what in (("numbers", "number"), ("keys", "id")):
+            live = np.concatenate([getattr(self.bank, name)[stay], *([] if dropped else [table[name] for table in added])])
+            values, counts = np.unique(live, return_counts=True)
+            if (counts > 1).any():
+                twice = f" [{values[counts.argmax()]}]" if what == "number" else ""
+                raise UserError(f"{self.folder}: two documents would have the same {what}{twice}; nothing was added")
+        following = max([self.bank.next_number, *(int(table["numbers"].max()) + 1 for table in added)])
         write_manifest(self.folder, self.bank.layout, kept, following)
         self.bank = Bank(self.folder, self.bank)
         self.clean()

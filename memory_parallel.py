@@ -1,7 +1,7 @@
 """A memory bank in use: routing keys on the device, content on the host or on disk, documents spread over ranks.
 
     memory = ParallelMemory(Bank(folder), device, ranks)     # what `model.read` reads, like model.Memory
-    memory = memory.refresh()                                # after documents have come or gone
+    memory.refresh()                                         # after documents have come or gone
 
 Every rank runs the model on the same tokens and holds the routing keys of its own documents, about C / world chunks of them. Per memory
 layer: it scores its shard; first collective: the (score, number) of every rank's best k; all agree on the best k of these; second
@@ -72,21 +72,23 @@ class Ranks:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
-                                    world_size=self.world, timeout=limit)
+                                    world_size=self.world, timeout=limit + timedelta(seconds=30 * (device.type == "cuda")))  # ours first
 
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come."""
         self.steps += 1
         self.store.set(f"memory/{self.rank}", str(self.steps))
         try:
-            return run(*args, **kwargs)
+            work = run(*args, **kwargs)
+            if work is not None:
+                work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "imed out" not in str(error) and "onnection" not in str(error):
                 raise
             late = [r for r in range(self.world) if r != self.rank and self.steps_of(r) < self.steps]
             who = f"rank {', '.join(map(str, late))}" if late else "a rank"
             raise UserError(f"rank {self.rank}: {who} did not answer within --timeout {self.timeout} s or has ended; "
-                            "the memory bank is as it was") from None
+                            "the memory bank is whole") from None
 
     def steps_of(self, rank):
         with contextlib.suppress(RuntimeError, ValueError):
@@ -98,13 +100,13 @@ class Ranks:
         if self.world == 1:
             return x[None]
         found = [torch.empty_like(x) for _ in range(self.world)]
-        self.collective(dist.all_gather, found, x)
+        self.collective(dist.all_gather, found, x, async_op=True)
         return torch.stack(found)
 
     def sum(self, x):
         """Every rank's x added up, in place."""
         if self.world > 1:
-            self.collective(dist.all_reduce, x)
+            self.collective(dist.all_reduce, x, async_op=True)
         return x
 
     def agree(self, choice):
@@ -112,20 +114,17 @@ class Ranks:
         if self.world == 1:
             return choice
         shared = torch.tensor([choice], device=self.device)
-        self.collective(dist.broadcast, shared, 0)
+        self.collective(dist.broadcast, shared, 0, async_op=True)
         return int(shared)
-
-    def any(self, flag):
-        """Whether any rank says so."""
-        return bool(self.gather(torch.tensor([int(flag)], device=self.device)).any())
 
     def same(self, bank):
         """The same snapshot of a bank on every rank, however busy a writer is."""
-        while True:
-            states = self.gather(torch.tensor(bank.state, dtype=torch.int64, device=self.device))
+        for _ in range(1000):
+            states = self.gather(torch.tensor([bank.state], device=self.device))
             if (states == states[0]).all():
                 return bank
             bank = bank.refresh()
+        raise UserError(f"{bank.folder}: the ranks see different banks there; it must be one folder for all of them")
 
     def tell(self, key, text):
         """Rank 0's text, or None, on every rank, however long it takes: this is no collective."""
@@ -167,15 +166,15 @@ class Block:
 
     def __init__(self, bank, positions, device, routing_keys, host, progress=None):
         self.numbers, self.digests = bank.numbers[positions], bank.digests[positions]
-        self.alive = np.ones(len(positions), bool)
-        self.ends = memory_bank.ends_of(bank.chunks[positions])
-        self.offsets = torch.from_numpy(self.ends).to(device)
+        self.alive, self.alive_on_device = np.ones(len(positions), bool), None          # None: all
+        self.ends, plan = memory_bank.ends_of(bank.chunks[positions]), bank.plan(positions)
+        self.offsets, self.numbers_on_device = (torch.from_numpy(x).to(device) for x in (self.ends, self.numbers))
         self.keys, self.scales, self.content = [], [], []
         G, D = bank.layout.kv_heads, bank.layout.head_dim
         for layer in range(bank.layout.layers):
             keys = torch.empty(self.ends[-1], G, D, dtype=getattr(torch, routing_keys))
             scales = torch.empty(self.ends[-1] if routing_keys == "int8" else 0)
-            for rows, found in bank.routing_keys(layer, positions):
+            for rows, found in bank.routing_keys(layer, plan):
                 if routing_keys == "int8":
                     keys[rows], scales[rows] = quantize(to_tensor(found))
                 else:
@@ -188,13 +187,20 @@ class Block:
                 parts = [bank.content(layer, position) for position in positions]
                 content = to_tensor(np.concatenate([part for part, _ in parts]))
                 scales = torch.from_numpy(np.concatenate([scale for _, scale in parts])) if parts[0][1] is not None else None
-                pin = lambda x: x.pin_memory() if x is not None and device.type == "cuda" else x
-                self.content.append((pin(content), pin(scales)))
+                self.content.append((content, scales))
 
     def keep(self, bank):
         """Let the documents go that are no longer in the bank, or have another text there."""
-        place = np.minimum(np.searchsorted(bank.numbers, self.numbers), max(len(bank) - 1, 0))
-        self.alive &= (bank.numbers[place] == self.numbers) & (bank.digests[place] == self.digests) if len(bank) else False
+        self.alive &= held_by(bank, self.numbers, self.digests)
+        self.alive_on_device = None if self.alive.all() else torch.from_numpy(self.alive).to(self.offsets.device)
+
+
+def held_by(bank, numbers, digests):
+    """(M,) bool: which documents a bank holds with the same text."""
+    if not len(bank):
+        return np.zeros(len(numbers), bool)
+    place = np.minimum(np.searchsorted(bank.numbers, numbers), len(bank) - 1)
+    return (bank.numbers[place] == numbers) & (bank.digests[place] == digests)
 
 
 class ParallelMemory:
@@ -226,9 +232,12 @@ class ParallelMemory:
     def load(self, positions):
         """Hold this rank's share of the documents at `positions`: one more block."""
         stored = positions[np.lexsort((self.bank.row_of[positions], self.bank.segment_of[positions]))]  # neighbours on disk stay together
-        own = np.sort(stored[deal(self.bank.chunks[stored], self.ranks.world) == self.ranks.rank])
-        if len(own):
-            self.blocks.append(Block(self.bank, own, self.device, self.kind, self.host, self.progress))
+        owner = (deal(self.bank.chunks[stored], self.ranks.world) + len(self.bank)) % self.ranks.world  # else rank 0 gets every single one
+        self.hold(np.sort(stored[owner == self.ranks.rank]))
+
+    def hold(self, positions):
+        if len(positions):
+            self.blocks.append(Block(self.bank, positions, self.device, self.kind, self.host, self.progress))
         self.index()
 
     def index(self):
@@ -246,15 +255,14 @@ class ParallelMemory:
             return
         for block in self.blocks:
             block.keep(bank)
-        place = np.minimum(np.searchsorted(before.numbers, bank.numbers), max(len(before) - 1, 0))
-        held = np.zeros(len(bank), bool)
-        if len(before):
-            held = (before.numbers[place] == bank.numbers) & (before.digests[place] == bank.digests)
         self.bank = bank
-        dead = sum(len(block.alive) - block.alive.sum() for block in self.blocks)
-        if self.ranks.any(len(self.blocks) > 8 or dead > len(bank) // 2):  # in many pieces, or mostly dead: anew
-            self.blocks, held = [], np.zeros(len(bank), bool)
-        self.load(np.flatnonzero(~held))
+        self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
+        alive = [int(block.alive.sum()) for block in self.blocks]
+        first = 0 if alive and alive[0] < len(self.blocks[0].alive) // 2 else 1         # the first is the large one
+        if first == 0 or len(self.blocks) > 8:  # mostly dead, or in many pieces: join them
+            joined = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
+            self.blocks = self.blocks[:first]
+            self.hold(np.searchsorted(bank.numbers, np.sort(joined)))
 
     # -----------------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -263,11 +271,10 @@ class ParallelMemory:
         B = len(routing_query)
         scores, numbers = [torch.full((B, top_k), float("-inf"), device=self.device)], [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
-            alive = None if block.alive.all() else torch.from_numpy(block.alive).to(self.device)
             documents, best = select_documents(routing_query, routing_mask, block.keys[layer], block.offsets, top_k, block.scales[layer],
-                                               alive)
+                                               block.alive_on_device)
             scores.append(best)
-            numbers.append(torch.from_numpy(block.numbers).to(self.device)[documents].masked_fill(documents < 0, -1))
+            numbers.append(block.numbers_on_device[documents].masked_fill(documents < 0, -1))
         scores, numbers = best_of(torch.cat(scores, 1), torch.cat(numbers, 1), top_k)
         if self.ranks.world > 1:
             found = self.ranks.gather(torch.stack([scores.double(), numbers.double()]))                 # exact: numbers are below 2^53
@@ -275,17 +282,18 @@ class ParallelMemory:
             scores, numbers = scores.float(), numbers.long()
         documents = torch.searchsorted(self.numbers_on_device, numbers).masked_fill(numbers < 0, -1)
         union = documents[documents >= 0].unique()                                      # in the order of numbers
-        counts = self.bank.chunks[union.cpu().numpy()] if len(union) else np.zeros(1, np.int64)  # none: one document without chunks
-        ends = memory_bank.ends_of(counts)
+        positions = union.cpu().numpy()
+        ends = memory_bank.ends_of(self.bank.chunks[positions] if len(positions) else np.zeros(1, np.int64))  # none: one without chunks
         local = torch.searchsorted(union, documents).masked_fill(documents < 0, -1)
         index, slots, owner = document_slots(local, torch.from_numpy(ends).to(self.device))
-        keys, values = self.fetch(layer, union.cpu().numpy(), ends)
+        keys, values = self.fetch(layer, positions, ends)
         return Selection(keys, values, index, slots, scores.gather(1, owner), documents, scores, None)
 
     def fetch(self, layer, positions, ends):
         """Keys and values of these documents, (C', G, D) each: every rank brings its own."""
         G, D = self.bank.layout.kv_heads, self.bank.layout.head_dim
-        found = torch.zeros(ends[-1], 2, G, D, dtype=torch.bfloat16 if self.bank.layout.content == "bfloat16" else torch.float32)
+        found = torch.zeros(ends[-1], 2, G, D, dtype=torch.bfloat16 if self.bank.layout.content == "bfloat16" else torch.float32,
+                            pin_memory=self.device.type == "cuda")
         for i, position in enumerate(positions):
             if self.block_of[position] >= 0:
                 content, scales = self.content(layer, position)

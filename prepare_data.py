@@ -16,6 +16,7 @@ the one document, without its text.
 """
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from array import array
@@ -118,7 +119,7 @@ def read_files(root):
             raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it out of the folder") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        yield (str(path.relative_to(root)),) * 2 + (text,)
+        yield (os.fsencode(path.relative_to(root)).decode(errors="replace"),) * 2 + (text,)  # not every name is UTF-8
 
 
 def folder_files(root):
@@ -137,6 +138,7 @@ def read_jsonl(path):
                 id, title, text = found["id"], found.get("title") or found["id"], found["text"]
                 if {type(x) for x in (id, title, text)} != {str}:
                     raise TypeError
+                f"{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", "text": "..."}} of UTF-8 strings') from None
             yield id, title, text

@@ -10,6 +10,8 @@
 The interleave loop of the paper (section 3.5) lives here: `interleave`. In a round the model names documents or ends the
 retrieval; the system appends the text of the named ones to the question and the next round begins, with new routing.
 """
+import collections
+import contextlib
 import hashlib
 import itertools
 import time
@@ -261,6 +263,45 @@ def hash64(*parts):
     return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
 
 
+class Changes:
+    """What a stream of documents changes in a bank."""
+
+    def __init__(self, bank):
+        self.bank, self.order, self.seen = bank, np.argsort(bank.keys), np.zeros(len(bank), bool)
+        self.keys, self.following = bank.keys[self.order], itertools.count(bank.next_number)
+        self.counts = dict(added=0, updated=0, removed=0, unchanged=0)
+
+    def compare(self, group):
+        """The next documents: what must be encoded, a list of (number, document, (key, digest)); and the numbers of those that are held."""
+        keys, due, replaced = np.array([hash64(document.id) for document in group], np.uint64), [], []
+        for document, key, at in zip(group, keys, np.searchsorted(self.keys, keys)):
+            number, digest = document.number, hash64(document.id, document.where(), document.text)
+            held = at < len(self.keys) and self.keys[at] == key
+            if held:
+                position = self.order[at]
+                if number not in (None, int(self.bank.numbers[position])):
+                    raise UserError(f"{self.bank.folder}: holds {document.id!r} as [{self.bank.numbers[position]}], not [{number}]; "
+                                    "give another --memory")
+                if self.seen[position]:
+                    raise UserError(f"two documents have the id {document.id.partition('#')[0]!r}; ids must differ")
+                number, self.seen[position] = int(self.bank.numbers[position]), True
+                if int(self.bank.digests[position]) == digest:
+                    self.counts["unchanged"] += 1
+                    continue
+                replaced.append(number)
+            self.counts["updated" if held else "added"] += 1
+            due.append((next(self.following) if number is None else number, document, (int(key), digest)))
+        for what, of in (("number", lambda entry: entry[0]), ("id", lambda entry: entry[1].id)):
+            for twice in [value for value, n in collections.Counter(map(of, due)).items() if n > 1]:
+                raise UserError(f"two documents have the {what} {str(twice).partition('#')[0]!r}; {what}s must differ")
+        return due, replaced
+
+    def gone(self):
+        """The numbers of documents that have not come."""
+        self.counts["removed"] = int((~self.seen).sum())
+        return self.bank.numbers[~self.seen].tolist()
+
+
 @torch.no_grad()
 def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0):
     """Bring the bank `folder` in line with a stream of Documents: new ones are added, changed ones encoded again under their old number,
@@ -270,76 +311,49 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
     committed when a segment is full or a minute has passed, and is not done again after an interruption. size: bytes of all texts,
     for the time left. Returns a sentence that says what was done. Raises UserError, among others for ids or numbers given twice.
     """
-    first, layout = ranks.rank == 0, bank_layout(model, tokenizer, content)
-    writer = Writer(folder, layout) if first else None
-    if first:
-        writer.__enter__()
-    try:
+    first, began = ranks.rank == 0, time.monotonic()
+    with (Writer(folder, bank_layout(model, tokenizer, content)) if first else contextlib.nullcontext()) as writer:
         ranks.wait("made")  # the others, until there is a bank
         bank = ranks.same(Bank(folder))
         check_fingerprint(bank.layout, folder, model, tokenizer)
-        following, order = itertools.count(bank.next_number), np.argsort(bank.keys)
-        sorted_keys, seen = bank.keys[order], np.zeros(0, np.uint64)
-        counts, pieces, replaced, encoded = dict(added=0, updated=0, removed=0, unchanged=0), [], [], 0
-        began = committed = time.monotonic()
+        changes, stream, committed = Changes(bank), groups(documents, ENCODE_TOKENS * ranks.world), began
+        pieces, replaced, encoded = [], [], 0
 
-        def commit(removed=()):
+        def commit(removed):
             entries = [write_segment(folder, bank.layout, memory_bank.join(pieces))] if pieces else []
             entries = [entry for part in ranks.gather_objects(entries) for entry in part]
-            if first and (entries or len(removed)):
+            if first and (entries or removed):
                 writer.commit(entries, removed)
+                writer.merge()
             pieces.clear()
 
         with tqdm(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1, disable=not first) as bar:
-            for group in groups(documents, ENCODE_TOKENS * ranks.world):
-                keys = np.array([hash64(document.id) for document in group], np.uint64)
-                doubled = np.isin(keys, seen) | ~np.isin(np.arange(len(keys)), np.unique(keys, return_index=True)[1])
-                if doubled.any():
-                    raise UserError(f"two documents have the id {group[int(doubled.argmax())].id.rpartition('#')[0]!r}; ids must differ")
-                seen = np.concatenate([seen, keys])
-                due = []  # (number, document, (key, digest))
-                for document, key, at in zip(group, keys, np.searchsorted(sorted_keys, keys)):
-                    digest, position = hash64(document.id, document.where(), document.text), None
-                    if at < len(order) and sorted_keys[at] == key:
-                        position = order[at]
-                        number = int(bank.numbers[position])
-                        if document.number not in (None, number):
-                            raise UserError(f"{folder}: holds {document.id!r} as [{number}], not [{document.number}]; "
-                                            "give another --memory")
-                    if position is not None and int(bank.digests[position]) == digest:
-                        counts["unchanged"] += 1
-                        continue
-                    counts["added" if position is None else "updated"] += 1
-                    if position is None:
-                        number = next(following) if document.number is None else document.number
-                    else:
-                        replaced.append(number)
-                    due.append((number, document, (int(key), digest)))
+            while True:
+                group = next(stream, [])
+                due, held = changes.compare(group)
+                late = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES or time.monotonic() - committed > COMMIT_SECONDS
+                seen = hash64(*(f"{number} {ids}" for number, _, ids in due)) >> 1
+                reports = ranks.gather(torch.tensor([late, len(group), seen], device=ranks.device))
+                if (reports[:, 1:] != reports[0, 1:]).any():
+                    raise UserError("the ranks read different documents; --documents must be the same for all of them")
+                if reports[:, 0].any() or not group:
+                    commit(replaced + (changes.gone() if not group else []))
+                    replaced, committed = [], time.monotonic()
+                if not group:
+                    break
+                replaced += held  # with what is encoded now, in one change
                 due = sorted(due[ranks.rank::ranks.world], key=lambda x: x[0])
                 if due:
-                    given, changed, ids = zip(*due)
+                    numbers, changed, ids = zip(*due)
                     texts = tokenizer.encode_batch([document.text for document in changed])
-                    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(given, texts)], given)
+                    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers)
                     pieces.append(to_records(memory, texts, [document.where() for document in changed], ids, bank.layout.content))
                     encoded += sum(map(len, texts))
                 bar.update(sum(len(document.text.encode()) for document in group))
                 bar.set_postfix_str(f"{encoded * ranks.world / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
-                full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
-                late = first and time.monotonic() - committed > COMMIT_SECONDS
-                if ranks.any(full or late):
-                    commit(replaced)
-                    replaced, committed = [], time.monotonic()
-        gone = bank.numbers[~np.isin(bank.keys, seen)].tolist()
-        counts["removed"] = len(gone)
-        commit(replaced + gone)
-        if first:
-            writer.merge()
-        ranks.wait("merged")
-    finally:
-        if first:
-            writer.__exit__()
-    encoded, spent = int(ranks.sum(torch.tensor(encoded, device=model.device))), time.monotonic() - began
-    return (", ".join(f"{n:,} {what}" for what, n in counts.items() if n or what == "added")
+    ranks.wait("written")
+    encoded, spent = int(ranks.sum(torch.tensor(encoded, device=ranks.device))), time.monotonic() - began
+    return (", ".join(f"{n:,} {what}" for what, n in changes.counts.items() if n or what == "added")
             + (f"; {encoded:,} tokens encoded at {encoded / spent:,.0f} tokens/s" if encoded else ""))
 
 

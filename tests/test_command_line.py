@@ -167,7 +167,7 @@ MISTAKES = [
     (evaluation, "--checkpoint good --baseline oracle --zero-values", "zero-values is about the memory, --baseline oracle has none"),
     (evaluation, "--checkpoint good --baseline bm25 --routing-keys int8", "routing-keys is about the memory, --baseline bm25 has none"),
     (evaluation, "--checkpoint good --task niah_single --memory bank", "--memory: a bank holds one memory as it is; leave out niah_single"),
-    (evaluation, "--checkpoint good --memory docs", "error: docs: exists and is not a memory bank; give another --memory"),
+    (evaluation, "--checkpoint good --memory docs", "error: docs: exists and is not a memory bank"),
     (sample, "--checkpoint none --documents docs q", "error: none/config.json: no such file; none is not a checkpoint"),
     (sample, "--checkpoint empty --documents docs q", "error: empty/config.json: no such file; empty is not a checkpoint"),
     (sample, "--checkpoint no_weights --documents docs q", "error: no_weights/model.safetensors: no such file"),

@@ -1,4 +1,5 @@
 """The bank on disk against an oracle, a dict of what it must hold; tests/torture.py kills it and damages it."""
+import dataclasses
 import json
 import os
 import random
@@ -135,10 +136,12 @@ def test_one_writer(bank):
 def test_numbers(bank):
     """A number would be given twice, or a document removed that is not there."""
     with Writer(bank) as writer:
-        with pytest.raises(ValueError, match="same number"):
+        with pytest.raises(UserError, match=r"two documents would have the same number \[3\]; nothing was added"):
             writer.add(make(3, 0, LAYOUT))
-        with pytest.raises(ValueError, match="same number"):
+        with pytest.raises(UserError, match=r"two documents would have the same number \[7\]"):
             writer.add(join([make(7, 0, LAYOUT), make(7, 1, LAYOUT)]))
+        with pytest.raises(UserError, match="two documents would have the same id"):
+            writer.add({**make(8, 0, LAYOUT), "keys": make(3, 0, LAYOUT)["keys"]})
         with pytest.raises(UserError, match=r"bank: no document \[2\]"):
             writer.remove([2])
         writer.add(make(2, 5, LAYOUT))
@@ -223,7 +226,7 @@ def test_tiles(tmp_path, monkeypatch):
         for layer in range(2):
             ends = memory_bank.ends_of(bank.chunks[positions])
             keys, filled = np.zeros((ends[-1], 1, 4), np.uint16), np.zeros(ends[-1], int)
-            for rows, part in bank.routing_keys(layer, positions):
+            for rows, part in bank.routing_keys(layer, bank.plan(positions)):
                 keys[rows] = part
                 filled[rows] += 1
             assert (filled == 1).all()
@@ -248,11 +251,62 @@ def test_no_bank(tmp_path, wrong, message):
 def test_a_folder_of_something_else(tmp_path):
     """A bank would be made among a user's files."""
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="exists and is not a memory bank; give another --memory"):
+    with pytest.raises(UserError, match="exists and is not a memory bank"):
         Writer(tmp_path, LAYOUT).__enter__()
     with pytest.raises(UserError, match="exists and is not a memory bank"):
         Writer(tmp_path / "thesis.txt", LAYOUT).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "thesis.txt").unlink()
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "song.wav").write_text("x")
+    with pytest.raises(UserError, match="exists and is not a memory bank, or one that has lost its manifest.json"):
+        Writer(tmp_path, LAYOUT).__enter__()
+    assert (tmp_path / "segments" / "song.wav").exists()
+
+
+def test_a_lost_manifest(bank):
+    """A bank whose manifest is gone would be made anew, and its segments deleted."""
+    segments = files_below(bank)
+    (bank / "manifest.json").unlink()
+    with pytest.raises(UserError, match="one that has lost its manifest.json"):
+        Writer(bank, LAYOUT).__enter__()
+    assert files_below(bank) == segments - {"manifest.json"}
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_of_others(bank):
+    """A writer would delete what is not its own, or stumble over it."""
+    (bank / "segments" / "notes").mkdir()
+    (bank / "segments" / ".nfs00001").write_text("an open file of another machine")
+    with Writer(bank) as writer:
+        writer.add(make(9, 0, LAYOUT))
+    assert (bank / "segments" / "notes").is_dir() and (bank / "segments" / ".nfs00001").exists()
+    assert contents(Bank(bank)) == expected(HELD | {9: 0}, LAYOUT)
+
+
+def test_another_bank_in_its_place(bank):
+    """A reader that follows would read another model's documents as if they were its own."""
+    import shutil
+    reader = Bank(bank)
+    shutil.rmtree(bank)
+    with Writer(bank, dataclasses.replace(LAYOUT, fingerprint="other")) as writer:
+        writer.add(make(0, 0, LAYOUT))
+    with pytest.raises(UserError, match="is another bank now, made by other; open it anew"):
+        reader.refresh()
+
+
+def test_state(bank):
+    """Ranks would take different snapshots for the same one: the state belongs to what was read, not to what lies there now."""
+    reader = Bank(bank)
+    assert reader.state == Bank(bank).state
+    with Writer(bank) as writer:
+        writer.remove([0])
+        first = writer.bank.state
+        writer.add(make(0, 0, LAYOUT))
+    assert len({reader.state, first, Bank(bank).state}) == 3
 
 
 def edit_manifest(folder, edit):

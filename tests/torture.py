@@ -57,9 +57,10 @@ def contents(bank):
     """All that a bank holds, through the functions that a reader uses: number -> everything."""
     found = {}
     positions, ends = np.arange(len(bank)), memory_bank.ends_of(bank.chunks)
+    plan = bank.plan(positions)
     keys = np.full((bank.layout.layers, ends[-1], bank.layout.kv_heads, bank.layout.head_dim), 9999, np.uint16)
     for layer in range(bank.layout.layers):
-        for rows, part in bank.routing_keys(layer, positions):
+        for rows, part in bank.routing_keys(layer, plan):
             keys[layer, rows] = part
     for position in positions:
         text, source = bank.document(position)
@@ -311,7 +312,8 @@ def mutate(folder, rng):
     elif kind == "byte":
         data[at] = rng.randrange(256)
     elif kind == "zeros":
-        data[at:at + rng.randrange(1, 64)] = bytes(len(data[at:at + rng.randrange(1, 64)]))
+        n = min(rng.randrange(1, 64), len(data) - at)
+        data[at:at + n] = bytes(n)
     elif kind == "truncate":
         del data[at:]
     elif kind == "extend":
