@@ -65,18 +65,20 @@ def take_turns(runs, device, turns=7):
 class Bench:
     """What all measurements share: the device, the probes of its limits, the rows found so far."""
 
+    SIZES = {"cuda": (2 ** 29, 8192), "cpu": (2 ** 26, 2048)}  # numbers that are read and copied, side of the matrices
+
     def __init__(self, device):
         self.device, self.rows, self.cuda = device, [], device.type == "cuda"
-        self.large = torch.randn(2 ** (29 if self.cuda else 26), device=device)
+        size, self.side = self.SIZES[device.type]
+        self.large = torch.randn(size, device=device)
         self.other = torch.empty_like(self.large)
 
     def measure(self, title, ours, peers, bytes, operations, dtype, note=""):
         """Time `ours` and `peers` (name -> call) in turns with the probes; print and keep a row."""
-        size = 8192 if self.cuda else 2048
-        a = torch.randn(size, size, device=self.device).to(dtype)
+        a = torch.randn(self.side, self.side, device=self.device).to(dtype)
         probes = {"read": lambda: self.large.sum(), "copy": lambda: self.other.copy_(self.large), "product": lambda: a @ a}
         times = take_turns({"ours": ours, **peers, **probes}, self.device)
-        read, copy, rate = self.large.nbytes / times["read"], 2 * self.large.nbytes / times["copy"], 2 * size ** 3 / times["product"]
+        read, copy, rate = self.large.nbytes / times["read"], 2 * self.large.nbytes / times["copy"], 2 * self.side ** 3 / times["product"]
         floor = max(bytes / read, operations / rate)
         ratios = {name: times[name] / times["ours"] for name in peers}
         print(f"{title:38} {1e3 * times['ours']:9.3f} ms   floor/time {floor / times['ours']:.2f} "

@@ -20,9 +20,8 @@ def toy(monkeypatch):
         monkeypatch.setattr(bench, name, value)
     take_turns = bench.take_turns
     monkeypatch.setattr(bench, "take_turns", lambda runs, device: take_turns(runs, device, turns=1))
-    made = bench.Bench(torch.device("cpu"))
-    made.large = made.other = torch.randn(1000)
-    return made
+    monkeypatch.setattr(bench.Bench, "SIZES", {"cpu": (1000, 64)})
+    return bench.Bench(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
@@ -35,7 +34,7 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
     bench.bench_attend(toy, [("prefill", 2, 3, 1, False), ("decode", 2, 1, 4, False), ("training", 2, 5, 0, True)], slots=3, chunks=8)
     bench.bench_pool(toy, 2, 70)
     bench.bench_train(toy, [TRAIN], steps=3)
-    rows = toy.rows
+    rows = list(toy.rows)
     assert len(rows) == 3 + 3 + 2 + 1 and all(row["seconds"] > 0 and row["floor_over_time"] > 0 for row in rows)
     assert rows[0]["note"] == "same 16: 16"
     assert [row["bytes"] for row in rows[:3]] == [100 * 32 * size for size in (4, 2, 1)] and rows[0]["operations"] == 2 * 5 * 32 * 100
@@ -44,6 +43,26 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
     assert msa_kernel.KERNEL == kernel
     if kernel == "triton":
         assert float(rows[-1]["note"].split()[2]) < 1e-5, rows[-1]["note"]
+
+
+def test_memory_benchmarks(toy, monkeypatch):
+    """Bytes of 100M tokens would be counted wrongly; a bank's times would be those of another."""
+    monkeypatch.setattr(bench, "SHAPE", bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
+    bench.bench_random_memory(toy, fraction=1e6 / available_bytes())
+    assert [row["what"].split(",")[0].split()[1] for row in toy.rows] == ["bfloat16", "bfloat16", "int8", "int8"]
+    for row, (keys, content) in zip(toy.rows, ((128, 256), (128, 256), (72, 144), (72, 144))):  # bytes of a chunk; int8 with scales
+        full = "full" in row["what"]
+        assert row["bytes"] % keys == 0 and (row["bytes"] / keys + full) * (keys + content) >= 0.9e6 / 2
+        each = 1 / 64 if full else 2 / 75
+        assert f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB" in row["note"]
+    bench.bench_bank(toy, lengths=(2000, 4000), questions=2)
+    for row, tokens in zip(toy.rows[4:], (2000, 4000)):
+        assert tokens - 60 < row["tokens"] <= tokens and set(row["seconds"]) == set(bench.TIMES) and min(row["seconds"].values()) > 0
+
+
+def available_bytes():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 def test_command(monkeypatch, tmp_path, capsys):

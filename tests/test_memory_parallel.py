@@ -204,11 +204,7 @@ def test_independence(loaded, tmp_path):
         for position in range(len(bank)):
             assert all(np.array_equal(a, b) for a, b in zip(bank.document(position), once.document(position)))
             assert ulps(bank.content(0, position)[0], once.content(0, position)[0]) <= 1
-        keys = [np.zeros((bank.chunks.sum(), 1, 8), np.uint16) for _ in range(2)]
-        for found, x in zip(keys, (bank, once)):
-            for rows, part in x.routing_keys(0, x.plan(np.arange(len(x)))):
-                found[rows] = part
-        assert ulps(*keys) <= 1 and keys[0].any(2).all()
+        assert ulps(*map(routing_keys_of, (bank, once))) <= 1 and routing_keys_of(bank).any(2).all()
 
 
 def ulps(a, b):
@@ -309,6 +305,50 @@ def test_interrupted_sync(loaded, tmp_path, encoded, monkeypatch):
     assert len(encoded) <= 11 and len(encoded) - done == 11 - len(before)
     after = held(tmp_path / "bank")
     assert set(after) == {f"d{i}.txt:1-1" for i in range(11)} and after.items() > before.items()
+
+
+def test_killed_while_encoding(checkpoint, loaded, tmp_path):
+    """A bank whose encoding was killed, twice, would hold something else in the end than one that was not."""
+    model, tokenizer = loaded
+    code = f"""
+import os, signal, sys
+import torch
+import sample
+from memory_parallel import Ranks
+from tests.test_memory_parallel import TEXTS, documents_of
+model, tokenizer = sample.load_checkpoint({str(checkpoint)!r}, torch.device("cpu"))
+sample.ENCODE_TOKENS, sample.COMMIT_SECONDS, encode, calls = 10, -1, model.encode, []
+def counted(*args):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*args)
+model.encode = counted
+sample.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), Ranks(torch.device("cpu")))
+"""
+    found = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"})
+        assert done.returncode == -9, done.stderr
+        found.append(len(Bank(tmp_path / "killed")))
+    assert 0 < found[0] < found[1] < len(TEXTS)
+    for name in ("killed", "whole"):
+        sync(model, tokenizer, tmp_path / name, documents_of(TEXTS), ALONE)
+    killed, whole = (Bank(tmp_path / name) for name in ("killed", "whole"))
+    assert killed.numbers.tolist() == whole.numbers.tolist() and killed.digests.tolist() == whole.digests.tolist()
+    for position in range(len(whole)):
+        assert all(np.array_equal(a, b) for a, b in zip(killed.document(position), whole.document(position)))
+        assert ulps(killed.content(0, position)[0], whole.content(0, position)[0]) <= 1
+    assert ulps(*map(routing_keys_of, (killed, whole))) <= 1
+
+
+def routing_keys_of(bank):
+    """(C, G, D) of the one memory layer, documents in the order of their numbers."""
+    found = np.zeros((bank.chunks.sum(), 1, 8), np.uint16)
+    for rows, part in bank.routing_keys(0, bank.plan(np.arange(len(bank)))):
+        found[rows] = part
+    return found
 
 
 def test_full_segments_are_committed(loaded, tmp_path, monkeypatch):
