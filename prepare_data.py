@@ -42,6 +42,7 @@ class DataConfig:
     chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
     noise: int = 4                   # noise documents in a pool
     properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
+    alike: float = 0.0               # share of the keys with a common word whose other words are spelled alike, as tell and teller
     filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
     encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
     vocab_size: int = 4096           # of the trained BPE, special tokens included
@@ -59,6 +60,8 @@ class DataConfig:
         for name in ("needles", "chains", "noise", "properties", "filler", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.alike <= 1:
+            raise UserError(f"alike is {self.alike}; it must be between 0 and 1")
         if self.needles + self.chains + self.properties == 0:
             raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
         if bool(self.documents) != bool(self.questions):

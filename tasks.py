@@ -62,18 +62,25 @@ class Words:
             raise UserError(f"{count:,} keys were asked for, but there are {len(pairs):,} {split} pairs; ask for a smaller memory")
         return rng.permutation(pairs)[:count].tolist()  # a larger count extends a smaller one
 
-    def similar_pairs(self, split, count, rng):
-        """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives."""
+    def similar_pairs(self, split, count, rng, alike=0.0):
+        """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives.
+
+        alike: the share of these whose other word is a neighbour of the other's in the dictionary: they often begin with the same token.
+        """
         code = ("test", "validation", "train").index(split)
         chosen = []
         while len(chosen) < count:
             adjective, noun = int(rng.integers(len(self.adjectives))), int(rng.integers(len(self.nouns)))
             if chosen and len(chosen) % 2:
                 other = chosen[int(rng.integers(len(chosen)))]
+                near = alike and rng.random() < alike
+                beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1) if near else 0
                 if rng.random() < 0.5:
                     adjective = other // len(self.nouns)
+                    noun = (other % len(self.nouns) + beside) % len(self.nouns) if near else noun
                 else:
                     noun = other % len(self.nouns)
+                    adjective = (other // len(self.nouns) + beside) % len(self.adjectives) if near else adjective
             pair = adjective * len(self.nouns) + noun
             if self.split[pair] == code and pair not in chosen:
                 chosen.append(pair)
@@ -130,7 +137,7 @@ def values(count, rng):
 def make_pool(words, config, split, rng):
     """One step's documents (list of texts, shuffled) and questions about them (list of Question)."""
     count = config.needles + 2 * config.chains + config.properties
-    keys = [words.key(pair) for pair in words.similar_pairs(split, count, rng)]
+    keys = [words.key(pair) for pair in words.similar_pairs(split, count, rng, config.alike)]
     order = rng.permutation(count).tolist()  # similar keys land in needles and in chains alike
     keys, numbers = [keys[i] for i in order], values(count, rng)
     texts = [needle_text(key, number) for key, number in zip(keys, numbers)]

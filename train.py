@@ -167,11 +167,11 @@ def script():
     say(f"device: {device} ({reason}); ranks: {world}")
 
     # data
-    about = read_about(config.data.out)
-    if about["config"] != asdict(config.data):
-        asked = asdict(config.data)
-        changed = next(name for name in [*asked, *about["config"]] if about["config"].get(name) != asked.get(name))
-        raise UserError(f"{config.data.out}: prepared with {changed} = {about['config'].get(changed)!r}, but this run says "
+    asked, about = asdict(config.data), read_about(config.data.out)
+    held = asdict(type(config.data)()) | about["config"]  # an option that is newer than the data had no effect on them
+    if held != asked:
+        changed = next(name for name in [*asked, *held] if held.get(name) != asked.get(name))
+        raise UserError(f"{config.data.out}: prepared with {changed} = {held.get(changed)!r}, but this run says "
                         f"{asked.get(changed)!r}; run prepare_data.py with the same configuration")
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size:

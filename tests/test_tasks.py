@@ -80,6 +80,20 @@ def test_pools_answer_their_questions(words):
     assert len(set(positions)) > 10  # the place of a document says nothing
 
 
+@pytest.mark.parametrize("alike, low, high", [(0, 0, 1), (0.5, 4, 25), (1, 15, 60)])
+def test_alike(words, alike, low, high):
+    """Routing would not be trained on the keys that a large memory confuses: a word in common, and another that begins alike."""
+    words, near = words(), []
+    for seed in range(5):
+        pairs = words.similar_pairs("train", 44, np.random.default_rng(seed), alike)
+        adjectives, nouns = np.array(pairs) // len(words.nouns), np.array(pairs) % len(words.nouns)
+        a, n = (np.abs(x[:, None] - x) for x in (adjectives, nouns))
+        a, n = np.minimum(a, len(words.adjectives) - a), np.minimum(n, len(words.nouns) - n)
+        near.append(int(np.triu((a == 0) & (0 < n) & (n <= 3) | (n == 0) & (0 < a) & (a <= 3)).sum()))
+        assert len(set(pairs)) == 44
+    assert all(low <= count <= high for count in near), near
+
+
 def test_half_of_a_pool_is_similar(words):
     """Training would lack hard negatives: most keys would share no word with another."""
     for documents, questions in pools_of(words, "train", 0, count=5):
