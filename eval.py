@@ -25,6 +25,7 @@ score, nothing forced, union over rounds. top-1: gold documents that ranked firs
 named: gold documents that the model named first in the round that wants them.
 """
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -62,6 +63,7 @@ class EvalConfig:
     timeout: float = 600                    # seconds that ranks wait for each other
     json: str = ""                          # write the rows to this file
     plot: str = ""                          # draw them to this .png
+    beside: str = ""                        # files of other runs' rows, comma-separated, whose exact match is drawn with them
     top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
@@ -291,8 +293,8 @@ def bm25_search(texts):
     return search
 
 
-def plot(rows, path):
-    """Accuracy against memory tokens."""
+def plot(rows, path, beside=()):
+    """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) beside it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -303,11 +305,26 @@ def plot(rows, path):
     for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"), ("router_top1", "router top-1")):
         axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
     axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
+    for name, others in dict(beside).items():
+        axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--", lw=1, ms=4,
+                  label=f"exact match, {name}")
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
              title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
     axes.legend(loc="center left")
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def read_rows(path):
+    """What `--json` wrote. Raises UserError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]
+        return rows
+    except OSError as error:
+        raise UserError(f"--beside {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--beside {path}: not a file that --json wrote") from None
 
 
 def script():
@@ -316,6 +333,7 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     for path in filter(None, (config.json, config.plot)):  # an unusable folder is better known before the first question
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+    beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     model.config.top_k = config.top_k or model.config.top_k
     if model.config.full_attention != (config.baseline == "full"):
@@ -361,7 +379,7 @@ def script():
         if ranks.rank:
             return
     if config.plot:
-        plot(rows, config.plot)
+        plot(rows, config.plot, beside)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,8 @@ MISTAKES = [
     (evaluation, "--checkpoint good --baseline oracle --zero-values", "zero-values is about the memory, --baseline oracle has none"),
     (evaluation, "--checkpoint good --baseline bm25 --routing-keys int8", "routing-keys is about the memory, --baseline bm25 has none"),
     (evaluation, "--checkpoint good --task niah_single --memory bank", "--memory: a bank holds one memory as it is; leave out niah_single"),
+    (evaluation, "--checkpoint good --beside none.json", "error: --beside none.json: No such file or directory"),
+    (evaluation, "--checkpoint good --beside good.jsonl", "error: --beside good.jsonl: not a file that --json wrote"),
     (evaluation, "--checkpoint good --memory docs", "error: docs: exists and is not a memory bank"),
     (sample, "--checkpoint none --documents docs q", "error: none/config.json: no such file; none is not a checkpoint"),
     (sample, "--checkpoint empty --documents docs q", "error: empty/config.json: no such file; empty is not a checkpoint"),
@@ -356,9 +358,12 @@ def test_own_data_from_start_to_end(run, here, tmp_path):
 def test_eval_plot(run, here, tmp_path):
     """The curve of an evaluation would not be drawn."""
     pytest.importorskip("matplotlib")
-    result = run(evaluation, "--checkpoint", "good", "--lengths", "300,600", "--questions", 1, "--max-answer-tokens", 1,
-                 "--plot", tmp_path / "a.png")
-    assert result.code == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    flags = ["--checkpoint", "good", "--lengths", "300,600", "--questions", 1, "--max-answer-tokens", 1]
+    result = run(evaluation, *flags, "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    alone = (tmp_path / "a.png").read_bytes()
+    assert result.code == 0 and alone.startswith(b"\x89PNG")
+    assert run(evaluation, *flags, "--plot", tmp_path / "a.png", "--beside", tmp_path / "a.json").code == 0
+    assert (tmp_path / "a.png").read_bytes() not in (alone, b"")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
