@@ -1,7 +1,7 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
-# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 7 GB in SCALE=folder; interrupted, it goes on
+# make scale   one memory from 16K to 100M tokens on two CPU processes: more than half an hour, 5.3 GB in SCALE=folder; it goes on where it was
 # make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
 #              python that runs it needs torch, triton and numpy.

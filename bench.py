@@ -279,13 +279,12 @@ class RandomBank:
 
 def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
     """Qwen3-4B's shape: a question's routing and fetching in all 18 memory layers, for as many chunks as fit."""
-    device = bench.device
-    free = fraction * 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    device, free = bench.device, fraction * free_bytes()
     query = K.group_queries(torch.randn(1, tokens, H, D, device=device), G)
     mask, vector = torch.ones(1, tokens, dtype=torch.bool, device=device), SHAPE.layers * G * D
-    for kind, size in (("bfloat16", 2), ("int8", 1)):
-        keys = size * vector + 4 * SHAPE.layers * (size == 1)                           # bytes of a chunk: routing keys, content
-        content = 2 * size * vector + 8 * SHAPE.layers * (size == 1)
+    for kind in ("bfloat16", "int8"):
+        layout = dataclasses.replace(SHAPE, content=kind)
+        keys, content = layout.chunk_bytes(kind)
         if bench.cuda:
             torch.cuda.empty_cache()
             on_device = fraction * 1.6 * torch.cuda.mem_get_info()[0]
@@ -294,7 +293,7 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
             chunks = int(free / (keys + content))
         for name, each in CHUNKS_PER_TOKEN.items():
             M = chunks // 2 if name != "full chunks" else chunks
-            bank = RandomBank(dataclasses.replace(SHAPE, content=kind), M * (chunks // M), chunks // M)
+            bank = RandomBank(layout, M * (chunks // M), chunks // M)
             memory = ParallelMemory(bank, device, Ranks(device), kind, "disk")          # its "disk" is the host's memory
             run = lambda memory=memory: [memory.select(layer, query, mask, top_k) for layer in range(SHAPE.layers)]
             held = int(bank.chunks.sum())
@@ -303,6 +302,11 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
                           f"random contents; keys {keys * held / 1e9:.1f} GB, content {content * held / 1e9:.1f} GB, peak {peak(device)}; "
                           f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB")
             del memory, bank, run
+
+
+def free_bytes():
+    """Memory that a new program can have without swapping."""
+    return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 def peak(device):

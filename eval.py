@@ -205,7 +205,7 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
 
 
 def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
-    """The model with a bank on disk, over the ranks. at_length also returns what opening cost: (ask, {"open_seconds": ...})."""
+    """The model with a bank on disk, over the ranks, which holds the documents when this returns."""
     id_of = lambda i: f"{config.task} seed {config.seed} filler {config.filler} #{i}"
     if (Path(config.memory) / "manifest.json").exists():
         held = Bank(config.memory).keys
@@ -216,10 +216,8 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
     bank = ranks.same(Bank(config.memory))
 
     def at_length(count):
-        began = time.perf_counter()
         memory = ParallelMemory(bank.only(numbers[:count]), model.device, ranks, config.routing_keys)
-        opened = time.perf_counter() - began
-        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text, config.interleave), opened
+        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text, config.interleave)
     return at_length
 
 
@@ -338,8 +336,8 @@ def script():
     model.config.top_k = config.top_k or model.config.top_k
     if model.config.full_attention != (config.baseline == "full"):
         raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
-    ranks = Ranks(device, config.timeout) if config.memory else None
-    say = print if ranks is None or ranks.rank == 0 else lambda *_, **__: None
+    ranks = Ranks(device, config.timeout)
+    say = print if ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()
     texts, numbers, spelled, counts, questions, needles = build(words, tokenizer, config, lengths)
     say(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
@@ -355,15 +353,13 @@ def script():
             at_length = baseline_asker(model, tokenizer, texts, numbers, needles, config)
         say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
         for count in counts:
-            ask, about = None, {}  # the last memory goes before the next one is opened
-            ask = at_length(count)
-            if config.memory:
-                ask, opened = ask
-                about = dict(ranks=ranks.world, open_seconds=round(opened, 5))
-            label = "" if ranks and ranks.rank else f"{count:,} documents"
+            ask, about, began = None, {}, time.perf_counter()  # the last memory goes before the next one is opened
+            ask, opened = at_length(count), time.perf_counter() - began
+            label = "" if ranks.rank else f"{count:,} documents"
             recall, top1, named, exact, seconds, first = ask_all(ask, numbers, questions, k, label)
             if config.memory:
-                about |= dict(first_question_seconds=round(first, 4), resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
+                about = dict(ranks=ranks.world, open_seconds=round(opened, 5), first_question_seconds=round(first, 4),
+                             resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
             rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(spelled[count - 1]), documents=count,
                              questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
                              exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
@@ -372,13 +368,10 @@ def script():
                              checkpoint=config.checkpoint, device=str(device), **about))
             say(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
                 flush=True)
-            if config.json and (ranks is None or ranks.rank == 0):
+            if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early
-    if ranks:
-        ranks.end()
-        if ranks.rank:
-            return
-    if config.plot:
+    ranks.end()
+    if config.plot and ranks.rank == 0:
         plot(rows, config.plot, beside)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
+from common import UserError, atomic_file
 
 FORMAT = 1
 SEGMENT_BYTES = 256 << 20   # of a full segment: what a writer holds in memory, what merging rewrites
@@ -52,6 +52,11 @@ class Layout:
     kv_heads: int               # G
     head_dim: int               # D
     content: str = "bfloat16"   # type of keys and values: bfloat16 or int8; routing keys are bfloat16
+
+    def chunk_bytes(self, routing_keys="bfloat16"):
+        """Bytes of a chunk in all layers: (routing keys held in this type, content). int8 has a scale of 4 bytes for each vector."""
+        size = lambda kind: (2 if kind == "bfloat16" else 1) * self.kv_heads * self.head_dim + 4 * (kind == "int8")
+        return self.layers * size(routing_keys), 2 * self.layers * size(self.content)
 
     def shapes(self, documents, chunks, tokens, source_bytes):
         """The tensors of a segment: name -> (dtype, shape)."""
@@ -127,22 +132,11 @@ def sync_folder(folder):
 
 
 def write_file(path, data):
-    """Write `data` so that `path` holds all of it or what it held before: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(handle, view[:1 << 26]):]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    """Write `data` so that `path` holds all of it or what it held before, even after a power cut."""
+    with atomic_file(path, "wb") as file:
+        view = memoryview(data)
+        while view:  # os.write, not file.write: tests/torture.py interrupts it
+            view = view[os.write(file.fileno(), view[:1 << 26]):]
     sync_folder(path.parent)
 
 

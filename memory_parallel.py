@@ -142,6 +142,7 @@ class Ranks:
         self.tell(f"{what}/{self.turns}", None)
 
     def gather_objects(self, x):
+        """Every rank's x, anything that can be pickled between processes that trust each other, as a list."""
         if self.world == 1:
             return [x]
         found = [None] * self.world

@@ -156,7 +156,7 @@ def interleave(model, tokenizer, memory, texts, question, config):
     `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite what it did not see.
     """
     prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
-    agree = memory.ranks.agree if isinstance(memory, ParallelMemory) else int
+    agree, number_of = memory.ranks.agree if isinstance(memory, ParallelMemory) else int, lambda d: int(memory.numbers[d])
     pick = lambda logits: agree(choose(logits, config.temperature, config.top_p))
     for rounds in range(config.max_rounds + 1):
         cache = Cache()
@@ -171,18 +171,17 @@ def interleave(model, tokenizer, memory, texts, question, config):
                 choices.append(tokenizer.open_bracket)
             if choices[pick(logits[choices])] != tokenizer.open_bracket:
                 break
-            log_p = number_log_probabilities(model, tokenizer, cache, [int(memory.numbers[d]) for d, _ in candidates])
+            log_p = number_log_probabilities(model, tokenizer, cache, [number_of(d) for d, _ in candidates])
             scores = torch.tensor([score for _, score in candidates]) / model.config.router_temperature
             named.append(candidates[pick(log_p + config.router_weight * scores)][0])
-            logits = read(model, tokenizer.number(int(memory.numbers[named[-1]])), cache=cache)[-1]
+            logits = read(model, tokenizer.number(number_of(named[-1])), cache=cache)[-1]
         if rounds < max(config.max_rounds, 1):
-            yield Round([(int(memory.numbers[d]), score) for d, score in ranked], [int(memory.numbers[d]) for d in named],
-                        [int(memory.numbers[d]) for d in sorted(named)])
+            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)), list(map(number_of, sorted(named))))
         if not named:
             break
         seen.update(named)
         for d in sorted(named):
-            prompt = prompt + tokenizer.appended(int(memory.numbers[d]), texts[d])
+            prompt = prompt + tokenizer.appended(number_of(d), texts[d])
     yield from generate_answer(model, tokenizer, cache, config, agree)
 
 
@@ -375,13 +374,12 @@ def describe(bank):
     scales = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
     size = lambda n: next(f"{n / scale:,.1f} {unit}" for scale, unit in scales if n >= scale or scale == 1)
     layout, chunks = bank.layout, int(bank.chunks.sum())
-    vector = layout.layers * layout.kv_heads * layout.head_dim
-    content = 2 * vector * (2 if layout.content == "bfloat16" else 1) + 8 * layout.layers * (layout.content == "int8")
+    (whole, content), (rounded, _) = layout.chunk_bytes(), layout.chunk_bytes("int8")
     on_disk = sum(segment.entry["bytes"] for segment in bank.segments)
     return "\n".join([
         f"documents     {len(bank):,} live, {sum(int(d.sum()) for d in bank.deleted):,} deleted; the next number is {bank.next_number:,}",
         f"tokens        {int(bank.tokens.sum()):,} of text in {chunks:,} chunks",
-        f"routing keys  {size(2 * vector * chunks)} in bfloat16 on the devices, {size((vector + 4 * layout.layers) * chunks)} in int8",
+        f"routing keys  {size(whole * chunks)} in bfloat16 on the devices, {size(rounded * chunks)} in int8",
         f"content       {size(content * chunks)} in {layout.content}, on disk or on the hosts",
         f"on disk       {size(on_disk)} in {len(bank.segments):,} segments",
         f"made by       {layout.fingerprint} (model-tokenizer)",
@@ -413,9 +411,8 @@ def show(model, tokenizer, memory, texts, where, question, config, say=print):
         say(f"  [{first}] {where(place(first))} (read in the memory; no text was appended)")
 
 
-def open_bank(model, tokenizer, config, device, ranks, say, reason):
+def open_bank(model, tokenizer, config, device, count_tokens, ranks, say, reason):
     """Do to the bank what the flags ask for. Returns it as a ParallelMemory, or None where nothing is asked of it."""
-    count_tokens = lambda text: len(tokenizer.encode(text))
     if config.documents:
         documents = read_documents(config.documents, count_tokens, config.max_document_tokens)
         done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size=documents_size(config.documents))
@@ -436,7 +433,7 @@ def open_bank(model, tokenizer, config, device, ranks, say, reason):
         say(describe(bank))
     if not config.question and (config.info or config.verify or config.compact):
         return None
-    total = int(bank.chunks.sum()) * bank.layout.layers * bank.layout.kv_heads * bank.layout.head_dim * 2
+    total = int(bank.chunks.sum()) * bank.layout.chunk_bytes()[0]
     with tqdm(desc="opening", total=total // ranks.world, unit="B", unit_scale=True, delay=1, disable=ranks.rank > 0) as bar:
         return ParallelMemory(bank, device, ranks, config.routing_keys, config.content_in, bar.update)
 
@@ -451,47 +448,43 @@ def script():
     model, tokenizer = load_checkpoint(config.checkpoint, device)
     if model.config.full_attention:
         raise UserError(f"{config.checkpoint}: trained with full_attention, it has no memory; only eval.py --baseline full reads it")
-    ranks = Ranks(device, config.timeout) if config.memory else None
-    say = print if ranks is None or ranks.rank == 0 else lambda *_, **__: None
+    count_tokens, ranks = lambda text: len(tokenizer.encode(text)), Ranks(device, config.timeout)
+    say = print if ranks.rank == 0 else lambda *_, **__: None
     with autocast(device, dtype):
         if config.memory:
-            memory = open_bank(model, tokenizer, config, device, ranks, say, reason)
+            memory = open_bank(model, tokenizer, config, device, count_tokens, ranks, say, reason)
             if memory is None:
                 return ranks.end()
-            ask = lambda question: show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
+
+            def ask(question):
+                memory.refresh()  # it may have changed since the last question
+                show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
         else:
-            documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
+            documents = read_folder(config.documents, count_tokens, config.max_document_tokens)
             texts = tokenizer.encode_batch([document.text for document in documents])
             memory, speed = encode_texts(model, tokenizer, texts)
-            print(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
-            ask = lambda question: show(model, tokenizer, memory, texts, lambda d: documents[d].where(), question, config)
+            say(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
+            ask = lambda question: show(model, tokenizer, memory, texts, lambda d: documents[d].where(), question, config, say)
         if config.question:
             ask(config.question)
         else:
-            chat(ask, memory, ranks)
-    if ranks:
-        ranks.end()
+            for turn in itertools.count():
+                question = ranks.tell(f"question/{turn}", read_question() if ranks.rank == 0 else None)
+                if question is None:
+                    break
+                ask(question)
+    ranks.end()
 
 
-def chat(ask, memory, ranks):
-    """Read questions from the terminal, rank 0's, until it ends; a bank that has changed is asked as it is now."""
-    for turn in range(1 << 62):
-        question = ""
-        while ranks is None or ranks.rank == 0:
-            try:
-                question = input("question> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                question = None
-                print()
-            if question != "":
-                break
-        if ranks:
-            question = ranks.tell(f"question/{turn}", question)
-        if question is None:
-            return
-        if ranks:
-            memory.refresh()
-        ask(question)
+def read_question():
+    """The next question from the terminal; None when there are no more."""
+    question = ""
+    while not question:
+        try:
+            question = input("question> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+    return question
 
 
 if __name__ == "__main__":

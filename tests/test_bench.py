@@ -48,7 +48,7 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
 def test_memory_benchmarks(toy, monkeypatch):
     """Bytes of 100M tokens would be counted wrongly; a bank's times would be those of another."""
     monkeypatch.setattr(bench, "SHAPE", bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
-    bench.bench_random_memory(toy, fraction=1e6 / available_bytes())
+    bench.bench_random_memory(toy, fraction=1e6 / bench.free_bytes())
     assert [row["what"].split(",")[0].split()[1] for row in toy.rows] == ["bfloat16", "bfloat16", "int8", "int8"]
     for row, (keys, content) in zip(toy.rows, ((128, 256), (128, 256), (72, 144), (72, 144))):  # bytes of a chunk; int8 with scales
         full = "full" in row["what"]
@@ -58,11 +58,6 @@ def test_memory_benchmarks(toy, monkeypatch):
     bench.bench_bank(toy, lengths=(2000, 4000), questions=2)
     for row, tokens in zip(toy.rows[4:], (2000, 4000)):
         assert tokens - 60 < row["tokens"] <= tokens and set(row["seconds"]) == set(bench.TIMES) and min(row["seconds"].values()) > 0
-
-
-def available_bytes():
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 def test_command(monkeypatch, tmp_path, capsys):

@@ -142,7 +142,7 @@ def start(folder, layout, segments=10):
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills
 
-CALLS = ("write", "fsync", "replace", "unlink", "open", "close", "ftruncate", "pwrite")
+CALLS = ("write", "fsync", "replace", "unlink", "open", "close", "chmod", "ftruncate", "pwrite")
 
 
 def interrupt(at, how):
