@@ -1,6 +1,6 @@
 """Speed of a memory layer's three operations and of a training step, each beside its peers and its limit, in one run.
 
-    python bench.py route|attend|pool|train|memory|all [--json FILE] [--device cuda]
+    python bench.py route|attend|pool|train|memory|load|all [--json FILE] [--device cuda]
 
 The limit of an operation on this machine is floor = max(bytes / bandwidth, operations / rate). Bandwidth is what summing a large tensor
 reads per second, rate what a large matrix product of the same type does; both take turns with the operation and its peers, so that
@@ -20,11 +20,15 @@ other work on the machine slows all alike. `floor/time` is 1 for a perfect kerne
               files dropped from the page cache) and warm, one document added and removed. Qwen3-4B's shape with random contents, made in
               memory as large as it fits: what a question costs beside one reading of all routing keys. `bytes` of 100M tokens as designed
 
+    load      not part of `all`: a checkpoint of Qwen3-4B's shape with routers and random weights (8.5 GB, written shard by shard into a
+              temporary folder) is loaded in bfloat16 by a process of its own, which then answers. Limit: the size of its weights
+
 On a CPU the reference does the work, and the rows of the others have no peer but themselves.
 """
 import argparse  # not tyro: this runs where only torch, triton and numpy are installed
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import resource
@@ -42,7 +46,7 @@ import msa_kernel as K
 from common import autocast, detect_device, keep_freed_memory, main, write_json
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_records
-from model import MSA, ModelConfig
+from model import MSA, MSA_FIELDS, ModelConfig
 
 H, G, D = 32, 8, 128  # Qwen3-4B's heads
 
@@ -383,9 +387,62 @@ def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
                                    disk_bytes=disk, peak=peak(device), seconds=times))
 
 
+LOAD = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=H, num_key_value_heads=G,
+            head_dim=D, rope_theta=5e6, qk_norm=True)
+LOADER = """
+import json, re, sys, time, torch
+from pathlib import Path
+from model import MSA, Cache
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+device, began, before = torch.device(sys.argv[2]), time.perf_counter(), peak()
+model = MSA.from_pretrained(sys.argv[1], device, torch.bfloat16)
+loaded, peaked = time.perf_counter(), peak() if device.type == "cpu" else torch.cuda.max_memory_allocated()
+with torch.no_grad():
+    memory = model.encode([torch.arange(100 * i, 100 * i + 90) for i in range(1, 5)])
+    tokens, cache, said = torch.arange(50, 70, device=device)[None], Cache(), []
+    logits = model.read(tokens, memory, torch.ones_like(tokens, dtype=torch.bool), cache).logits
+    for _ in range(4):
+        said.append(int(logits[0, -1].argmax()))
+        logits = model.read(torch.tensor([said[-1:]], device=device), cache=cache).logits
+    assert logits.isfinite().all()
+print(json.dumps(dict(peak=peaked, before=before, bytes=sum(p.nbytes for p in model.parameters()), seconds=loaded - began,
+                      answer_seconds=time.perf_counter() - loaded)))
+"""
+
+
+def bench_load(bench, shape=LOAD):
+    """Loading a large checkpoint beside the size of its weights, in a process of its own."""
+    import subprocess
+
+    from safetensors.torch import save_file
+
+    import checkpoint
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        model, folder, shards, files = MSA(ModelConfig(**shape)), Path(folder), {}, {}
+        for name in model.state_dict():  # a shard for each layer
+            shards.setdefault(re.match(r"model\.layers\.\d+|", name)[0], []).append(name)
+        for i, part in enumerate(shards.values()):
+            files |= dict.fromkeys(part, f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+            draw = lambda x: torch.ones(x.shape, device="cpu") if x.ndim == 1 else torch.randn(x.shape, device="cpu") * x.shape[-1] ** -0.5
+            save_file({name: draw(model.state_dict()[name]).bfloat16() for name in part}, folder / files[part[0]])
+        write_json(folder / checkpoint.INDEX, {"weight_map": files})
+        values = dataclasses.asdict(model.config)
+        checkpoint.write_config(folder, values, {name: values.pop(name) for name in MSA_FIELDS}, {}, torch.bfloat16)
+        done = subprocess.run([sys.executable, "-c", LOADER, str(folder), str(bench.device)], capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        row = json.loads(done.stdout)
+    print(f"load: {row['bytes'] / 1e9:.2f} GB of weights in {len(shards)} shards, {row['seconds']:.1f} s; peak {row['peak'] / 1e9:.2f} GB "
+          f"({row['peak'] / row['bytes']:.3f} of them, {row['before'] / 1e9:.2f} GB before); a question over 4 documents and 4 tokens "
+          f"{row['answer_seconds']:.1f} s", flush=True)
+    bench.rows.append(dict(what="load", shards=len(shards), **row))
+
+
 def script():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "all"))
+    parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "load", "all"))
     parser.add_argument("--json", default="", help="write the numbers to this file, or into this folder under the device's name")
     parser.add_argument("--chunks", type=int, default=0, help="of the memory that is routed; default 200,000, on a GPU 1,048,576")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -409,6 +466,8 @@ def script():
         if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
             bench_bank(bench)
         bench_random_memory(bench)
+    if args.what == "load":
+        bench_load(bench)
     if args.json:
         path = Path(args.json)
         if path.is_dir():

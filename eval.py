@@ -39,18 +39,19 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
+from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
+from interleave import InterleaveConfig, Round, answer_from_text, answer_question
 from memory_bank import Bank
 from memory_parallel import ParallelMemory, Ranks
-from model import Cache, Memory
+from model import Memory
 from prepare_data import Document
-from sample import InterleaveConfig, Round, answer_question, encode_texts, generate_answer, hash64, load_checkpoint, read, sync
+from sample import encode_texts, hash64, load_checkpoint, sync
 from tasks import TASKS, Words, make_memory
 
 
 @dataclass
 class EvalConfig:
-    checkpoint: str = "checkpoints/demo"    # folder that train.py wrote
+    checkpoint: str = "checkpoints/demo"    # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     task: Literal[TASKS] = "niah_multikey"  # what is asked
     filler: int = 0                         # noise sentences around every document's own; 2 make documents of about 64 tokens
     baseline: Literal["none", "no_memory", "oracle", "bm25", "full"] = "none"  # what answers in place of the memory
@@ -66,7 +67,7 @@ class EvalConfig:
     beside: str = ""                        # files of other runs' rows, comma-separated, whose exact match is drawn with them
     top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
@@ -230,28 +231,15 @@ def resident_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def answer_from_text(model, tokenizer, question, appended, config, context=None):
-    """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing retrieved.
-
-    context: a Cache that the question continues, for the full-attention baseline.
-    """
-    prompt = tokenizer.question(tokenizer.encode(question))
-    for number, text in appended:
-        prompt = prompt + tokenizer.appended(number, text)
-    cache = context.expand(1) if context else Cache()
-    read(model, [*prompt, tokenizer.retrieve], cache=cache)
-    return "".join(generate_answer(model, tokenizer, cache, config.interleave))
-
-
 def baseline_asker(model, tokenizer, texts, numbers, needles, config):
     """What answers in place of the memory; see the module's docstring."""
     def no_memory(count):
-        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config), [])
+        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave), [])
 
     def oracle(count):
         def ask(i, question):
             gold = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in question.gold]
-            return answer_from_text(model, tokenizer, question.text, gold, config), []
+            return answer_from_text(model, tokenizer, question.text, gold, config.interleave), []
         return ask
 
     def bm25(count):
@@ -264,13 +252,13 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
                 rounds.append(Round([(numbers[d], s) for d, s in ranked], [numbers[best]], [numbers[best]]))
                 found, query = [*found, best], f"{query} {texts[best]}"
             appended = [(numbers[d], tokenizer.encode(texts[d])) for d in found]
-            return answer_from_text(model, tokenizer, question.text, appended, config), rounds
+            return answer_from_text(model, tokenizer, question.text, appended, config.interleave), rounds
         return ask
 
     def full(count):
         order = np.argsort(numbers[:count])
         context = model.context(torch.cat([torch.tensor(tokenizer.encode(texts[d])) for d in order])[None])  # it has no use for numbers
-        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config, context), [])
+        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave, context), [])
 
     return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]
 
@@ -332,7 +320,7 @@ def script():
     for path in filter(None, (config.json, config.plot)):  # an unusable folder is better known before the first question
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
-    model, tokenizer = load_checkpoint(config.checkpoint, device)
+    model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
     if model.config.full_attention != (config.baseline == "full"):
         raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
@@ -342,7 +330,7 @@ def script():
     texts, numbers, spelled, counts, questions, needles = build(words, tokenizer, config, lengths)
     say(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
     rows, k, speed = [], model.config.top_k, 0
-    with torch.no_grad(), autocast(device, dtype):
+    with torch.no_grad():
         if config.memory:
             at_length, texts = bank_asker(model, tokenizer, texts, numbers, config, ranks, say), None  # they lie in the bank
             return_freed_memory()

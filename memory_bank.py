@@ -52,6 +52,7 @@ class Layout:
     kv_heads: int               # G
     head_dim: int               # D
     content: str = "bfloat16"   # type of keys and values: bfloat16 or int8; routing keys are bfloat16
+    unit_keys: bool = True      # routing keys have unit length per head
 
     def chunk_bytes(self, routing_keys="bfloat16"):
         """Bytes of a chunk in all layers: (routing keys held in this type, content). int8 has a scale of 4 bytes for each vector."""
@@ -298,7 +299,7 @@ def read_manifest(folder):
         layout = Layout(**body["layout"])
         numbers = (layout.layers, layout.kv_heads, layout.head_dim, body["next_number"])
         if {type(n) for n in numbers} != {int} or min(numbers[:3]) < 1 or max(numbers[:3]) > 1 << 16 or numbers[3] < 0 \
-                or layout.content not in CONTENT or type(layout.fingerprint) is not str:
+                or layout.content not in CONTENT or type(layout.fingerprint) is not str or type(layout.unit_keys) is not bool:
             raise ValueError("its layout is none")
         entries = [read_entry(entry) for entry in body["segments"]]
         if len({entry["file"] for entry in entries}) < len(entries):

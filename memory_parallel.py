@@ -273,7 +273,7 @@ class ParallelMemory:
         scores, numbers = [torch.full((B, top_k), float("-inf"), device=self.device)], [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
             documents, best = select_documents(routing_query, routing_mask, block.keys[layer], block.offsets, top_k, block.scales[layer],
-                                               block.alive_on_device)
+                                               block.alive_on_device, self.bank.layout.unit_keys)
             scores.append(best)
             numbers.append(block.numbers_on_device[documents].masked_fill(documents < 0, -1))
         scores, numbers = best_of(torch.cat(scores, 1), torch.cat(numbers, 1), top_k)

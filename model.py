@@ -10,14 +10,17 @@ Training and inference are the same two calls; `forward` is encode + read + loss
 """
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, atomic_file, merge, write_json
+from checkpoint import Weights, find, read_config, write_config, write_weights
+from common import UserError, merge
 from msa_kernel import chunk_offsets, document_slots, group_queries, pool_chunks, quantize, ranges, route, sparse_attention, top_documents
 
 
@@ -37,6 +40,11 @@ class ModelConfig:
     chunk_size: int = 64                # tokens pooled into one memory slot
     top_k: int = 16                     # documents that each memory layer selects
     router_temperature: float = 0.1     # tau of Eq. 5 and of the naming rule
+    router_layer_idx: str = ""          # the memory layers, as "18,19,20" or "all"; empty: the upper half
+    decouple_router: bool = True        # routers have maps of their own; else the attention's queries and keys route, after RoPE
+    normalize_routing: bool = True      # routing scores are cosines; else products, times head_dim ** -0.5
+    attend_memory: bool = True          # memory layers attend to what they find; off where only the router was trained
+    prompts: Literal["nanomsa", "msa", "chat"] = "nanomsa"  # what the model was trained to be asked in; see tokenizer.py
     smear: bool = False                 # from scratch: e_t + W e_{t-1} before the first layer (recall within 80 steps, not 350)
     equal_routers: bool = False         # from scratch: routing query and key maps start equal, so that like finds like (with
                                         # full_attention: those of the last layer's attention)
@@ -48,7 +56,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if type(value) is not bool and name != "number_chunk" and not value > 0:
+            if type(value) in (int, float) and name != "number_chunk" and not value > 0:
                 raise UserError(f"model.{name} is {value}; it must be at least 1" if type(value) is int else
                                 f"model.{name} is {value}; it must be positive")
         if self.number_chunk < 0:
@@ -60,19 +68,23 @@ class ModelConfig:
                             f"model.num_key_value_heads, {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; RoPE needs an even number")
-
-    @property
-    def first_memory_layer(self):
-        return self.num_hidden_layers // 2
+        if not self.memory_layers and not self.full_attention:
+            raise UserError(f"model.router_layer_idx is {self.router_layer_idx!r}; it must be \"all\", empty, or increasing numbers below "
+                            f"{self.num_hidden_layers} with commas between")
 
     @property
     def memory_layers(self):
-        """Indices of the layers that route and read the memory: the upper half (section 3.2)."""
-        return range(self.num_hidden_layers if self.full_attention else self.first_memory_layer, self.num_hidden_layers)
+        """Indices of the layers that route and read the memory: the upper half (section 3.2), unless `router_layer_idx` says others."""
+        layers, asked = range(self.num_hidden_layers), self.router_layer_idx
+        if asked in ("", "all"):
+            return layers[self.num_hidden_layers if self.full_attention else 0 if asked else self.num_hidden_layers // 2:]
+        named = [int(i) if i.strip().isdecimal() else -1 for i in asked.split(",")]
+        return named if named == [i for i in layers if i in named] else []  # []: not what is allowed
 
 
-OPTIONS = ("copy_init", "number_chunk", "normalize_values", "score_bias", "full_attention")  # a checkpoint without them has them off
-MSA_FIELDS = ("chunk_size", "top_k", "router_temperature", "smear", "equal_routers", *OPTIONS)  # under "msa_config" in config.json
+MSA_FIELDS = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "decouple_router", "normalize_routing", "attend_memory",
+              "prompts", "smear", "equal_routers", "copy_init", "number_chunk", "normalize_values", "score_bias",
+              "full_attention")  # under "msa_config" in config.json; those that are not there have their defaults
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +242,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.heads, self.kv_heads, self.head_dim = H, G, D
-        if is_memory_layer:  # Sequential: the authors' checkpoints say router_q_proj.0.weight
+        self.decouple_router, self.normalize_routing = config.decouple_router, config.normalize_routing
+        if is_memory_layer and config.decouple_router:  # Sequential: the authors' checkpoints say router_q_proj.0.weight
             self.router_q_proj = nn.Sequential(nn.Linear(E, H * D, bias=False))
             self.router_k_proj = nn.Sequential(nn.Linear(E, G * D, bias=False))
 
@@ -243,13 +256,16 @@ class Attention(nn.Module):
         keys = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))), rope)
         return keys, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
-    def routing_query(self, x):
-        """(B, T, E) -> (B, T, G * D); no RoPE: routing is about content, not place."""
-        return group_queries(self.router_q_proj(x).unflatten(-1, (self.heads, self.head_dim)), self.kv_heads)
+    def routing_query(self, x, query):
+        """(B, T, E) -> (B, T, G * D); no RoPE: routing is about content, not place. query: attention's, which routes in its place where
+        the router has no maps of its own."""
+        own = self.router_q_proj(x).unflatten(-1, (self.heads, self.head_dim)) if self.decouple_router else query
+        scale = 1 if self.decouple_router and self.normalize_routing else self.head_dim ** -0.5
+        return group_queries(own, self.kv_heads, self.normalize_routing) * scale
 
-    def routing_key(self, x):
-        """(M, L, E) -> (M, L, G, D), not yet pooled or normalised."""
-        return self.router_k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+    def routing_key(self, x, keys):
+        """(M, L, E) -> (M, L, G, D), not yet pooled or normalised; keys: attention's."""
+        return self.router_k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)) if self.decouple_router else keys
 
 
 class MLP(nn.Module):
@@ -289,11 +305,12 @@ class Backbone(nn.Module):
 class MSA(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.others = config, {}  # others: entries of config.json that are passed on
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.init_weights()
+        if not self.device.type == "meta":  # there, what is read takes the place of the weights
+            self.init_weights()
 
     def init_weights(self):
         """GPT-2's: normal(0, 0.02), output projections smaller by sqrt(2 * layers). With `copy_init`: normal(0, E ** -0.5), output
@@ -305,7 +322,7 @@ class MSA(nn.Module):
                 shrink = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
                 std = 0.02 * shrink if not config.copy_init else E ** -0.5 if shrink == 1 else 0
                 nn.init.normal_(parameter, std=std)
-        for layer in self.model.layers[config.first_memory_layer:] if config.copy_init else ():
+        for layer in self.model.layers[config.num_hidden_layers // 2:] if config.copy_init else ():
             nn.init.orthogonal_(layer.self_attn.v_proj.weight, gain=0.5)
             values = layer.self_attn.v_proj.weight.data.view(G, 1, D, E)
             layer.self_attn.o_proj.weight.data.view(E, G, -1, D).copy_(values.permute(3, 0, 1, 2).expand(-1, -1, H // G, -1))
@@ -320,6 +337,26 @@ class MSA(nn.Module):
                 attention = self.model.layers[-1].self_attn
                 keys = attention.k_proj.weight.data.view(G, 1, D, E)
                 attention.q_proj.weight.data.view(G, -1, D, E).copy_(keys.expand(-1, H // G, -1, -1))
+
+    def init_routers(self):
+        """Memory layers route as they attend, but without RoPE: routers become the layer's own query and key maps, with the weights of
+        QK-norm in them (what it divides by is normalised away)."""
+        for i in self.config.memory_layers:
+            attention = self.model.layers[i].self_attn
+            for router, own, norm in ((attention.router_q_proj, attention.q_proj, attention.q_norm),
+                                      (attention.router_k_proj, attention.k_proj, attention.k_norm)):
+                scale = norm.weight[:, None] if self.config.qk_norm else 1
+                maps = own.weight.detach().unflatten(0, (-1, self.config.head_dim)) * scale
+                router[0].weight = nn.Parameter(maps.flatten(0, 1))
+
+    def resize_vocabulary(self, size):
+        """Grow the embedding (and the output matrix) to `size` tokens; new ones start at the mean of the others, and a little apart."""
+        for module in (self.model.embed_tokens, None if self.config.tie_word_embeddings else self.lm_head):
+            if module is not None and size > len(module.weight):
+                old = module.weight.detach()
+                new = old.mean(0) + 0.1 * old.std(0) * torch.randn(size - len(old), old.size(1), device=old.device, dtype=old.dtype)
+                module.weight = nn.Parameter(torch.cat([old, new]))
+        self.config = replace(self.config, vocab_size=len(self.model.embed_tokens.weight))
 
     @property
     def device(self):
@@ -378,10 +415,12 @@ class MSA(nn.Module):
             attention, h = layer.self_attn, layer.input_layernorm(x)
             keys, values = attention.key_value(h, rope)
             if i in config.memory_layers:
-                k, v, routing = pool_chunks(keys, values, attention.routing_key(h), lengths, config.chunk_size, config.number_chunk)
+                k, v, routing = pool_chunks(keys, values, attention.routing_key(h, keys), lengths, config.chunk_size, config.number_chunk,
+                                            config.normalize_routing)
                 stored.append((k, F.rms_norm(v, v.shape[-1:]) if config.normalize_values else v, routing))
-            if i < config.num_hidden_layers - 1:
-                x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
+            if i == config.memory_layers[-1]:
+                break
+            x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
         return stored
 
     def assemble(self, parts, offsets, numbers):
@@ -425,19 +464,20 @@ class MSA(nn.Module):
         if routes and routing_mask is None:
             raise ValueError("read needs a routing_mask with a memory: which tokens route?")
         x, last = self.embed(tokens, cache.last_embedding)
+        place_of = {layer: i for i, layer in enumerate(config.memory_layers)}
         for i, layer in enumerate(self.model.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
             keys, values = cache.extend(i, *attention.key_value(h, rope))
-            chosen = ()
-            if i in config.memory_layers:
+            query, chosen = attention.query(h, rope), ()
+            if i in place_of:
                 if routes:
-                    cache.selections.append(memory.select(i - config.first_memory_layer, attention.routing_query(h),
-                                                          routing_mask, config.top_k, force))
-                if cache.selections:
-                    s = cache.selections[i - config.first_memory_layer]
+                    routing = attention.routing_query(h, query)
+                    cache.selections.append(memory.select(place_of[i], routing, routing_mask, config.top_k, force))
+                if cache.selections and config.attend_memory:
+                    s = cache.selections[place_of[i]]
                     bias = (s.slot_scores - s.scores.amax(1, keepdim=True)) / config.router_temperature if config.score_bias else None
                     chosen = (s.keys, s.values, s.index, s.slots, cache.prefix_length, bias)
-            x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values, *chosen))
+            x = layer.finish(x, sparse_attention(query, keys, values, *chosen))
         cache.length, cache.last_embedding = cache.length + tokens.size(1), last
         x = self.model.norm(x if positions is None else x[positions])
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
@@ -499,68 +539,75 @@ class MSA(nn.Module):
 
     # -----------------------------------------------------------------------------------------------------------------
     def fingerprint(self):
-        """16 hexadecimal digits that differ where what `encode` stores might: of the configuration and of up to 1,024 numbers a tensor."""
-        config = {name: value for name, value in asdict(self.config).items() if name not in ("top_k", "router_temperature", "score_bias")}
+        """16 hexadecimal digits that differ where what `encode` stores might: of the configuration and of up to 1,024 numbers a tensor,
+        rounded to bfloat16, so that they are the same whatever type the weights are held in."""
+        without = ("top_k", "router_temperature", "score_bias", "attend_memory")
+        config = {name: value for name, value in asdict(self.config).items() if name not in without}
         found = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
         for name, tensor in sorted(self.state_dict().items()):
-            sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].bfloat16().float().cpu().numpy()
             found.update(name.encode() + sample.tobytes())
         return found.hexdigest()
 
     def save(self, folder):
-        """Write config.json and model.safetensors, each atomically."""
-        from safetensors.torch import save  # here and in load: bench.py runs where only torch, triton and numpy are installed
-
+        """Write config.json and the weights in the type that they have, each file atomically."""
         values = asdict(self.config)
         msa = {name: values.pop(name) for name in MSA_FIELDS}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_file(Path(folder) / "model.safetensors", "wb") as file:
-            file.write(save(tensors, {"format": "pt"}))
-        write_json(Path(folder) / "config.json", {"architectures": ["MSA"], "model_type": "nanomsa", **values, "msa_config": msa})
+        write_weights(folder, self.state_dict())
+        write_config(folder, values, msa, self.others, self.model.embed_tokens.weight.dtype)
+
+    def save_pretrained(self, folder):
+        """`save`, for a model whose backbone transformers knows: it loads the folder as a plain Llama or Qwen3 with the same logits, and
+        leaves the routers out. Raises UserError for a model that is not one."""
+        if self.config.smear:
+            raise UserError("model.smear is on: transformers has no such model; train without it, or use save")
+        self.save(folder)
 
     @staticmethod
-    def load(folder, device="cpu"):
-        """The model of a checkpoint folder, in evaluation mode. Raises UserError for a folder that does not hold one."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def from_pretrained(name, device="cpu", dtype=torch.float32, **changes):
+        """The model of a checkpoint folder, or of a repository "owner/name" of the Hugging Face Hub, in evaluation mode.
 
-        config = load_config(folder)
-        path = Path(folder) / "model.safetensors"
-        try:
-            tensors = load_file(path)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; {folder} is not a checkpoint") from None
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-        model = MSA(config)
-        model.load_tensors(tensors, path)
-        return model.to(device).eval()
+        Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without routers gets those of
+        `init_routers`. Every tensor is read straight into the device and dtype: there is no second copy of the weights.
+        changes: fields of ModelConfig that replace the checkpoint's. Raises UserError for what is missing, damaged or not supported.
+        """
+        folder = find(name)
+        config, others = load_config(folder)
+        with torch.device("meta"):
+            model = MSA(replace(config, **changes))
+        model.others, weights = others, Weights(folder)
+        unused = re.compile(r"rotary_emb\.inv_freq$|(^|\.)temperature$" + "|^lm_head.weight$" * config.tie_word_embeddings)
+        shapes = {name: shape for name, shape in weights.shapes.items() if not unused.search(name)}
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        untrained = model.config.decouple_router and not any("router_" in name for name in shapes)
+        check_shapes({name: shape for name, shape in own.items() if not (untrained and "router_" in name)}, shapes,
+                     lambda name: weights.files.get(name, weights.main))
+        for name in sorted(shapes, key=lambda name: -weights.shapes[name][0]):  # the largest first: least beside it
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(weights.read(name, device, dtype)))
+        if untrained:
+            model.init_routers()
+        return model.eval()
 
     def load_tensors(self, tensors, path):
         """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""
-        own = self.state_dict()
-        for name in sorted(own.keys() | tensors.keys()):
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            expected = tuple(own[name].shape) if name in own else "absent"
-            if found != expected:
-                raise UserError(f"{path}: tensor {name} is {found}; the configuration says {expected}")
+        own, found = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (self.state_dict(), tensors))
+        check_shapes(own, found, lambda name: path)
         self.load_state_dict(tensors)
 
 
+def check_shapes(own, found, file_of):
+    """Raises UserError that names the first tensor whose shape is not the model's; both: name -> shape."""
+    for name in sorted(own.keys() | found.keys()):
+        if found.get(name) != own.get(name):
+            raise UserError(f"{file_of(name)}: tensor {name} is {found.get(name, 'missing')}; "
+                            f"the configuration says {own.get(name, 'absent')}")
+
+
 def load_config(folder):
-    """The ModelConfig of a checkpoint folder. Raises UserError."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values |= values.pop("msa_config")
-        names = [name for name in ModelConfig.__dataclass_fields__ if name in values or name not in OPTIONS]
-        return merge(ModelConfig(), {name: values[name] for name in names}, path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {folder} is not a checkpoint (train.py writes one)") from None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint's configuration ({type(error).__name__}: {error})") from None
+    """(ModelConfig, entries that are not the model's concern) of a checkpoint folder. Raises UserError."""
+    values, others = read_config(folder)
+    return merge(ModelConfig(), values, Path(folder) / "config.json"), others
 
 
 def contrastive_loss(scores, positive, excluded, temperature):

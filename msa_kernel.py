@@ -89,17 +89,17 @@ def ranges(starts, counts):
     return torch.repeat_interleave(starts - ends + counts, counts) + torch.arange(int(counts.sum()), device=counts.device)
 
 
-def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0):
+def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0, normalize=True):
     """Means over each chunk's tokens (section 3.2); a last short chunk is averaged over what it has.
 
     keys, values, routing_keys: (M, L, G, D), right-padded; lengths: (M,) tokens of each document, at least 1; last: as for
     `chunk_offsets`. Returns three (C, G, D), documents one after another; routing keys are brought to unit length per head
-    after pooling (Eq. 1).
+    after pooling (Eq. 1), or left as they are without `normalize` (which has no kernel).
     """
-    if use_triton(keys):
+    if use_triton(keys) and normalize:
         return Pool.apply(keys, values, routing_keys, *chunk_spans(lengths, keys.size(1), chunk_size, last))
     keys, values, routing_keys = (chunk_means(x, lengths, chunk_size, last) for x in (keys, values, routing_keys))
-    return keys, values, F.normalize(routing_keys.float(), dim=-1).to(routing_keys.dtype)
+    return keys, values, F.normalize(routing_keys.float(), dim=-1).to(routing_keys.dtype) if normalize else routing_keys
 
 
 def chunk_means(x, lengths, chunk_size, last=0):
@@ -227,14 +227,15 @@ class Pool(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # Routing (section 3.2, Eq. 2)
 
-def group_queries(routing_query, kv_heads):
+def group_queries(routing_query, kv_heads, normalize=True):
     """L2-normalise routing queries per head, sum them within each KV group, divide by H: (B, T, H, D) -> (B, T, G * D).
 
     Heads are averaged before anything else and the query heads of a group share a key, so that the mean over heads of the
-    cosine is one inner product: <(1 / H) * sum of the group's queries, key>. The sum is not normalised again.
+    cosine is one inner product: <(1 / H) * sum of the group's queries, key>. The sum is not normalised again. Without `normalize`
+    queries keep their length.
     """
     B, T, H, D = routing_query.shape
-    unit = F.normalize(routing_query.float(), dim=-1)
+    unit = F.normalize(routing_query.float(), dim=-1) if normalize else routing_query.float()
     return unit.view(B, T, kv_heads, H // kv_heads, D).sum(3).flatten(2) / H
 
 
@@ -287,17 +288,17 @@ def document_max(best, offsets):
 
 
 @torch.no_grad()
-def select_documents(query, mask, routing_keys, offsets, top_k, scales=None, alive=None):
+def select_documents(query, mask, routing_keys, offsets, top_k, scales=None, alive=None, unit=True):
     """The first top_k of `route`'s ranking, without gradients: indices (B, top_k) int64, scores (B, top_k), as `top_documents`.
 
-    alive: optional (M,) bool; the others are not found.
+    alive: optional (M,) bool; the others are not found. unit: routing keys have unit length per head.
 
     Some CPUs multiply bf16 at more than twice the rate of fp32, but round the score to bf16 as well as what is multiplied. How far this
     moves a score is known: by the length of the query's rounding error, summed over groups (keys have unit length), by 2^-9 of the query's
     own where keys are rounded, and by half a unit in the score's last place. Documents that could still be among the first k by their
     rough scores are scored again in fp32: the result is exact.
     """
-    if not query.is_cpu or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (query.is_cpu and unit) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         scores = route(query, mask, routing_keys, offsets, scales)
         return top_documents(scores if alive is None else scores.masked_fill(~alive, float("-inf")), top_k)
     (B, T, W), (_, G, D), rough = query.shape, routing_keys.shape, []

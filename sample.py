@@ -7,8 +7,7 @@
     python sample.py --memory bank "..."                                 # ask the bank as it is
     torchrun --nproc_per_node=2 sample.py --memory bank "..."            # its documents spread over two processes
 
-The interleave loop of the paper (section 3.5) lives here: `interleave`. In a round the model names documents or ends the
-retrieval; the system appends the text of the named ones to the question and the next round begins, with new routing.
+A checkpoint is a folder: of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B; or a name on the Hugging Face Hub.
 """
 import collections
 import contextlib
@@ -24,35 +23,20 @@ import tyro
 from tqdm import tqdm
 
 import memory_bank
-from common import UserError, autocast, command_line, detect_device, keep_freed_memory, main
+from checkpoint import find
+from common import UserError, command_line, detect_device, keep_freed_memory, main
+from interleave import InterleaveConfig, Round, answer_question, choose, interleave, rank_documents  # noqa: F401, for who imports them
 from memory_bank import Bank, Layout, Writer, write_segment
 from memory_parallel import ParallelMemory, Ranks, to_records
-from model import MSA, Cache
+from model import MSA
 from prepare_data import documents_size, read_documents, read_folder
-from tokenizer import Tokenizer
-
-
-@dataclass
-class InterleaveConfig:
-    temperature: float = 0.0        # 0: greedy
-    top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone
-    max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
-    max_documents: int = 8          # documents named in one round
-    max_answer_tokens: int = 64     # longer answers are cut
-
-    def __post_init__(self):
-        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", 0), ("max_documents", 1), ("max_answer_tokens", 1)):
-            if not low <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+from prompts import load_tokenizer
 
 
 @dataclass
 class SampleConfig:
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""  # without one, they are read from the terminal
-    checkpoint: str = "checkpoints/demo"                 # folder that train.py wrote
+    checkpoint: str = "checkpoints/demo"                 # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     documents: str = ""                                  # folder of .txt and .md files, or a .jsonl file of id, title, text
     max_document_tokens: int = 128                       # longer files are split at paragraphs; the demo model knows short ones
     memory: str = ""                                     # folder of a memory bank: documents are encoded once, not by every run
@@ -66,7 +50,7 @@ class SampleConfig:
     trace: bool = False                                  # print each round: routed to, named, appended
     seed: int = 1337                                     # of sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
@@ -81,136 +65,6 @@ class SampleConfig:
                 raise UserError(f"--{name} is about a bank on disk; name it with --memory")
 
 
-@dataclass
-class Round:
-    """What one retrieval round did; documents by number."""
-    routed: list      # (number, score): what some memory layer selected, by mean score
-    named: list       # numbers, in the order in which the model named them
-    appended: list    # the same, in the order of appending
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small steps
-
-def choose(logits, temperature, top_p):
-    """An index of `logits` (n,): the largest at temperature 0, else a sample from the top_p part of the distribution."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1)])
-
-
-def rank_documents(selections):
-    """What the memory layers selected for one question, best first: a list of (document index, mean score).
-
-    A layer that did not select a document counts its own k-th score for it. Ties go to the lower number.
-    """
-    layers = [{d: s for d, s in zip(selection.documents[0].tolist(), selection.scores[0].tolist()) if d >= 0}
-              for selection in selections]
-    layers = [layer for layer in layers if layer]
-    found = {d for layer in layers for d in layer}
-    means = {d: sum(layer.get(d, min(layer.values())) for layer in layers) / len(layers) for d in found}
-    return sorted(means.items(), key=lambda pair: (-pair[1], pair[0]))
-
-
-def read(model, tokens, **kwargs):
-    """`model.read` of one sequence of ids; returns the logits of all its positions (T, V)."""
-    return model.read(torch.tensor([tokens], device=model.device), **kwargs).logits[0]
-
-
-def number_log_probabilities(model, tokenizer, cache, numbers):
-    """log p(number | numbers) (n,): the probability that the model writes each `[n]` next when it can write only these.
-
-    At each token the model's distribution is renormalised over the tokens that lead to one of them, as in constrained
-    decoding. (Renormalising whole numbers instead would favour short ones by several nats for each digit they lack.)
-    All are scored in one batch that continues copies of the cache.
-    """
-    spelled = [tokenizer.number(n) for n in numbers]
-    tokens = torch.zeros(len(spelled), max(map(len, spelled)), dtype=torch.long)
-    following = {}  # prefix -> tokens that may follow it
-    for row, number in enumerate(spelled):
-        tokens[row, :len(number)] = torch.tensor(number)
-        for t in range(1, len(number)):
-            following.setdefault(tuple(number[:t]), set()).add(number[t])
-    logits = model.read(tokens.to(model.device), cache=cache.expand(len(spelled))).logits.cpu()
-    log_p = torch.zeros(len(spelled))
-    for row, number in enumerate(spelled):
-        for t in range(1, len(number)):
-            allowed = list(following[tuple(number[:t])])
-            log_p[row] += logits[row, t - 1, number[t]] - logits[row, t - 1, allowed].logsumexp(0)
-    return log_p
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The interleave loop
-
-@torch.no_grad()
-def interleave(model, tokenizer, memory, texts, question, config):
-    """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of text.
-
-    memory: what `MSA.encode` returned, a ParallelMemory, or None; texts: token ids of the documents' texts, by position in the memory;
-    question: str. With a ParallelMemory over several ranks all of them call this with the same question, and rank 0 chooses.
-    In a round the model alone decides between another document, stop, and end of retrieval. For another document the
-    candidates are those that some memory layer selected and that are not yet named or appended; the highest
-    `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite what it did not see.
-    """
-    prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
-    agree, number_of = memory.ranks.agree if isinstance(memory, ParallelMemory) else int, lambda d: int(memory.numbers[d])
-    pick = lambda logits: agree(choose(logits, config.temperature, config.top_p))
-    for rounds in range(config.max_rounds + 1):
-        cache = Cache()
-        mask = torch.tensor([[True] * len(prompt) + [False]], device=model.device)  # generated tokens never route
-        logits = read(model, [*prompt, tokenizer.retrieve], memory=memory, routing_mask=mask, cache=cache)[-1]
-        ranked = rank_documents(cache.selections)
-        named = []
-        while rounds < config.max_rounds:
-            candidates = [(d, score) for d, score in ranked if d not in seen and d not in named]
-            choices = [tokenizer.stop if named else tokenizer.end_of_retrieval]
-            if candidates and len(named) < config.max_documents:
-                choices.append(tokenizer.open_bracket)
-            if choices[pick(logits[choices])] != tokenizer.open_bracket:
-                break
-            log_p = number_log_probabilities(model, tokenizer, cache, [number_of(d) for d, _ in candidates])
-            scores = torch.tensor([score for _, score in candidates]) / model.config.router_temperature
-            named.append(candidates[pick(log_p + config.router_weight * scores)][0])
-            logits = read(model, tokenizer.number(number_of(named[-1])), cache=cache)[-1]
-        if rounds < max(config.max_rounds, 1):
-            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)), list(map(number_of, sorted(named))))
-        if not named:
-            break
-        seen.update(named)
-        for d in sorted(named):
-            prompt = prompt + tokenizer.appended(number_of(d), texts[d])
-    yield from generate_answer(model, tokenizer, cache, config, agree)
-
-
-def generate_answer(model, tokenizer, cache, config, agree=int):
-    """Continue a cache, which ends with `<|retrieve|>`, by the end of retrieval and an answer; yields it as pieces of text.
-
-    agree: makes every rank's choice of a token that of rank 0.
-    """
-    token, answer, shown = tokenizer.end_of_retrieval, [], ""
-    for _ in range(config.max_answer_tokens):
-        logits = read(model, [token], cache=cache)[-1, :tokenizer.vocab_size]  # a model's vocabulary may be padded
-        token = agree(choose(logits, config.temperature, config.top_p))
-        if token == tokenizer.end:
-            break
-        answer.append(token)
-        text = tokenizer.decode(answer)
-        if not text.endswith("\ufffd"):  # a character may be spread over several tokens
-            yield text[len(shown):]
-            shown = text
-    if answer and tokenizer.decode(answer) != shown:
-        yield tokenizer.decode(answer)[len(shown):]
-
-
-def answer_question(model, tokenizer, memory, texts, question, config):
-    """`interleave` to its end: (answer, rounds)."""
-    events = list(interleave(model, tokenizer, memory, texts, question, config))
-    return "".join(e for e in events if isinstance(e, str)), [e for e in events if isinstance(e, Round)]
-
-
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts, numbers=None):
     """Encode documents given as token ids of their texts, with a progress bar. Returns (Memory, tokens per second)."""
@@ -221,9 +75,11 @@ def encode_texts(model, tokenizer, texts, numbers=None):
         return memory, bar.n / max(bar.format_dict["elapsed"], 1e-9)
 
 
-def load_checkpoint(folder, device):
-    """(model, tokenizer) of a checkpoint folder. Raises UserError when they do not belong together."""
-    model, tokenizer = MSA.load(folder, device), Tokenizer.load(folder)
+def load_checkpoint(name, device, dtype=torch.float32):
+    """(model, tokenizer) of a checkpoint, weights in `dtype`. Raises UserError when they do not belong together."""
+    folder = find(name)
+    model = MSA.from_pretrained(folder, device, dtype)
+    tokenizer = load_tokenizer(folder, model.config.prompts)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
                         "they do not belong together")
@@ -245,7 +101,8 @@ def fingerprint(model, tokenizer):
 def bank_layout(model, tokenizer, content="bfloat16"):
     """What a bank of this model holds."""
     config = model.config
-    return Layout(fingerprint(model, tokenizer), len(config.memory_layers), config.num_key_value_heads, config.head_dim, content)
+    return Layout(fingerprint(model, tokenizer), len(config.memory_layers), config.num_key_value_heads, config.head_dim, content,
+                  config.normalize_routing)
 
 
 def check_fingerprint(layout, folder, model, tokenizer):
@@ -445,34 +302,33 @@ def script():
     keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_checkpoint(config.checkpoint, device)
+    model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
     if model.config.full_attention:
         raise UserError(f"{config.checkpoint}: trained with full_attention, it has no memory; only eval.py --baseline full reads it")
     count_tokens, ranks = lambda text: len(tokenizer.encode(text)), Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
-    with autocast(device, dtype):
-        if config.memory:
-            memory = open_bank(model, tokenizer, config, device, count_tokens, ranks, say, reason)
-            if memory is None:
-                return ranks.end()
+    if config.memory:
+        memory = open_bank(model, tokenizer, config, device, count_tokens, ranks, say, reason)
+        if memory is None:
+            return ranks.end()
 
-            def ask(question):
-                memory.refresh()  # it may have changed since the last question
-                show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
-        else:
-            documents = read_folder(config.documents, count_tokens, config.max_document_tokens)
-            texts = tokenizer.encode_batch([document.text for document in documents])
-            memory, speed = encode_texts(model, tokenizer, texts)
-            say(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
-            ask = lambda question: show(model, tokenizer, memory, texts, lambda d: documents[d].where(), question, config, say)
-        if config.question:
-            ask(config.question)
-        else:
-            for turn in itertools.count():
-                question = ranks.tell(f"question/{turn}", read_question() if ranks.rank == 0 else None)
-                if question is None:
-                    break
-                ask(question)
+        def ask(question):
+            memory.refresh()  # it may have changed since the last question
+            show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
+    else:
+        documents = read_folder(config.documents, count_tokens, config.max_document_tokens)
+        texts = tokenizer.encode_batch([document.text for document in documents])
+        memory, speed = encode_texts(model, tokenizer, texts)
+        say(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")
+        ask = lambda question: show(model, tokenizer, memory, texts, lambda d: documents[d].where(), question, config, say)
+    if config.question:
+        ask(config.question)
+    else:
+        for turn in itertools.count():
+            question = ranks.tell(f"question/{turn}", read_question() if ranks.rank == 0 else None)
+            if question is None:
+                break
+            ask(question)
     ranks.end()
 
 

@@ -1,6 +1,7 @@
 """Text <-> tokens, and the spelling of everything the model reads and writes.
 
-Every encoding is a `tiktoken.Encoding`: trained on a corpus (`train_encoding`) or a named one (`named_encoding`).
+Every encoding is a `tiktoken.Encoding`: trained on a corpus (`train_encoding`), a named one (`named_encoding`) or that of a
+Hugging Face model (`read_tokenizer_json`).
 User text goes through `encode_ordinary`, which never parses special tokens: a document that contains the characters
 "<|end|>" is just text.
 
@@ -24,6 +25,7 @@ from pathlib import Path
 import tiktoken
 
 from common import UserError, atomic_file, write_json
+from tokenizer_json import ByteLevelEncoding, read_tokenizer_json
 
 SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
 
@@ -38,9 +40,9 @@ PATTERN = (r"[\[\]]|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}\[\]]?+\p{L}+|\p{N}{1,
 class Tokenizer:
     """A `tiktoken.Encoding` and how things are spelled in it. All methods return plain lists of token ids."""
 
-    def __init__(self, encoding):
-        """`encoding`: a tiktoken.Encoding that has SPECIAL_TOKENS."""
-        self.encoding = encoding
+    def __init__(self, encoding, source=None):
+        """`encoding`: a tiktoken.Encoding that has SPECIAL_TOKENS. source: the tokenizer.json that it extends, as bytes."""
+        self.encoding, self.source = encoding, source
         self.vocab_size = encoding.n_vocab
         missing = [token for token in SPECIAL_TOKENS if token not in encoding._special_tokens]
         if missing:
@@ -108,9 +110,9 @@ class Tokenizer:
         return hashlib.blake2b(tiktoken_bytes(self.encoding._mergeable_ranks) + special.encode(), digest_size=8).hexdigest()
 
     def save(self, folder):
-        """Write `tokenizer.tiktoken` (mergeable ranks) and `tokenizer_msa.json` (name, pattern, special tokens)."""
-        with atomic_file(Path(folder) / "tokenizer.tiktoken", "wb") as file:
-            file.write(tiktoken_bytes(self.encoding._mergeable_ranks))
+        """Write `tokenizer_msa.json` (name, pattern, special tokens) and `tokenizer.tiktoken` (mergeable ranks) or the tokenizer.json."""
+        with atomic_file(Path(folder) / ("tokenizer.json" if self.source else "tokenizer.tiktoken"), "wb") as file:
+            file.write(self.source or tiktoken_bytes(self.encoding._mergeable_ranks))
         write_json(Path(folder) / "tokenizer_msa.json", {
             "name": self.encoding.name, "pattern": self.encoding._pat_str,
             "tokens": len(self.encoding._mergeable_ranks) + len(self.encoding._special_tokens),
@@ -122,6 +124,8 @@ class Tokenizer:
         folder = Path(folder)
         try:
             about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
+            if (folder / "tokenizer.json").exists():
+                return extend_tokenizer_json(folder / "tokenizer.json", about["special_tokens"])
             ranks, special = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes()), about["special_tokens"]
             ids = {*ranks.values(), *special.values()}
             if len(ids) != about["tokens"] or len(ids) != len(ranks) + len(special) or min(ids) < 0:
@@ -168,13 +172,24 @@ def train_encoding(texts, vocab_size, number_tokens=False, name="bpe"):
 
 
 def named_encoding(name, number_tokens=False):
-    """One of tiktoken's own encodings, such as "gpt2", with our special tokens behind its own (needs a download once)."""
+    """One of tiktoken's own encodings, such as "gpt2" (needs a download once), or that of a folder with a tokenizer.json, with our special
+    tokens behind its own."""
+    if (Path(name) / "tokenizer.json").exists():
+        path = Path(name) / "tokenizer.json"
+        return extend_tokenizer_json(path, special_tokens(read_tokenizer_json(path).n_vocab, number_tokens))
     try:
         base = tiktoken.get_encoding(name)
     except ValueError:
-        raise UserError(f"encoding '{name}' is unknown; tiktoken knows {', '.join(tiktoken.list_encoding_names())}") from None
+        raise UserError(f"encoding '{name}' is unknown: no folder with a tokenizer.json; and tiktoken knows "
+                        f"{', '.join(tiktoken.list_encoding_names())}") from None
     except OSError as error:
         raise UserError(f"encoding '{name}' could not be downloaded ({type(error).__name__}); "
                         "connect once, or train one on your data (encoding = \"train\")") from None
     return Tokenizer(tiktoken.Encoding(f"{name}+msa", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
                                        special_tokens=base._special_tokens | special_tokens(base.n_vocab, number_tokens)))
+
+
+def extend_tokenizer_json(path, special):
+    """The Tokenizer of a tokenizer.json with more special tokens (name -> id)."""
+    arguments = read_tokenizer_json(path).arguments
+    return Tokenizer(ByteLevelEncoding(**arguments | {"special_tokens": arguments["special_tokens"] | special}), path.read_bytes())

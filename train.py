@@ -1,10 +1,11 @@
-"""Train a model with memory layers, from scratch or from a checkpoint of its own.
+"""Train a model with memory layers, from scratch or from a checkpoint: its own, or a Llama or Qwen3 backbone.
 
     python prepare_data.py config/demo.toml                              # the data of the run, once
     python train.py config/demo.toml                                     # a laptop CPU, one GPU: what is there is used
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
+    python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights, and its routers from its own attention
     python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
@@ -18,7 +19,7 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -31,8 +32,9 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import find
 from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
-from model import MSA, ModelConfig
+from model import MSA, ModelConfig, load_config
 from prepare_data import DataConfig, Pools, collate, read_about
 from tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
+    init_from: str = ""                 # checkpoint (or "owner/name" on the Hugging Face Hub) whose weights and sizes training starts from
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # the first phase: router_lm_weight * LM + aux; until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made until routing works
@@ -87,6 +90,23 @@ def contexts_of(step, config):
     Few documents are told apart sooner: 36 from the start stayed at chance for 1,350 steps (then without what embeddings share).
     """
     return max(1, 8 >> (8 * step // config.max_steps)) if config.model.full_attention else 0
+
+
+def start_from(config, tokenizer, device):
+    """The model that `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, gets routers that start
+    as its own attention (unless it has some), and is a memory model as `config.model` says. Raises UserError where it cannot be."""
+    folder = find(config.init_from)
+    if load_config(folder)[0].prompts == "nanomsa":
+        changes = {}
+    else:
+        for name in ("smear", "copy_init", "equal_routers", "full_attention"):
+            if getattr(config.model, name):
+                raise UserError(f"model.{name} is for models trained from scratch; leave it out with --init-from {config.init_from}")
+        own = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "number_chunk", "normalize_values", "score_bias")
+        changes = {name: getattr(config.model, name) for name in own} | dict(attend_memory=True, prompts="nanomsa")
+    model = MSA.from_pretrained(folder, device, **changes)
+    model.resize_vocabulary(tokenizer.vocab_size)
+    return model.train()
 
 
 def next_pool(pools, position, tokenizer, config, device, dropout=0.0, contexts=None):
@@ -174,19 +194,20 @@ def script():
         raise UserError(f"{config.data.out}: prepared with {changed} = {held.get(changed)!r}, but this run says "
                         f"{asked.get(changed)!r}; run prepare_data.py with the same configuration")
     tokenizer = Tokenizer.load(config.data.out)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
                         f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
-    tokenizer.check_number_chunk(config.model.number_chunk)
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled, better now than when it is drawn
     if config.model.full_attention and config.router_steps:
         raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
+    torch.manual_seed(config.seed)
+    model = start_from(config, tokenizer, device) if config.init_from else MSA(config.model).to(device)
+    config = replace(config, model=model.config)
+    tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
     # model and optimizer
-    torch.manual_seed(config.seed)
-    model = MSA(config.model).to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)],

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import eval as evaluation
+import interleave
 from common import UserError
 from eval import bm25_search, parse_lengths, score
+from interleave import Round
 from model import MSA
-from sample import Round
 from tasks import Question
+from tokenizer import Tokenizer
 
 NEEDLE = re.compile(r"One of the special magic numbers for (\S+) is: (\d{7})\.")
 LINK = re.compile(r"One of the special magic numbers for (\S+) is the one for (\S+)\.")
@@ -239,23 +241,18 @@ def answer_in(prompt):
 def watch(run, checkpoint, tmp_path, monkeypatch):
     """Run eval.py with a baseline that answers by `answer_in`; returns the rows and what it read, of each question."""
     def watch(*flags, checkpoint=checkpoint):
-        read, seen = evaluation.read, []
+        seen, own = [], Tokenizer.load(checkpoint)
 
-        def observed(model, tokens, **kwargs):
-            before = kwargs["cache"].length
-            logits = read(model, tokens, **kwargs)
-            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits, memory=kwargs.get("memory"), model=model))
-            return logits
+        def said(model, tokens, cache, stop, limit, pick, **first):
+            before, logits = cache.length, interleave.read(model, tokens, cache=cache, **first)
+            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits, memory=first.get("memory"), model=model))
+            assert cache.length == before + len(tokens)
+            yield from own.encode(answer_in(own.decode(tokens)))
 
         def no_memory_asked(*_):
             raise AssertionError("a baseline asked the memory")
-
-        def said(model, tokenizer, cache, config):
-            assert cache.length == seen[-1].before + len(seen[-1].tokens)
-            yield answer_in(tokenizer.decode(seen[-1].tokens))
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "read", observed)
-            patch.setattr(evaluation, "generate_answer", said)
+            patch.setattr(interleave, "generate", said)
             for name in ("answer_question", "encode_texts"):
                 patch.setattr(evaluation, name, no_memory_asked)
             result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
@@ -271,7 +268,8 @@ def scores_of(row):
 
 def with_documents(tokenizer, one, places):
     """The prompt of a question behind which stand these documents of its memory, in this order."""
-    return f"<|question|>{one.question}\n" + "".join(f"[{one.memory.numbers[i]}]. {one.texts[i]}\n" for i in places) + "<|retrieve|>"
+    documents = "".join(f"[{one.memory.numbers[i]}]. {one.texts[i]}\n" for i in places)
+    return f"<|question|>{one.question}\n{documents}<|retrieve|><|end_of_retrieval|>"
 
 
 @pytest.mark.parametrize("task,filler", [("niah_single", 1), ("niah_multikey", 0), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
@@ -382,9 +380,9 @@ def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
     for i, (one, read) in enumerate(zip(asked, seen)):
         documents = "".join(text for _, text in sorted(zip(one.memory.numbers, one.texts)))  # it has no use for numbers
         assert tokenizer.decode(contexts[i // 3].tolist()) == documents
-        assert tokenizer.decode(read.tokens) == f"<|question|>{one.question}\n<|retrieve|>"
+        assert tokenizer.decode(read.tokens) == f"<|question|>{one.question}\n<|retrieve|><|end_of_retrieval|>"
         assert read.before == len(contexts[i // 3]) < rows[i // 3]["memory_tokens"]
         with torch.no_grad():
-            whole = read.model.read(torch.cat([contexts[i // 3], torch.tensor(read.tokens)])[None]).logits[0, read.before:]
+            whole = read.model.read(torch.cat([contexts[i // 3], torch.tensor(read.tokens)])[None]).logits[0, -1]
         assert torch.allclose(read.logits, whole, atol=1e-4)
     assert [(row["baseline"], *scores_of(row)) for row in rows] == [("full", 0, 0, 0, 0)] * 2

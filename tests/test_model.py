@@ -630,7 +630,7 @@ def test_checkpoint_round_trip(shape, tmp_path):
     """A model that is saved and loaded would not be the same to the last bit."""
     model = make(torch.float32, **SHAPES[shape]).train()
     model.save(tmp_path)
-    loaded = MSA.load(tmp_path)
+    loaded = MSA.from_pretrained(tmp_path)
     assert loaded.config == model.config and not loaded.training
     assert list(loaded.state_dict()) == list(model.state_dict())
     for name, tensor in loaded.state_dict().items():
@@ -650,6 +650,8 @@ def test_checkpoint_round_trip(shape, tmp_path):
 @pytest.mark.parametrize("grows", [True, False])
 def test_checkpoint_of_another_shape(change, name, grows, tmp_path):
     """Weights of another shape, too many or too few, would be loaded in part, or fail without saying which."""
+    if "tie_word_embeddings" in change and not grows:
+        return  # as in transformers, an output matrix beside tied embeddings is not used
     smaller, larger = MSA(BASE), MSA(replace(BASE, **change))
     weights, configuration = (smaller, larger) if grows else (larger, smaller)
     weights.save(tmp_path)
@@ -657,7 +659,7 @@ def test_checkpoint_of_another_shape(change, name, grows, tmp_path):
     configuration.save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(kept)
     with pytest.raises(UserError) as error:
-        MSA.load(tmp_path)
+        MSA.from_pretrained(tmp_path)
     assert str(tmp_path / "model.safetensors") in str(error.value) and name in str(error.value)
 
 
@@ -668,7 +670,7 @@ def test_checkpoint_truncated(keep, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError) as error:
-        MSA.load(tmp_path)
+        MSA.from_pretrained(tmp_path)
     assert str(path) in str(error.value)
 
 
@@ -678,7 +680,7 @@ def test_checkpoint_missing_file(missing, tmp_path):
     MSA(BASE).save(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(UserError) as error:
-        MSA.load(tmp_path)
+        MSA.from_pretrained(tmp_path)
     assert str(tmp_path / missing) in str(error.value)
 
 
@@ -709,11 +711,11 @@ def changed(**changes):
         "a word", "nothing", "negative", "fraction", "odd head", "one layer", "heads", "no boolean"])
 def test_checkpoint_broken_config(write, tmp_path):
     """A configuration that says nothing, or nonsense, would end in a traceback, or in an error that does not name the file."""
-    MSA(BASE).save(tmp_path)
+    MSA(replace(BASE, smear=True)).save(tmp_path)
     path = tmp_path / "config.json"
     path.write_bytes(write(json.loads(path.read_text())))
     with pytest.raises(UserError) as error:
-        MSA.load(tmp_path)
+        MSA.from_pretrained(tmp_path)
     assert str(path) in str(error.value)
 
 

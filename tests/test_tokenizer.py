@@ -255,7 +255,7 @@ def test_named_encoding_with_gaps(monkeypatch, tmp_path):
 
 def test_unknown_encoding():
     """A wrong name of an encoding would end in a traceback, or would not say which names there are."""
-    with pytest.raises(UserError, match="encoding 'gpt1' is unknown; tiktoken knows .*gpt2"):
+    with pytest.raises(UserError, match="encoding 'gpt1' is unknown: no folder with a tokenizer.json; and tiktoken knows .*gpt2"):
         named_encoding("gpt1")
 
 

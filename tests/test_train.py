@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_prompts import write
 
 import msa_kernel
+import prepare_data
+import sample
 import train
 from model import MSA, ModelConfig
 from prepare_data import Pools, collate
@@ -75,7 +78,7 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
     assert result.code == 0 and "done at step 2" in result.out and "Traceback" not in result.err
     files = files_of(tmp_path / "run")
     assert files.keys() == CHECKPOINT | {"curves.png"} and files["curves.png"].startswith(b"\x89PNG")
-    model = MSA.load(tmp_path / "run")
+    model = MSA.from_pretrained(tmp_path / "run")
     assert (model.config.vocab_size, model.config.hidden_size, model.config.top_k) == (608, 16, 2)
     rows = read_log(files)
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train"), (2, "validation")]
@@ -116,7 +119,7 @@ def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, flag
     """The first phase would not be router_lm_weight * LM + aux, 0.1 by default, or the second not LM + 0.1 * aux."""
     assert fit("--out", tmp_path, "--max-steps", 1, "--router-steps", router_steps, *flags).code == 0
     row = read_log(files_of(tmp_path))[0]
-    config = MSA.load(tmp_path).config
+    config = MSA.from_pretrained(tmp_path).config
     torch.manual_seed(1337)
     model = MSA(config)
     losses = model(*next_pool(Pools(tiny / "data" / "train", 608), 0, tokenizer, TrainConfig(), torch.device("cpu")))
@@ -138,7 +141,7 @@ def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
         (1, "train"), (2, "train"), (3, "train"), (3, "validation"), (4, "train"), (4, "validation")]
     for row in rows:
         assert row["recall"] == [0] and row["aux"] == row["naming"] == row["named"] == row["top1"] == 0 and row["lm"] == row["answer"] > 0
-    model = MSA.load(tmp_path / "a")
+    model = MSA.from_pretrained(tmp_path / "a")
     assert model.config.full_attention and not any("router" in name for name in model.state_dict())
     torch.manual_seed(1337)
     model, pools = MSA(model.config), Pools(tiny / "data" / "train", 608)
@@ -434,3 +437,61 @@ def test_two_ranks_are_one_that_accumulates(fit, tiny, tmp_path, files_of):
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
     states = [torch.load(tmp_path / name / "training_state.pt", weights_only=True) for name in ("one", "two")]
     assert states[0]["position"] == states[1]["position"] == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a backbone
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A tiny Llama folder: weights of a model without helpers, and a tokenizer.json."""
+    torch.manual_seed(3)
+    model = MSA(ModelConfig(vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                            num_key_value_heads=1, head_dim=8, attend_memory=False, prompts="chat"))
+    model.init_routers()
+    model.save(tmp_path / "backbone")
+    write(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+def test_init_from_a_backbone(run, tmp_path, backbone):
+    """A backbone would be trained from noise, with other sizes, without tokens to name documents with, or be asked in other prompts."""
+    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 4, "--data.validation-pools", 2,
+            "--data.needles", 2, "--data.chains", 1, "--data.noise", 1, "--data.number-tokens")
+    assert run(prepare_data, *[str(flag).replace("--data.", "--") for flag in data]).code == 0
+    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--model.top-k", 2, "--model.number-chunk", 5,
+             "--router-steps", 1, "--log-every", 1, "--evaluate-every", 2)
+    first, second = MSA.from_pretrained(backbone), None
+    result = run(train, *flags, "--max-steps", 2, "--learning-rate", 1e-9, "--final-learning-rate", 1e-9, "--weight-decay", 0)
+    assert result.code == 0, result.err
+    second = MSA.from_pretrained(tmp_path / "run")
+    config = second.config
+    assert (config.prompts, config.attend_memory, config.number_chunk, config.top_k) == ("nanomsa", True, 5, 2)
+    assert config.hidden_size == 16 and config.num_hidden_layers == 4 and config.vocab_size == 261 + 5 + 768
+    for name, tensor in first.state_dict().items():
+        assert torch.allclose(second.state_dict()[name][:len(tensor)], tensor, atol=1e-6), name
+    grown = second.model.embed_tokens.weight[261:]
+    assert torch.allclose(grown.mean(0), first.model.embed_tokens.weight.mean(0), atol=2e-3) and (grown.std(0) > 0).all()
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("One of the special magic numbers for calm-meadow is: 3391874.")
+    asked = run(sample, "--checkpoint", tmp_path / "run", "--documents", documents, "--device", "cpu", "--max-answer-tokens", 3, "Why?")
+    assert asked.code == 0, asked.err
+    again = run(train, *flags, "--max-steps", 3, "--resume")
+    assert again.code == 0 and "resumed" in again.out, again.err
+    tuned = run(train, *data, "--init-from", tmp_path / "run", "--out", tmp_path / "tuned", "--device", "cpu", "--router-steps", 1,
+                "--max-steps", 1)  # one of its own goes on as it is
+    assert tuned.code == 0, tuned.err
+    assert MSA.from_pretrained(tmp_path / "tuned").config == config
+
+
+@pytest.mark.parametrize("flags,message", [
+    (("--model.smear",), "model.smear is for models trained from scratch; leave it out with --init-from"),
+    (("--init-from", "nowhere"), "nowhere/config.json: no such file"),
+])
+def test_init_from_mistakes(run, tmp_path, backbone, tiny, flags, message):
+    """What cannot be would be ignored, or end in a traceback."""
+    flags = flags if "--init-from" in flags else (*flags, "--init-from", backbone)
+    result = run(train, tiny / "tiny.toml", "--out", tmp_path / "run", *flags)
+    assert result.code == 2 and message in result.error, result.error
+    assert not (tmp_path / "run").exists()

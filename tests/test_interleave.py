@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from common import UserError
-from model import MSA, Cache, Memory, ModelConfig, Selection
-from sample import (
+from interleave import (
     InterleaveConfig,
     Round,
     answer_question,
     choose,
-    generate_answer,
+    generate,
     interleave,
     number_log_probabilities,
     rank_documents,
     read,
+    spell,
 )
+from model import MSA, Cache, Memory, ModelConfig, Selection
 
 NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
 
@@ -41,10 +42,10 @@ class Scripted:
         self.tokenizer, self.rounds, self.answer, self.strength = tokenizer, rounds, list(answer), strength
         self.selected = [[selection(range(5), [0.5] * 5)]] if selected is None else selected
         self.size = tokenizer.vocab_size + padding
-        self.config = SimpleNamespace(top_k=5, router_temperature=0.125, vocab_size=self.size)
+        self.config = SimpleNamespace(top_k=5, router_temperature=0.125, vocab_size=self.size, prompts="nanomsa")
         self.device, self.prompts, self.read_so_far = torch.device("cpu"), [], 0
 
-    def read(self, tokens, memory=None, routing_mask=None, cache=None):
+    def read(self, tokens, memory=None, routing_mask=None, cache=None, positions=None):
         if memory is not None:
             assert cache.length == 0 and not cache.selections and tokens.shape == routing_mask.shape
             self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0]].tolist()), self.tokenizer.decode(tokens[0].tolist())))
@@ -54,8 +55,8 @@ class Scripted:
         context, _ = cache.extend(0, tokens[:, :, None, None], tokens[:, :, None, None])
         cache.length, cache.last_embedding = cache.length + tokens.size(1), torch.zeros(len(tokens), 1, 1)
         rows, first = context.flatten(1).tolist(), cache.length - tokens.size(1) + 1
-        return SimpleNamespace(logits=torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)])
-                                                   for row in rows]))
+        logits = torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)]) for row in rows])
+        return SimpleNamespace(logits=logits if positions is None else logits[positions])
 
     def wants(self, context):
         """The logits behind `context`."""
@@ -380,4 +381,5 @@ def test_no_rounds(small, with_memory):
     assert [score for _, score in rounds[0].routed] == pytest.approx([score for _, score in routed], abs=1e-5)
     cache = Cache()
     read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question), cache=cache)
-    assert "".join(generate_answer(model, tokenizer, cache, config)) == expected
+    pieces = generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end}, 6, lambda x: int(x[:tokenizer.vocab_size].argmax()))
+    assert "".join(spell(tokenizer, pieces)) == expected

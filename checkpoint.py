@@ -1,0 +1,207 @@
+"""Checkpoint folders in the Hugging Face layout: config.json, model.safetensors or its shards, the tokenizer's files.
+
+One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the authors' MSA-4B. Nothing here is unpickled, and what the
+model does not compute is refused by its name in config.json.
+"""
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from common import UserError, atomic_file, write_json
+
+SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "chat_template.jinja")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def find(name):
+    """The folder of a checkpoint: `name` itself, or where huggingface_hub keeps the files of the repository "owner/name", which it
+    downloads first. Raises UserError."""
+    folder = Path(name)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder; to download a model of that name from the Hugging Face Hub: "
+                        "pip install -e '.[hub]'") from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except Exception as error:  # of the network's and the library's many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{name}: no such folder, and no such model could be had from the Hugging Face Hub "
+                        f"({type(error).__name__}: {reason})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+# What a backbone must say, or leave out: key -> (values allowed, what another value would mean)
+PLAIN = {"hidden_act": (("silu",), "an activation"), "attention_bias": ((False,), "biases in attention"),
+         "mlp_bias": ((False,), "biases in the MLP"), "use_sliding_window": ((False,), "sliding windows"),
+         "partial_rotary_factor": ((1, 1.0), "partial RoPE"), "quantization_config": ((), "quantized weights"),
+         "num_experts": ((), "a mixture of experts"), "num_local_experts": ((), "a mixture of experts")}
+MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max", "max"), "chunk_reduce_method": ("max", "max"),
+             "decouple_pooling_mode": ("mean", "mean")}  # what we compute, and the authors' default
+
+
+def read_json(path, what):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        return values
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {path.parent} is not a checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+
+
+def read_config(folder):
+    """config.json -> (values of ModelConfig by name, the entries that are not the model's concern). Raises UserError."""
+    path = Path(folder) / "config.json"
+    found = read_json(path, "a checkpoint's configuration")
+    kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
+    if kind not in ("llama", "qwen3", "msa", "nanomsa"):
+        raise UserError(f"{path}: model_type is {kind!r}; supported are llama, qwen3, msa (the authors') and nanomsa")
+    if not isinstance(msa, dict | None):
+        raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
+    for key, (allowed, meaning) in PLAIN.items():
+        if found.get(key) is not None and found[key] not in allowed:
+            raise UserError(f"{path}: {key} is {found[key]!r}: {meaning}, which this model does not have; "
+                            + (f"it must be {allowed[0]!r}" if allowed else "it must be absent"))
+    if found.get("sliding_window") is not None and "use_sliding_window" not in found:
+        raise UserError(f"{path}: sliding_window is {found['sliding_window']!r}; this model attends to everything: it must be null")
+    if any(kind != "full_attention" for kind in found.get("layer_types") or ()):
+        raise UserError(f"{path}: layer_types has others than full_attention, which this model does not have")
+    rope = found.pop("rope_parameters", None) or found.pop("rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if rope_type != "default":
+        raise UserError(f"{path}: RoPE is scaled ({rope_type!r}), which this model does not do; only the default kind is supported")
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    try:
+        if kind != "nanomsa":
+            heads, width = found["num_attention_heads"], found["hidden_size"]
+            whole = type(heads) is int and type(width) is int and heads > 0
+            defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=heads,
+                            head_dim=128 if kind != "llama" else width // heads if whole else 0)
+            found = {**defaults, **{key: value for key, value in found.items() if value is not None or key not in defaults}}
+        if kind == "nanomsa" and msa is None:
+            raise KeyError("msa_config")
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings")
+        values = {name: found.pop(name) for name in names}
+        values["qk_norm"] = found.pop("qk_norm") if kind == "nanomsa" else kind != "llama"
+    except KeyError as error:
+        raise UserError(f"{path}: not a checkpoint's configuration: {error} is missing") from None
+    if msa is None:  # a plain backbone: its routers are untrained, it has not learned to read a memory or to name documents
+        msa = {"attend_memory": False, "prompts": "chat"}
+    elif kind == "msa" or "pooling_kernel_size" in msa:
+        msa = authors_options(msa, path)
+    else:
+        for name in ("chunk_size", "top_k", "router_temperature"):
+            if name not in msa:
+                raise UserError(f"{path}: msa_config lacks {name}")
+    return {**values, **msa}, found
+
+
+def authors_options(msa, path):
+    """The authors' msa_config in our names. A router is normalised where the name of its loss says INFONCE, as their training does it."""
+    for name, (ours, default) in MSA_PLAIN.items():
+        if msa.get(name, default) != ours:
+            raise UserError(f"{path}: msa_config.{name} is {msa.get(name, default)!r}; only {ours!r} is supported")
+    values = dict(router_layer_idx=msa.get("router_layer_idx", "all"), top_k=msa.get("top_k_docs", 16),
+                  chunk_size=msa.get("pooling_kernel_size", 64), router_temperature=msa.get("infonce_loss_temp", 0.1),
+                  decouple_router=msa.get("decouple_router", False), prompts="msa")
+    return {**values, "normalize_routing": msa.get("normalize_routing", "INFONCE" in str(msa.get("aux_loss_method", "INFONCE")))}
+
+
+def write_config(folder, values, msa, others, dtype):
+    """Write config.json, such that transformers reads the plain backbone where it knows its kind.
+
+    values: of ModelConfig, by name; msa: the part of them that is ours; others: entries that are passed on, such as eos_token_id.
+    """
+    kind = "nanomsa" if msa["smear"] else "qwen3" if values["qk_norm"] else "llama"
+    own = {name: value for name, value in values.items() if name != "qk_norm" or kind == "nanomsa"}
+    write_json(Path(folder) / "config.json", {
+        "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,
+        "architectures": [dict(nanomsa="MSA", qwen3="Qwen3ForCausalLM", llama="LlamaForCausalLM")[kind]], "model_type": kind,
+        "torch_dtype": str(dtype).removeprefix("torch."), **own, "msa_config": msa})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+class Weights:
+    """The tensors of a folder, each read when it is asked for.
+
+    shapes: name -> shape; files: name -> the file that holds it; main: the file that says what there is.
+    """
+
+    def __init__(self, folder):
+        """Looks at every file's header. Raises UserError for a file that is missing, not whole, or pickled."""
+        folder = Path(folder)
+        files, self.main = [folder / WEIGHTS], folder / WEIGHTS
+        if not files[0].exists() and (folder / INDEX).exists():
+            self.main = folder / INDEX
+            places = read_json(self.main, "an index of weights").get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(x, str) and Path(x).name == x for x in places.values()):
+                raise UserError(f"{self.main}: not an index of weights; its weight_map must name files of this folder")
+            files = [folder / name for name in sorted(set(places.values()))]
+            for path in files:
+                if not path.exists():
+                    raise UserError(f"{path}: no such file, but {INDEX} names it; a shard of this checkpoint is missing")
+        elif not files[0].exists():
+            pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
+            raise UserError(f"{files[0]}: no such file; " + (
+                f"{pickled[0]} is pickled, and pickles run code when they are read: convert it to safetensors" if pickled
+                else f"{folder} is not a checkpoint"))
+        self.shapes, self.files = {}, {}
+        for path in files:
+            with open_weights(path) as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise UserError(f"{path}: tensor {name} is of type {part.get_dtype()}; it must be one of {', '.join(DTYPES)}")
+                    self.shapes[name], self.files[name] = tuple(part.get_shape()), path
+
+    def read(self, name, device, dtype):
+        """One tensor, copied. The file is opened anew, so that what was mapped of it does not stay in memory beside the copy."""
+        with open_weights(self.files[name]) as file:
+            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def open_weights(path):
+    from safetensors import SafetensorError, safe_open  # here: bench.py runs where only torch, triton and numpy are installed
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def write_weights(folder, tensors):
+    """Write tensors (name -> tensor) as model.safetensors, or as shards of about SHARD_BYTES and their index; each appears whole."""
+    from safetensors.torch import save
+
+    folder, shards, room = Path(folder), [], 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file_name, shard in zip(names, shards):
+        with atomic_file(folder / file_name, "wb") as file:
+            file.write(save({name: tensors[name].detach().cpu().contiguous() for name in shard}, {"format": "pt"}))
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                                    "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+    for path in [*folder.glob("model*.safetensors"), folder / INDEX]:  # an earlier checkpoint's
+        if path.name not in names and (path.name != INDEX or len(shards) == 1):
+            path.unlink(missing_ok=True)
