@@ -2,15 +2,19 @@
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
 # make scale   one memory from 16K to 100M tokens on two CPU processes: more than half an hour, 5.3 GB in SCALE=folder; it goes on where it was
+# make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed up on SQuAD. Downloads both (270 and
+#              4 MB), unless SMOL= and DATA= name what is there: a checkpoint's folder; SQuAD's file or a folder in BEIR's layout
 # make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
 #              python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
 RUN = .venv/bin/python
 RESULTS ?= results
+SMOL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+DATA ?= data/squad-dev-v2.0.json
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test scale torture gpu lint clean
+.PHONY: demo test scale smol torture gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -28,6 +32,17 @@ scale: .venv/installed
 		--routing-keys int8 --json $(RESULTS)/scale-int8.json
 	$(RUN) eval.py config/scale.toml --baseline bm25 --json $(RESULTS)/scale-bm25.json
 
+smol: out/smol/router.json
+	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace "Who built the lighthouse?"
+	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 "What does the locomotive burn?"
+
+out/smol/router.json: | .venv/installed $(DATA)
+	$(RUN) train.py config/smol.toml --init-from $(SMOL) --router-data $(DATA) --overwrite
+
+data/squad-dev-v2.0.json:
+	mkdir -p data
+	curl -fL --retry 3 -o $@.tmp https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json && mv $@.tmp $@
+
 torture: .venv/installed
 	$(RUN) tests/torture.py
 
@@ -44,7 +59,7 @@ clean:
 .venv/installed: requirements.txt pyproject.toml
 	@echo "installing into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,baselines,dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,baselines,hub,dev]'
 	@touch $@
 
 data/demo/about.json: config/demo.toml | .venv/installed

@@ -126,6 +126,7 @@ def write_config(folder, values, msa, others, dtype):
     values: of ModelConfig, by name; msa: the part of them that is ours; others: entries that are passed on, such as eos_token_id.
     """
     kind = "nanomsa" if msa["smear"] else "qwen3" if values["qk_norm"] else "llama"
+    others = {name: value for name, value in others.items() if name != "dtype"}  # newer files' word for torch_dtype
     own = {name: value for name, value in values.items() if name != "qk_norm" or kind == "nanomsa"}
     write_json(Path(folder) / "config.json", {
         "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,

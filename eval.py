@@ -44,7 +44,7 @@ from interleave import InterleaveConfig, Round, answer_from_text, answer_questio
 from memory_bank import Bank
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
-from prepare_data import Document
+from prepare_data import Document, bm25_search
 from sample import encode_texts, hash64, load_checkpoint, sync
 from tasks import TASKS, Words, make_memory
 
@@ -261,22 +261,6 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
         return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave, context), [])
 
     return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]
-
-
-def bm25_search(texts):
-    """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 (k1 1.5, b 0.75)."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UserError("--baseline bm25 needs bm25s: pip install -e '.[baselines]'") from None
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
-
-    def search(query, k):
-        words = bm25s.tokenize([query], stopwords=None, show_progress=False)
-        found, scores = index.retrieve(words, k=min(k, len(texts)), show_progress=False)
-        return list(zip(found[0].tolist(), scores[0].tolist()))
-    return search
 
 
 def plot(rows, path, beside=()):

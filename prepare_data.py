@@ -138,13 +138,78 @@ def read_jsonl(path):
                 continue
             try:
                 found = json.loads(line.decode())
-                id, title, text = found["id"], found.get("title") or found["id"], found["text"]
+                id = found["_id"] if "_id" in found else found["id"]  # BEIR's files say _id
+                title, text = found.get("title") or id, found["text"]
                 if {type(x) for x in (id, title, text)} != {str}:
                     raise TypeError
                 f"{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", "text": "..."}} of UTF-8 strings') from None
             yield id, title, text
+
+
+def read_beir(folder, splits):
+    """A retrieval set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+
+    Returns (documents, questions by split): documents are texts, behind their title where they have one; questions are (text, gold),
+    gold a tuple of the indices of the documents that answer it. A split that has no file is empty. Raises UserError that names the line.
+    """
+    folder = Path(folder)
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; expected a set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/train.tsv")
+    corpus, queries = (list(read_jsonl(folder / name)) for name in ("corpus.jsonl", "queries.jsonl"))
+    place, text_of, questions = {id: i for i, (id, _, _) in enumerate(corpus)}, {id: text for id, _, text in queries}, {}
+    if len(place) < len(corpus):
+        raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
+    for split in splits:
+        path, gold = folder / "qrels" / f"{split}.tsv", {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
+        for number, line in enumerate(lines[1:], start=2):  # the first line names the columns
+            query, document, score = (line.split("\t") + ["", ""])[:3]
+            if query not in text_of or document not in place or not score.strip().lstrip("-").isdigit():
+                raise UserError(f"{path}:{number}: {line!r} is not a query's _id, a document's _id and a score, with tabs between")
+            if int(score) > 0:
+                gold.setdefault(query, []).append(place[document])
+        questions[split] = [(text_of[query], tuple(found)) for query, found in gold.items()]
+    return [text if title == id else f"{title}. {text}" for id, title, text in corpus], questions
+
+
+def read_squad(path):
+    """SQuAD's own file as a retrieval set: its paragraphs, behind their article's title, and the questions about each.
+
+    Returns what `read_beir` does, of the splits train and test: every fourth article is for testing. Questions that a paragraph does not
+    answer are left out. Raises UserError for another file.
+    """
+    documents, questions = [], {"train": [], "test": []}
+    try:
+        articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        for i, article in enumerate(articles):
+            for paragraph in article["paragraphs"]:
+                asked = [row["question"].strip() for row in paragraph["qas"] if not row.get("is_impossible")]
+                questions["test" if i % 4 == 3 else "train"] += [(question, (len(documents),)) for question in asked]
+                documents.append(f"{article['title'].replace('_', ' ')}. {paragraph['context']}")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's layout") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
+    return documents, questions
+
+
+def bm25_search(texts):
+    """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 (k1 1.5, b 0.75)."""
+    try:
+        import bm25s
+    except ImportError:
+        raise UserError("BM25 needs bm25s: pip install -e '.[baselines]'") from None
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
+
+    def search(query, k):
+        words = bm25s.tokenize([query], stopwords=None, show_progress=False)
+        found, scores = index.retrieve(words, k=min(k, len(texts)), show_progress=False)
+        return list(zip(found[0].tolist(), scores[0].tolist()))
+    return search
 
 
 def documents_size(path):

@@ -6,6 +6,7 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights, and its routers from its own attention
+    python train.py config/smol.toml --init-from out/smollm2             # its routers alone (warmup.py), on a retrieval set
     python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
@@ -33,16 +34,19 @@ import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import find
-from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
+from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, write_json
 from model import MSA, ModelConfig, load_config
 from prepare_data import DataConfig, Pools, collate, read_about
+from prompts import load_tokenizer
 from tokenizer import Tokenizer
+from warmup import warm_up
 
 
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     init_from: str = ""                 # checkpoint (or "owner/name" on the Hugging Face Hub) whose weights and sizes training starts from
+    router_data: str = ""               # retrieval set (BEIR's layout, or SQuAD's file): train the routers of `init_from` alone, on it
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # the first phase: router_lm_weight * LM + aux; until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made until routing works
@@ -107,6 +111,28 @@ def start_from(config, tokenizer, device):
     model = MSA.from_pretrained(folder, device, **changes)
     model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
+
+
+def train_routers(config, device, dtype, say):
+    """The router-only phase: the backbone is left as it is, and its layer inputs are computed once (warmup.py). Writes the checkpoint to
+    `out`, and what was measured to router.json."""
+    folder, out = find(config.init_from), Path(config.out)
+    if load_config(folder)[0].prompts != "chat":
+        raise UserError(f"--router-data is for backbones; {config.init_from} is a model with a memory already: leave it out")
+    changes = {name: getattr(config.model, name) for name in ("chunk_size", "top_k", "router_temperature", "router_layer_idx")}
+    model, tokenizer = MSA.from_pretrained(folder, device, **changes), load_tokenizer(folder, "chat")
+    config = replace(config, model=model.config)
+    if (out / "config.json").exists() and not config.overwrite:
+        raise UserError(f"{out}: holds a checkpoint; replace it with --overwrite, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(model.config.memory_layers)}")
+    with autocast(device, dtype):
+        measured = warm_up(config, model, tokenizer, say)
+    stored = model.others.get("torch_dtype") or model.others.get("dtype")
+    model.to(getattr(torch, str(stored), torch.float32)).save(out)
+    tokenizer.save(out)
+    write_json(out / "router.json", dict(init_from=config.init_from, router_data=config.router_data, seed=config.seed, **measured))
+    say(f"done: {out}")
 
 
 def next_pool(pools, position, tokenizer, config, device, dropout=0.0, contexts=None):
@@ -185,6 +211,10 @@ def script():
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
+    if config.router_data:
+        if world > 1 or config.resume or not config.init_from:
+            raise UserError("--router-data wants --init-from, one process, and no --resume: it is done in minutes")
+        return train_routers(config, device, dtype, say)
 
     # data
     asked, about = asdict(config.data), read_about(config.data.out)

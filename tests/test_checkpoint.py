@@ -247,7 +247,7 @@ BAD = {
     "windows, older": (edit(sliding_window=4096), "sliding_window is 4096"),
     "experts": (edit(num_experts=8), "num_experts is 8: a mixture of experts"),
     "quantized": (edit(quantization_config={"bits": 4}), "quantized weights"),
-    "no width": (edit(hidden_size="delete"), "config.json: not a checkpoint's configuration .*hidden_size"),
+    "no width": (edit(hidden_size="delete"), "config.json: not a checkpoint's configuration: 'hidden_size' is missing"),
     "a word": (edit(hidden_size="wide"), "config.json: hidden_size = 'wide' is of type str"),
     "no heads": (edit(num_attention_heads=0), "config.json"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a checkpoint's configuration"),

@@ -124,7 +124,7 @@ MISTAKES = [
     (prepare_data, "tiny.toml --number-tokens --vocab-size 1028 --out other", "error: vocab_size is 1028; .* at least 1029"),
     (prepare_data, "tiny.toml --seed -1 --out other", "seed .*-1"),
     (prepare_data, "tiny.toml --vocab-size 260 --out other", "error: vocab_size is 260; .* at least 261"),
-    (prepare_data, "tiny.toml --encoding gpt1 --out other", "error: encoding 'gpt1' is unknown; tiktoken knows .*gpt2"),
+    (prepare_data, "tiny.toml --encoding gpt1 --out other", "error: encoding 'gpt1' is unknown: no folder .*gpt2"),
     (prepare_data, "--documents docs --out other", "documents and questions go together"),
     (sample, "--checkpoint good --documents docs --temperature -1 q", "temperature is -1.0; it must be at least 0"),
     (sample, "--checkpoint good --documents docs --top-p 0 q", "top_p is 0.0; it must be above 0 and at most 1"),

@@ -1,0 +1,208 @@
+"""Routers of a frozen backbone: what is computed once is what the model sees when it is asked, and what is measured is what it finds."""
+import json
+
+import pytest
+import torch
+from test_prompts import write
+
+import sample
+import train
+from common import UserError
+from interleave import rank_documents
+from model import MSA, ModelConfig
+from prepare_data import read_beir, read_squad
+from prompts import load_tokenizer
+from warmup import Inputs, batch_of, document_inputs, document_scores, question_inputs, whiten
+
+
+def retrieval_set(folder):
+    """24 documents, each of a letter of its own, and three questions about each: two to train on, one to test. Letters that all have in
+    common would match in all of them, and hide the others behind the maximum over tokens."""
+    (folder / "qrels").mkdir(parents=True)
+    letters = [chr(ord("A") + i) for i in range(24)]
+    documents = [{"_id": f"d{i}", "title": "Place 1" if i == 1 else "", "text": letter * (5 + 7 * (i % 4))}
+                 for i, letter in enumerate(letters)]
+    queries, lines = [], {"train": [], "test": []}
+    for i, letter in enumerate(letters):
+        for j, text in enumerate((letter * 4, letter * 9, letter * 3)):
+            queries.append({"_id": f"q{i}-{j}", "text": text})
+            lines["test" if j == 2 else "train"].append(f"q{i}-{j}\td{i}\t1")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(x) + "\n" for x in documents))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(x) + "\n" for x in queries))
+    for split, rows in lines.items():
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(row + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def backbone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(5)
+    model = MSA(ModelConfig(vocab_size=261, hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=8, qk_norm=request.param == "qwen3", chunk_size=16, attend_memory=False,
+                            prompts="chat"))
+    for parameter in model.parameters():
+        parameter.data *= 3 if parameter.ndim == 2 else 1  # layers that do something
+    model.model.embed_tokens.weight.data *= 10
+    plain = {name: tensor for name, tensor in model.state_dict().items() if "router" not in name}
+    model.state_dict = lambda *_, **__: plain
+    model.save(folder)
+    values = json.loads((folder / "config.json").read_text())
+    del values["msa_config"]
+    (folder / "config.json").write_text(json.dumps({**values, "eos_token_id": 258}))
+    return write(folder)
+
+
+@pytest.fixture
+def warmed(run, backbone, tmp_path):
+    """A checkpoint that `--router-data` wrote, and the set it was trained on."""
+    data = retrieval_set(tmp_path / "set")
+    result = run(train, "--init-from", backbone, "--router-data", data, "--out", tmp_path / "out", "--max-steps", 12, "--evaluate-every", 4,
+                 "--learning-rate", 1e-2, "--routing-dropout", 0.2, "--model.chunk-size", 16, "--model.top-k", 3, "--device", "cpu")
+    assert result.code == 0, result.err
+    return tmp_path / "out", data, backbone, result
+
+
+@torch.no_grad()
+def test_measured_is_what_the_model_finds(warmed):
+    """What is computed once would be other inputs than those that route when the model is asked: at other positions, of other tokens, of
+    chunks cut elsewhere; or the whitening would not be in the maps."""
+    out, data, backbone, _ = warmed
+    measured = json.loads((out / "router.json").read_text())
+    model = MSA.from_pretrained(out)
+    tokenizer = load_tokenizer(out, model.config.prompts)
+    texts, questions = read_beir(data, ("test",))
+    memory = model.encode([torch.tensor(tokenizer.document(n, tokenizer.encode(text))) for n, text in enumerate(texts)])
+    inputs, asked = document_inputs(model, tokenizer, texts), question_inputs(model, tokenizer, [text for text, _ in questions["test"]])
+    found, layers = [], []
+    for i, (question, gold) in enumerate(questions["test"]):
+        tokens, routes = tokenizer.question(question)
+        selections = model.read(torch.tensor([tokens]), memory, torch.tensor([routes]), prefix_length=len(tokenizer.head)).selections
+        at, mask = batch_of(asked, torch.tensor([i]))
+        for layer, selection in enumerate(selections):
+            attention = model.model.layers[model.config.memory_layers[layer]].self_attn
+            maps = attention.router_q_proj[0].weight, attention.router_k_proj[0].weight
+            scores = document_scores(maps, (4, 2, 8), asked.rows[layer][at], mask, inputs.rows[layer], inputs.offsets)
+            assert torch.allclose(scores, selection.all_scores, atol=0.03)
+        found.append(gold[0] in [d for d, _ in rank_documents(selections)[:3]])
+        layers.append([gold[0] in selection.documents[0].tolist() for selection in selections])
+    share = lambda rows: torch.tensor(rows).float().mean(0)
+    assert len(found) == measured["test_questions"] == 24 and measured["chance"] == 3 / 24
+    assert abs(float(share(found)) - measured["trained"]["recall_at_k"]) < 0.05  # inputs were rounded to bfloat16
+    assert torch.allclose(share(layers), torch.tensor(measured["trained"]["layers"]), atol=0.1)
+    assert measured["trained"]["recall_at_k"] > 4 * measured["chance"]
+
+
+def test_the_backbone_is_untouched(warmed):
+    """Warming up would change what the backbone says; or leave out what makes it a checkpoint."""
+    out, _, backbone, _ = warmed
+    before, after = MSA.from_pretrained(backbone), MSA.from_pretrained(out)
+    assert after.config.prompts == "chat" and not after.config.attend_memory and (after.config.chunk_size, after.config.top_k) == (16, 3)
+    changed = [name for name, tensor in before.state_dict().items() if not tensor.equal(after.state_dict()[name])]
+    assert changed and all("router" in name for name in changed) and len(changed) == 4
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (backbone / name).read_bytes()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 258
+
+
+def test_it_can_be_asked(run, warmed, tmp_path):
+    """A warmed-up backbone would not be asked, from a folder or from a bank."""
+    out, *_ = warmed
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The amber birch lies by the sea.")
+    (tmp_path / "texts" / "b.txt").write_text("The grove heron lies inland.")
+    flags = ("--checkpoint", out, "--documents", tmp_path / "texts", "--max-documents", 1, "--max-answer-tokens", 4, "--device", "cpu")
+    for where in ((), ("--memory", tmp_path / "bank"), ("--dtype", "bfloat16")):
+        result = run(sample, *flags, *where, "Where is amber birch?")
+        assert result.code == 0 and (" [0] a.txt:1-1" in result.out) + (" [1] b.txt:1-1" in result.out) == 1, (result.out, result.err)
+
+
+@torch.no_grad()
+def test_inputs(backbone):
+    """Inputs would depend on what they are computed beside, or come back in another order."""
+    model, tokenizer = MSA.from_pretrained(backbone, chunk_size=16), load_tokenizer(backbone, "chat")
+    texts = ["a", "some more text than that, over several chunks of it", "short", "a middling one, of two"]
+    for compute in (document_inputs, question_inputs):
+        whole = compute(model, tokenizer, texts)
+        for i, text in enumerate(texts):
+            one = compute(model, tokenizer, [text]) if compute is question_inputs or i == 0 else None
+            if one is not None:
+                for a, b in zip(one.rows, whole.rows):
+                    assert torch.allclose(a.float(), b[whole.offsets[i]:whole.offsets[i + 1]].float(), atol=0.05)
+    assert whole.offsets.diff().tolist() == [len(tokenizer.encode(text)) for text in texts]
+    assert document_inputs(model, tokenizer, texts).offsets.diff().tolist() == [
+        -(-len(tokenizer.document(n, tokenizer.encode(text))) // 16) for n, text in enumerate(texts)]
+
+
+def test_whitening():
+    """Long directions would still hide the others."""
+    torch.manual_seed(0)
+    scale = torch.tensor([100.0, 1, 1, 1, 1, 1]).sqrt()
+    inputs = Inputs([(torch.randn(5000, 6) * scale).bfloat16()], torch.tensor([0, 5000]))
+    before = inputs.rows[0].float()
+    (white,) = whiten(inputs)
+    after = inputs.rows[0].float()
+    assert torch.allclose(before @ white, after, atol=0.05) and torch.allclose(white, white.T)
+    spread = after.pow(2).mean(0)
+    assert spread.max() / spread.min() < 2.5 < (before.pow(2).mean(0).max() / before.pow(2).mean(0).min())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets
+
+def test_read_beir(tmp_path):
+    """Titles would be lost, splits mixed, or a document that does not answer counted."""
+    texts, questions = read_beir(retrieval_set(tmp_path / "set"), ("train", "dev", "test"))
+    assert texts[0] == "AAAAA" and texts[1] == "Place 1. " + "B" * 12
+    assert {split: len(rows) for split, rows in questions.items()} == {"train": 48, "dev": 0, "test": 24}
+    assert questions["test"][1] == ("BBB", (1,))
+    path = tmp_path / "set" / "qrels" / "test.tsv"
+    path.write_text(path.read_text() + "q0-2\td5\t1\nq0-2\td6\t0\n")
+    assert read_beir(tmp_path / "set", ("test",))[1]["test"][0][1] == (0, 5)
+
+
+@pytest.mark.parametrize("file,text,message", [
+    ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
+    ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
+    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "two documents have the same _id"),
+    ("qrels/test.tsv", "head\nq0-2\tnone\t1\n", "test.tsv:2: 'q0-2.*is not a query's _id"),
+    ("qrels/test.tsv", "head\nq0-2\td1\tbest\n", "test.tsv:2"),
+    ("qrels/test.tsv", "head\nq0-2\n", "test.tsv:2")])
+def test_bad_sets(tmp_path, file, text, message):
+    """A damaged set would end in a traceback that does not name the line."""
+    folder = retrieval_set(tmp_path / "set")
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_beir(folder, ("train", "test"))
+
+
+def test_read_squad(tmp_path):
+    """Questions would be about another paragraph, or test articles be trained on."""
+    article = lambda name, *asked: {"title": name, "paragraphs": [{"context": f"{name} text.", "qas": [
+        {"question": question, "is_impossible": impossible} for question, impossible in asked]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"), article("C", ("Who?", False)),
+                                         article("D", ("When?", False))]}))
+    texts, questions = read_squad(path)
+    assert texts == ["A b. A_b text.", "B. B text.", "C. C text.", "D. D text."]
+    assert questions == {"train": [("Why?", (0,)), ("Who?", (2,))], "test": [("When?", (3,))]}
+    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
+            read_squad(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_squad(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("flags,message", [
+    ((), "--router-data wants --init-from"), (("--init-from", "checkpoint"), "is a model with a memory already"),
+    (("--init-from", "backbone", "--resume"), "no --resume"), (("--init-from", "backbone", "--router-data", "nowhere"), "nowhere"),
+    (("--init-from", "backbone", "--model.top-k", "0"), "top_k is 0")])
+def test_mistakes(run, backbone, checkpoint, tmp_path, flags, message):
+    """What cannot be warmed up would end in a traceback, or in a folder with half a checkpoint."""
+    flags = [{"checkpoint": checkpoint, "backbone": backbone}.get(flag, flag) for flag in flags]
+    result = run(train, "--router-data", retrieval_set(tmp_path / "set"), "--out", tmp_path / "out", "--device", "cpu", *flags)
+    assert result.code == 2 and message in result.error, result.error
+    assert not (tmp_path / "out" / "config.json").exists()

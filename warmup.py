@@ -1,0 +1,249 @@
+"""Routers for a backbone that is left untouched: what enters its memory layers is computed once, then only the routers' maps are made.
+
+    python train.py --init-from out/smollm2 --router-data FOLDER --out out/smol        # FOLDER: a retrieval set in BEIR's layout
+
+The routing key of a chunk is a linear map of the mean of its tokens' layer inputs: of a document no more than these means is kept. In a
+trained language model a few directions of the layer inputs are hundreds of times longer than the others and the same in every text:
+through them everything looks alike. So routers start as one random orthogonal map for queries and keys alike, behind a whitening of each
+side (the inverse square root of its second moments): like finds like, and every direction counts. From there Eq. 5 trains them.
+"""
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import UserError
+from model import contrastive_loss, hit_rate, rope_angles
+from msa_kernel import chunk_means, chunk_offsets, group_queries, ranges, route, sparse_attention
+from prepare_data import bm25_search, read_beir, read_squad
+
+RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted
+BATCH_TOKENS = 4096   # of texts that run through the backbone at once
+STATISTICS = 20000    # rows that the moments are taken from
+HELD_OUT = 0.1        # share of the documents that training questions are about, whose questions choose the best step
+BATCH, NEGATIVES = 64, 256  # questions of a step, and documents besides theirs
+
+
+@dataclass
+class Inputs:
+    """What enters the memory layers, for texts one after another: of every token, or of every chunk its tokens' mean."""
+    rows: list             # of (N, E) bfloat16, one per memory layer
+    offsets: torch.Tensor  # (n + 1,) int64: text i has rows offsets[i]:offsets[i + 1]
+
+
+def layer_inputs(model, tokens, prefix_length=0, shift=0):
+    """Yields the normed input (B, L, E) of every memory layer for right-padded tokens (B, L), each text alone and without a memory.
+
+    From prefix_length on positions are moved by `shift`.
+    """
+    place = torch.arange(tokens.size(1), device=tokens.device)
+    rope, (x, _) = rope_angles(place + shift * (place >= prefix_length), model.config), model.embed(tokens)
+    for i, layer in enumerate(model.model.layers):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        if i in model.config.memory_layers:
+            yield h
+        if i == model.config.memory_layers[-1]:
+            return
+        x = layer.finish(x, sparse_attention(attention.query(h, rope), *attention.key_value(h, rope)))
+
+
+@torch.no_grad()
+def compute_inputs(model, texts, reduce, label, prefix_length=0, shift=0):
+    """Inputs of texts (lists of ids), in batches of similar length. reduce: (h (B, L, E), lengths (B,)) -> (rows, counts (B,)) to keep."""
+    lengths = np.array([len(text) for text in texts])
+    order, layers, kept, counts = np.argsort(-lengths, kind="stable").tolist(), [[] for _ in model.config.memory_layers], [], []
+    with tqdm(desc=label, total=int(lengths.sum()), unit=" tokens", unit_scale=True, delay=1) as bar:
+        while order:
+            batch = order[:max(1, BATCH_TOKENS // len(texts[order[0]]))]
+            del order[:len(batch)]
+            sizes, tokens = torch.from_numpy(lengths[batch]), torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
+            for row, i in enumerate(batch):
+                tokens[row, :lengths[i]] = torch.tensor(texts[i])
+            for rows, h in zip(layers, layer_inputs(model, tokens.to(model.device), prefix_length, shift)):
+                found, count = reduce(h, sizes.to(h.device))
+                rows.append(found.bfloat16().cpu())
+            kept += batch
+            counts.append(count.cpu())
+            bar.update(int(sizes.sum()))
+    counts, back = torch.cat(counts), torch.tensor(kept).argsort()
+    starts = F.pad(counts.cumsum(0), (1, 0))[:-1]
+    rows = ranges(starts[back], counts[back])  # from the order of computing to the order given
+    return Inputs([torch.cat(parts)[rows] for parts in layers], F.pad(counts[back].cumsum(0), (1, 0)))
+
+
+def document_inputs(model, tokenizer, texts):
+    """Inputs of documents' chunks, their numbers their places."""
+    size = model.config.chunk_size
+    reduce = lambda h, lengths: (chunk_means(h.float()[:, :, None], lengths, size)[:, 0], chunk_offsets(lengths, size).diff())
+    return compute_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)], reduce, "documents")
+
+
+def question_inputs(model, tokenizer, texts):
+    """Inputs of questions' routing tokens, where they stand when they are asked."""
+    head = len(tokenizer.head)
+
+    def reduce(h, lengths):
+        place = torch.arange(h.size(1), device=h.device)
+        return h[(place >= head) & (place < lengths[:, None])], lengths - head
+    return compute_inputs(model, [tokenizer.question(text)[0] for text in texts], reduce, "questions", head, model.config.top_k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routing by maps of inputs
+
+def document_scores(maps, shape, x, mask, chunks, offsets):
+    """(B, M) for question inputs x (B, T, E), of which `mask` (B, T) route, and documents' chunks (C, E).
+
+    maps: (H * D, E) of queries and (G * D, E) of keys; shape: (H, G, D).
+    """
+    (H, G, D), (query_map, key_map) = shape, maps
+    query = group_queries(F.linear(x.float(), query_map).unflatten(-1, (H, D)), G)
+    keys = F.normalize(F.linear(chunks.float(), key_map).unflatten(-1, (G, D)), dim=-1)
+    return route(query, mask, keys, offsets)
+
+
+def batch_of(questions, rows):
+    """Where the tokens of these questions lie among all, (B, T), and which of them there are (B, T)."""
+    counts = questions.offsets.diff()[rows]
+    place = torch.arange(int(counts.max()))
+    mask = place < counts[:, None]
+    return (questions.offsets[rows][:, None] + place).masked_fill(~mask, 0), mask
+
+
+def whitening(x):
+    """(E, E), symmetric: what makes the second moments of rows (N, E) nearly those of white noise."""
+    x = x[torch.randperm(len(x))[:STATISTICS]].double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    return ((vectors * (values + RIDGE * values.mean()).rsqrt()) @ vectors.T).float()
+
+
+def whiten(inputs):
+    """Whitens Inputs in place; returns the (E, E) of each layer."""
+    found = [whitening(rows) for rows in inputs.rows]
+    for rows, white in zip(inputs.rows, found):
+        for part in rows.split(1 << 16):
+            part.copy_(part.float() @ white)
+    return found
+
+
+def first_maps(shape, width):
+    """A random orthogonal map for keys, and the same for the queries of every head."""
+    H, G, D = shape
+    key = torch.nn.init.orthogonal_(torch.empty(G * D, width))
+    return key.view(G, 1, D, width).expand(-1, H // G, -1, -1).reshape(H * D, width).clone(), key
+
+
+@torch.no_grad()
+def recalls(maps, shape, questions, documents, rows, gold, top_k, batch=64):
+    """Recall of questions `rows`: a list (layers + 1) of the first top_k of every layer's own ranking, then as `rank_documents` ranks, by
+    the mean score, a layer counting its k-th score for what it did not select; and of the first of that ranking alone."""
+    found, first = 0, 0.0
+    for part in rows.split(batch):
+        at, mask = batch_of(questions, part)
+        scores = torch.stack([document_scores(pair, shape, questions.rows[layer][at], mask, documents.rows[layer], documents.offsets)
+                              for layer, pair in enumerate(maps)])                                      # (layers, B, M)
+        least = scores.topk(min(top_k, scores.size(2)), dim=2).values[:, :, -1:]
+        ranked = scores.clamp(min=least).mean(0, keepdim=True)
+        positive = positives(gold, part, scores.size(2))
+        found += hit_rate(torch.cat([scores, ranked]), positive, top_k).sum(1)
+        first += float(hit_rate(ranked, positive, 1).sum())
+    return [round(r, 4) for r in (found / len(rows)).tolist()], round(first / len(rows), 4)
+
+
+def positives(gold, rows, documents):
+    """(B, M) bool."""
+    positive = torch.zeros(len(rows), documents, dtype=torch.bool)
+    for row, question in enumerate(rows.tolist()):
+        positive[row, list(gold[question])] = True
+    return positive
+
+
+def train_maps(maps, shape, questions, documents, rows, held_out, gold, config, say):
+    """Eq. 5 from these maps on; returns the best, by the recall of the held-out questions. Inputs are whitened: directions learn alike."""
+    rng, M, top_k = torch.Generator().manual_seed(config.seed), len(documents.offsets) - 1, config.model.top_k
+    best, best_recall, order = [[x.clone() for x in pair] for pair in maps], -1.0, []
+    parameters = [x.requires_grad_() for pair in maps for x in pair]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    with tqdm(desc="training routers", total=config.max_steps, unit="step", delay=1) as bar:
+        for step in range(config.max_steps + 1):
+            if step % config.evaluate_every == 0 or step == config.max_steps:
+                recall, _ = recalls(maps, shape, questions, documents, held_out, gold, top_k)
+                say(f"step {step:4d}/{config.max_steps} held-out recall@{top_k} {recall[-1]:.3f}, layers "
+                    + " ".join(f"{r:.2f}" for r in recall[:-1]))
+                if recall[-1] + np.mean(recall[:-1]) > best_recall:
+                    best, best_recall = [[x.detach().clone() for x in pair] for pair in maps], recall[-1] + np.mean(recall[:-1])
+            if step == config.max_steps:
+                return best
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / config.max_steps)) / 2
+            order = order if len(order) >= BATCH else rows[torch.randperm(len(rows), generator=rng)].tolist()
+            batch, order = torch.tensor(order[:BATCH]), order[BATCH:]
+            asked = torch.tensor([d for question in batch.tolist() for d in gold[question]])
+            chosen = torch.cat([asked, torch.randperm(M, generator=rng)[:NEGATIVES]]).unique()
+            counts = documents.offsets.diff()[chosen]
+            chunks, offsets = ranges(documents.offsets[chosen], counts), F.pad(counts.cumsum(0), (1, 0))
+            at, mask = batch_of(questions, batch)
+            routing = mask & (torch.rand(mask.shape, generator=rng) >= config.routing_dropout)
+            routing = torch.where(routing.any(1, keepdim=True), routing, mask)
+            positive = positives(gold, batch, M)[:, chosen]
+            for layer, pair in enumerate(maps):
+                scores = document_scores(pair, shape, questions.rows[layer][at], routing, documents.rows[layer][chunks], offsets)
+                contrastive_loss(scores, positive, torch.zeros_like(positive), config.model.router_temperature).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+
+
+def warm_up(config, model, tokenizer, say):
+    """Make and train the routers of a chat backbone on `config.router_data`. Returns what was measured."""
+    folder = Path(config.router_data).is_dir()
+    texts, asked = read_beir(config.router_data, ("train", "test")) if folder else read_squad(config.router_data)
+    for split, least in (("train", 10), ("test", 1)):
+        if len(asked[split]) < least:
+            raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on; at least {least} are needed")
+    gold = [found for split in ("train", "test") for _, found in asked[split]]
+    c, top_k, began = model.config, model.config.top_k, time.time()
+    shape = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    documents = document_inputs(model, tokenizer, texts)
+    questions = question_inputs(model, tokenizer, [text for split in ("train", "test") for text, _ in asked[split]])
+    tokens, seconds = sum(len(tokenizer.encode(text)) for text in texts) + int(questions.offsets[-1]), time.time() - began
+    say(f"{len(texts):,} documents, {len(gold):,} questions: {tokens:,} tokens at {tokens / seconds:,.0f} tokens/s")
+    rng = np.random.default_rng(config.seed)
+    train, test = torch.arange(len(asked["train"])), torch.arange(len(asked["train"]), len(gold))
+    about = sorted({found[0] for _, found in asked["train"]})
+    kept_back = set(rng.permutation(about)[:max(1, round(HELD_OUT * len(about)))].tolist())
+    held = torch.tensor([gold[q][0] in kept_back for q in train.tolist()])
+    measured = dict(documents=len(texts), train_questions=int((~held).sum()), held_out=int(held.sum()), test_questions=len(test),
+                    tokens=tokens, input_seconds=round(seconds, 1), chance=round(min(1, top_k / len(texts)), 4))
+
+    def measure(name, maps):
+        recall, first = recalls(maps, shape, questions, documents, test, gold, top_k)
+        measured[name] = dict(recall_at_k=recall[-1], top1=first, layers=recall[:-1])
+        say(f"{name}: recall@{top_k} {recall[-1]:.3f}, top-1 {first:.3f}, layers {' '.join(f'{r:.2f}' for r in recall[:-1])}", flush=True)
+
+    try:
+        search = bm25_search(texts)
+        hits = [set(found) & {d for d, _ in search(text, top_k)} for text, found in asked["test"]]
+        measured["bm25"] = round(float(np.mean([len(hit) / len(found) for hit, (_, found) in zip(hits, asked["test"])])), 4)
+    except UserError:  # bm25s is not installed
+        measured["bm25"] = None
+    say(f"recall@{top_k} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
+    attention = [model.model.layers[i].self_attn for i in c.memory_layers]
+    measure("as attention", [[a.router_q_proj[0].weight.detach().float(), a.router_k_proj[0].weight.detach().float()] for a in attention])
+    white = list(zip(whiten(questions), whiten(documents)))
+    torch.manual_seed(config.seed)
+    maps = [list(first_maps(shape, c.hidden_size)) for _ in attention]
+    measure("whitened", maps)
+    began = time.time()
+    maps = train_maps(maps, shape, questions, documents, train[~held], train[held], gold, config, say)
+    measured["training_seconds"] = round(time.time() - began, 1)
+    measure("trained", maps)
+    for a, pair, whites in zip(attention, maps, white):
+        for router, x, w in zip((a.router_q_proj[0], a.router_k_proj[0]), pair, whites):
+            router.weight = torch.nn.Parameter((x @ w).to(router.weight))  # inputs as they are
+    return measured
