@@ -66,6 +66,8 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"model.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                             f"model.num_key_value_heads, {self.num_key_value_heads}")
+        if self.equal_routers and not self.decouple_router:
+            raise UserError("model.equal_routers is on, but without model.decouple_router there are no routers; leave it out")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; RoPE needs an even number")
         if not self.memory_layers and not self.full_attention:
@@ -587,6 +589,7 @@ class MSA(nn.Module):
             setattr(model.get_submodule(parent), leaf, nn.Parameter(weights.read(name, device, dtype)))
         if untrained:
             model.init_routers()
+        model.trained_routers = not untrained
         return model.eval()
 
     def load_tensors(self, tensors, path):

@@ -39,7 +39,7 @@ from model import MSA, ModelConfig, load_config
 from prepare_data import DataConfig, Pools, collate, read_about
 from prompts import load_tokenizer
 from tokenizer import Tokenizer
-from warmup import warm_up
+from warmup import start_routers, warm_up
 
 
 @dataclass
@@ -111,6 +111,16 @@ def start_from(config, tokenizer, device):
     model = MSA.from_pretrained(folder, device, **changes)
     model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
+
+
+def whiten_routers(model, pools, tokenizer, config, count=16):
+    """Routers for a backbone that has none, from the documents and questions of the first pools: see warmup.py."""
+    documents, questions = [], []
+    for i in range(min(count, len(pools))):
+        found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
+        documents += [document.tolist() for document in found]
+        questions += [row[routes].tolist() for batch in batches for row, routes in zip(batch["tokens"], batch["routing_mask"])]
+    start_routers(model, documents, questions)
 
 
 def train_routers(config, device, dtype, say):
@@ -228,6 +238,8 @@ def script():
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
                         f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled, better now than when it is drawn
+    if config.model.prompts != "nanomsa":
+        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked as \"nanomsa\"")
     if config.model.full_attention and config.router_steps:
         raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     torch.manual_seed(config.seed)
@@ -235,6 +247,9 @@ def script():
     config = replace(config, model=model.config)
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
+    if config.init_from and not model.trained_routers and not config.resume:
+        with autocast(device, dtype):
+            whiten_routers(model, train_pools, tokenizer, config)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
     # model and optimizer

@@ -76,21 +76,19 @@ def compute_inputs(model, texts, reduce, label, prefix_length=0, shift=0):
     return Inputs([torch.cat(parts)[rows] for parts in layers], F.pad(counts[back].cumsum(0), (1, 0)))
 
 
-def document_inputs(model, tokenizer, texts):
-    """Inputs of documents' chunks, their numbers their places."""
-    size = model.config.chunk_size
-    reduce = lambda h, lengths: (chunk_means(h.float()[:, :, None], lengths, size)[:, 0], chunk_offsets(lengths, size).diff())
-    return compute_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)], reduce, "documents")
+def document_inputs(model, documents):
+    """Inputs of documents' chunks; documents: lists of ids, spelled with their numbers."""
+    cut = (model.config.chunk_size, model.config.number_chunk)
+    reduce = lambda h, lengths: (chunk_means(h.float()[:, :, None], lengths, *cut)[:, 0], chunk_offsets(lengths, *cut).diff())
+    return compute_inputs(model, documents, reduce, "documents")
 
 
-def question_inputs(model, tokenizer, texts):
-    """Inputs of questions' routing tokens, where they stand when they are asked."""
-    head = len(tokenizer.head)
-
+def question_inputs(model, questions, prefix_length=0):
+    """Inputs of questions' tokens behind the prefix, which are those that route; questions: lists of ids, the prefix included."""
     def reduce(h, lengths):
         place = torch.arange(h.size(1), device=h.device)
-        return h[(place >= head) & (place < lengths[:, None])], lengths - head
-    return compute_inputs(model, [tokenizer.question(text)[0] for text in texts], reduce, "questions", head, model.config.top_k)
+        return h[(place >= prefix_length) & (place < lengths[:, None])], lengths - prefix_length
+    return compute_inputs(model, questions, reduce, "questions", prefix_length, model.config.top_k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,11 +129,29 @@ def whiten(inputs):
     return found
 
 
-def first_maps(shape, width):
-    """A random orthogonal map for keys, and the same for the queries of every head."""
-    H, G, D = shape
-    key = torch.nn.init.orthogonal_(torch.empty(G * D, width))
-    return key.view(G, 1, D, width).expand(-1, H // G, -1, -1).reshape(H * D, width).clone(), key
+def shape_of(config):
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
+def first_maps(config):
+    """For each memory layer a random orthogonal map for keys, and the same for the queries of every head."""
+    (H, G, D), E = shape_of(config), config.hidden_size
+    keys = [torch.nn.init.orthogonal_(torch.empty(G * D, E)) for _ in config.memory_layers]
+    return [[key.view(G, 1, D, E).expand(-1, H // G, -1, -1).reshape(H * D, E).clone(), key] for key in keys]
+
+
+def write_routers(model, maps, whitenings):
+    """Give the model routers that do to inputs as they are what `maps` do to whitened ones; whitenings: (questions', documents')."""
+    for i, pair, whites in zip(model.config.memory_layers, maps, zip(*whitenings)):
+        attention = model.model.layers[i].self_attn
+        for router, x, white in zip((attention.router_q_proj[0], attention.router_k_proj[0]), pair, whites):
+            router.weight.data.copy_(x @ white)
+
+
+def start_routers(model, documents, questions):
+    """Routers to train with the rest of a model from: whitened orthogonal maps. Both: lists of ids, all of whose tokens count."""
+    inputs = question_inputs(model, questions), document_inputs(model, documents)
+    write_routers(model, first_maps(model.config), tuple(map(whiten, inputs)))
 
 
 @torch.no_grad()
@@ -208,9 +224,10 @@ def warm_up(config, model, tokenizer, say):
             raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on; at least {least} are needed")
     gold = [found for split in ("train", "test") for _, found in asked[split]]
     c, top_k, began = model.config, model.config.top_k, time.time()
-    shape = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    documents = document_inputs(model, tokenizer, texts)
-    questions = question_inputs(model, tokenizer, [text for split in ("train", "test") for text, _ in asked[split]])
+    shape = shape_of(c)
+    documents = document_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)])
+    spelled = [tokenizer.question(text)[0] for split in ("train", "test") for text, _ in asked[split]]
+    questions = question_inputs(model, spelled, len(tokenizer.head))
     tokens, seconds = sum(len(tokenizer.encode(text)) for text in texts) + int(questions.offsets[-1]), time.time() - began
     say(f"{len(texts):,} documents, {len(gold):,} questions: {tokens:,} tokens at {tokens / seconds:,.0f} tokens/s")
     rng = np.random.default_rng(config.seed)
@@ -235,15 +252,12 @@ def warm_up(config, model, tokenizer, say):
     say(f"recall@{top_k} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
     attention = [model.model.layers[i].self_attn for i in c.memory_layers]
     measure("as attention", [[a.router_q_proj[0].weight.detach().float(), a.router_k_proj[0].weight.detach().float()] for a in attention])
-    white = list(zip(whiten(questions), whiten(documents)))
     torch.manual_seed(config.seed)
-    maps = [list(first_maps(shape, c.hidden_size)) for _ in attention]
+    whitenings, maps = (whiten(questions), whiten(documents)), first_maps(c)
     measure("whitened", maps)
     began = time.time()
     maps = train_maps(maps, shape, questions, documents, train[~held], train[held], gold, config, say)
     measured["training_seconds"] = round(time.time() - began, 1)
     measure("trained", maps)
-    for a, pair, whites in zip(attention, maps, white):
-        for router, x, w in zip((a.router_q_proj[0], a.router_k_proj[0]), pair, whites):
-            router.weight = torch.nn.Parameter((x @ w).to(router.weight))  # inputs as they are
+    write_routers(model, maps, whitenings)
     return measured

@@ -723,7 +723,9 @@ def test_checkpoint_broken_config(write, tmp_path):
     (dict(vocab_size=0), "model.vocab_size is 0"), (dict(top_k=0), "model.top_k is 0"), (dict(chunk_size=-1), "model.chunk_size is -1"),
     (dict(router_temperature=0.0), "model.router_temperature is 0.0"), (dict(num_hidden_layers=1), "model.num_hidden_layers is 1"),
     (dict(num_key_value_heads=3), "model.num_attention_heads is 4; .* 3"), (dict(head_dim=5), "model.head_dim is 5"),
-    (dict(number_chunk=-1), "model.number_chunk is -1"),
+    (dict(number_chunk=-1), "model.number_chunk is -1"), (dict(decouple_router=False, equal_routers=True), "model.equal_routers is on"),
+    (dict(router_layer_idx="2,1"), "model.router_layer_idx is '2,1'"), (dict(router_layer_idx="x"), "router_layer_idx is 'x'"),
+    (dict(router_layer_idx="9"), "router_layer_idx is '9'"), (dict(router_layer_idx="1,1"), "router_layer_idx is '1,1'"),
 ])
 def test_config_checks_itself(change, message):
     """A model that cannot work would be built, and fail later without naming the setting."""

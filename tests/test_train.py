@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_prompts import write
 
 import msa_kernel
@@ -469,7 +469,7 @@ def test_init_from_a_backbone(run, tmp_path, backbone):
     assert (config.prompts, config.attend_memory, config.number_chunk, config.top_k) == ("nanomsa", True, 5, 2)
     assert config.hidden_size == 16 and config.num_hidden_layers == 4 and config.vocab_size == 261 + 5 + 768
     for name, tensor in first.state_dict().items():
-        assert torch.allclose(second.state_dict()[name][:len(tensor)], tensor, atol=1e-6), name
+        assert torch.allclose(second.state_dict()[name][:len(tensor)], tensor, atol=1e-6), name  # its routers too, it has some
     grown = second.model.embed_tokens.weight[261:]
     assert torch.allclose(grown.mean(0), first.model.embed_tokens.weight.mean(0), atol=2e-3) and (grown.std(0) > 0).all()
     documents = tmp_path / "documents"
@@ -495,3 +495,22 @@ def test_init_from_mistakes(run, tmp_path, backbone, tiny, flags, message):
     result = run(train, tiny / "tiny.toml", "--out", tmp_path / "run", *flags)
     assert result.code == 2 and message in result.error, result.error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_without_routers(run, tmp_path, backbone):
+    """Its routers would start as attention's own maps, through which everything looks alike; or be made anew when it is resumed."""
+    weights = {name: tensor for name, tensor in load_file(backbone / "model.safetensors").items() if "router" not in name}
+    save_file(weights, backbone / "model.safetensors")
+    own = MSA.from_pretrained(backbone).state_dict()
+    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 2, "--data.validation-pools", 1,
+            "--data.needles", 2, "--data.chains", 1, "--data.noise", 1)
+    assert run(prepare_data, *[str(flag).replace("--data.", "--") for flag in data]).code == 0
+    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--router-steps", 1, "--learning-rate", 1e-9,
+             "--final-learning-rate", 1e-9, "--weight-decay", 0)
+    assert run(train, *flags, "--max-steps", 1).code == 0
+    first = load_file(tmp_path / "run" / "model.safetensors")
+    routers = [name for name in first if "router" in name]
+    assert len(routers) == 4 and not any(torch.allclose(first[name], own[name], atol=1e-3) for name in routers)
+    assert run(train, *flags, "--max-steps", 2, "--resume").code == 0
+    second = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in routers)

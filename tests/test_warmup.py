@@ -12,7 +12,7 @@ from interleave import rank_documents
 from model import MSA, ModelConfig
 from prepare_data import read_beir, read_squad
 from prompts import load_tokenizer
-from warmup import Inputs, batch_of, document_inputs, document_scores, question_inputs, whiten
+from warmup import Inputs, batch_of, document_inputs, document_scores, question_inputs, start_routers, whiten
 
 
 def retrieval_set(folder):
@@ -32,6 +32,10 @@ def retrieval_set(folder):
     for split, rows in lines.items():
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(row + "\n" for row in rows))
     return folder
+
+
+def spelled(tokenizer, texts):
+    return [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -72,8 +76,9 @@ def test_measured_is_what_the_model_finds(warmed):
     model = MSA.from_pretrained(out)
     tokenizer = load_tokenizer(out, model.config.prompts)
     texts, questions = read_beir(data, ("test",))
-    memory = model.encode([torch.tensor(tokenizer.document(n, tokenizer.encode(text))) for n, text in enumerate(texts)])
-    inputs, asked = document_inputs(model, tokenizer, texts), question_inputs(model, tokenizer, [text for text, _ in questions["test"]])
+    memory = model.encode(list(map(torch.tensor, spelled(tokenizer, texts))))
+    inputs = document_inputs(model, spelled(tokenizer, texts))
+    asked = question_inputs(model, [tokenizer.question(text)[0] for text, _ in questions["test"]], len(tokenizer.head))
     found, layers = [], []
     for i, (question, gold) in enumerate(questions["test"]):
         tokens, routes = tokenizer.question(question)
@@ -122,16 +127,15 @@ def test_inputs(backbone):
     """Inputs would depend on what they are computed beside, or come back in another order."""
     model, tokenizer = MSA.from_pretrained(backbone, chunk_size=16), load_tokenizer(backbone, "chat")
     texts = ["a", "some more text than that, over several chunks of it", "short", "a middling one, of two"]
-    for compute in (document_inputs, question_inputs):
-        whole = compute(model, tokenizer, texts)
-        for i, text in enumerate(texts):
-            one = compute(model, tokenizer, [text]) if compute is question_inputs or i == 0 else None
-            if one is not None:
-                for a, b in zip(one.rows, whole.rows):
-                    assert torch.allclose(a.float(), b[whole.offsets[i]:whole.offsets[i + 1]].float(), atol=0.05)
+    asked, head = [tokenizer.question(text)[0] for text in texts], len(tokenizer.head)
+    for compute, rows in ((document_inputs, spelled(tokenizer, texts)), (lambda *args: question_inputs(*args, head), asked)):
+        whole = compute(model, rows)
+        for i, row in enumerate(rows):
+            for a, b in zip(compute(model, [row]).rows, whole.rows):
+                assert torch.allclose(a.float(), b[whole.offsets[i]:whole.offsets[i + 1]].float(), atol=0.05)
     assert whole.offsets.diff().tolist() == [len(tokenizer.encode(text)) for text in texts]
-    assert document_inputs(model, tokenizer, texts).offsets.diff().tolist() == [
-        -(-len(tokenizer.document(n, tokenizer.encode(text))) // 16) for n, text in enumerate(texts)]
+    assert document_inputs(model, spelled(tokenizer, texts)).offsets.diff().tolist() == [
+        -(-len(row) // 16) for row in spelled(tokenizer, texts)]
 
 
 def test_whitening():
@@ -206,3 +210,24 @@ def test_mistakes(run, backbone, checkpoint, tmp_path, flags, message):
     result = run(train, "--router-data", retrieval_set(tmp_path / "set"), "--out", tmp_path / "out", "--device", "cpu", *flags)
     assert result.code == 2 and message in result.error, result.error
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@torch.no_grad()
+def test_start_routers(backbone):
+    """Routers to train from would be attention's own, in which a few long directions make everything alike."""
+    model = MSA.from_pretrained(backbone, chunk_size=16)
+    assert not model.trained_routers
+    torch.manual_seed(1)
+    documents = [torch.randint(32, 127, (40,)).tolist() for _ in range(60)]
+    spread = lambda rows: (values := torch.linalg.svdvals(rows.double())).max() / values.min()
+    inputs = document_inputs(model, documents)
+    before = [spread(rows.float() @ model.model.layers[i].self_attn.router_k_proj[0].weight.T)
+              for i, rows in zip(model.config.memory_layers, inputs.rows)]
+    start_routers(model, documents, documents[:20])
+    for i, rows, old in zip(model.config.memory_layers, inputs.rows, before):
+        attention = model.model.layers[i].self_attn
+        assert spread(rows.float() @ attention.router_k_proj[0].weight.T) < min(4, old / 2)
+        query, key = attention.router_q_proj[0].weight, attention.router_k_proj[0].weight
+        assert query[:8].equal(query[8:16]) and query[16:24].equal(query[24:])  # two heads share a key
+        cosine = torch.nn.functional.cosine_similarity(query[:8].flatten(), key[:8].flatten(), dim=0)
+        assert cosine > 0.5  # alike but for the whitening
