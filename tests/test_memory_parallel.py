@@ -16,7 +16,7 @@ import sample
 from common import UserError
 from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
-from model import Memory
+from model import MSA, Memory
 from msa_kernel import top_documents
 from prepare_data import Document
 from sample import InterleaveConfig, answer_question, bank_layout, load_checkpoint, sync
@@ -38,6 +38,21 @@ def documents_of(texts, prefix="d"):
 
 TREES = "ash birch cedar elm fir hazel larch maple oak pine yew".split()
 TEXTS = [f"The number of {name} is {i}." * (1 + i % 3) for i, name in enumerate(TREES)]
+
+
+@pytest.mark.parametrize("changes", [dict(normalize_routing=False), dict(decouple_router=False)])
+def test_select_by_other_routers(checkpoint, loaded, tmp_path, changes):
+    """A bank of a model whose routing keys have no unit length would be asked as if they had; or the bank would not say so."""
+    model, tokenizer = MSA(dataclasses.replace(loaded[0].config, **changes)).eval(), loaded[1]
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
+    bank = Bank(tmp_path / "bank")
+    assert bank.layout.unit_keys == model.config.normalize_routing
+    memory, (expected, _) = ParallelMemory(bank, CPU, ALONE), in_memory((model, tokenizer), bank, "bfloat16")
+    tokens = torch.tensor([tokenizer.encode("The number of fir is")])
+    with torch.no_grad():
+        found, wanted = (model.read(tokens, m, torch.ones_like(tokens, dtype=torch.bool)).selections for m in (memory, expected))
+    for a, b in zip(found, wanted):
+        same_selection(a, b, atol=1e-5)
 
 
 def in_memory(loaded, bank, kind):

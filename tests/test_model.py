@@ -622,6 +622,17 @@ def test_equal_routers():
     assert last.q_proj.weight.equal(repeated(last)) and not any(a.q_proj.weight.equal(repeated(a)) for a in others)
 
 
+@torch.no_grad()
+def test_without_attending():
+    """A backbone whose router alone was trained would be disturbed by a memory that it has not learned to read; or would not route."""
+    blind, seeing = make(torch.float32, attend_memory=False), make(torch.float32)
+    memory, rows, routes = blind.encode(tokens(*LENGTHS)), stack(QUESTIONS), stack(ROUTES, torch.bool)
+    found, plain, reading = blind.read(rows, memory, routes), blind.read(rows), seeing.read(rows, memory, routes)
+    assert torch.allclose(found.logits, plain.logits, atol=1e-5) and (found.logits - reading.logits).abs().max() > 1e-2
+    assert len(found.selections) == len(blind.config.memory_layers) and not plain.selections
+    assert found.selections[0].all_scores.equal(reading.selections[0].all_scores)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 

@@ -257,6 +257,17 @@ def test_select_documents_where_rounded_keys_mislead():
     assert documents.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_documents_of_products(dtype):
+    """Keys of any length, as a router without normalisation has them, would be looked at with an error bound that is for unit keys."""
+    keys = (random(4000, 1, 8, seed=6) * 100).to(dtype)
+    query, mask = random(2, 3, 8, seed=7).float(), torch.ones(2, 3, dtype=torch.bool)
+    exact = torch.einsum("btw,cgw->btc", query.double(), keys.double()).amax(1)
+    documents, scores = select_documents(query, mask, keys, torch.arange(4001), 20, unit=False)
+    values, wanted = exact.topk(20)
+    assert documents.equal(wanted) and torch.allclose(scores.double(), values, rtol=1e-5)
+
+
 @pytest.mark.parametrize("documents", [
     [[2, 0]], [[-1, -1]], [[4, 1, -1], [-1, -1, -1], [0, 3, 2]], [[1], [3]], [[4, 3, 2, 1, 0, -1, -1]],
 ])
