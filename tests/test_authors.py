@@ -3,9 +3,12 @@ import json
 import math
 
 import pytest
+import test_prompts
 import torch
 from safetensors.torch import save_file
 
+import eval as evaluation
+import sample
 from checkpoint import authors_options
 from common import UserError
 from model import MSA
@@ -20,7 +23,7 @@ KINDS = {"cosine": dict(decouple_router=True, aux_loss_method="INFONCE"),
          "shared, products": dict(decouple_router=False, aux_loss_method="BCE")}
 
 
-def write(folder, heads=6, groups=2, top_k=2, layers="2,3", **msa):
+def write(folder, heads=6, groups=2, top_k=2, layers="2,3", V=V, **msa):
     """A random checkpoint in the authors' layout; returns (configuration, weights)."""
     msa = {"router_layer_idx": layers, "top_k_docs": top_k, "pooling_kernel_size": CHUNK, "head_reduce_method": "mean",
            "query_reduce_method": "max", "chunk_reduce_method": "max", "decouple_pooling_mode": "mean", "infonce_loss_temp": 0.1, **msa}
@@ -263,3 +266,22 @@ def test_authors_defaults():
     found = authors_options({"head_reduce_method": "mean"}, "config.json")
     assert found == dict(router_layer_idx="all", top_k=16, chunk_size=64, router_temperature=0.1, decouple_router=False,
                          normalize_routing=True, prompts="msa")
+
+
+def test_asked_from_the_command_line(run, tmp_path):
+    """The authors' checkpoint could not be asked over a bank as our own are; or evaluated."""
+    folder = tmp_path / "MSA-4B"
+    test_prompts.write(folder)
+    write(folder, V=261, **KINDS["cosine"])
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(("The amber birch lies by the sea.", "The grove heron lies inland.", "Nothing lies here.")):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text)
+    flags = ("--checkpoint", folder, "--device", "cpu", "--max-rounds", 2, "--max-answer-tokens", 5)
+    made = run(sample, *flags, "--memory", tmp_path / "bank", "--documents", tmp_path / "texts", "--trace", "Where is amber birch?")
+    assert made.code == 0 and "3 added" in made.out and "round: routed to [" in made.out, (made.out, made.err)
+    again = run(sample, *flags, "--memory", tmp_path / "bank", "Where is amber birch?")
+    whole = run(sample, *flags, "--documents", tmp_path / "texts", "Where is amber birch?")
+    assert again.code == whole.code == 0, (again.err, whole.err)
+    asked = run(evaluation, *flags, "--lengths", "500", "--questions", 2, "--task", "niah_multikey")
+    oracle = run(evaluation, *flags, "--lengths", "500", "--questions", 2, "--task", "niah_multikey", "--baseline", "oracle")
+    assert asked.code == oracle.code == 0, (asked.err, oracle.err)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_prompts import write
 
 import checkpoint as layout
 from checkpoint import INDEX, WEIGHTS, Weights, find
 from common import UserError
 from model import MSA, Cache, ModelConfig
+from sample import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(vocab_size=97, intermediate_size=48, num_hidden_layers=4, head_dim=16)
@@ -326,3 +328,13 @@ def test_weights_are_read_one_by_one(tmp_path):
     a = found.read("a", "cpu", torch.float32)
     (tmp_path / WEIGHTS).write_bytes(bytes((tmp_path / WEIGHTS).stat().st_size))
     assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    """A tokenizer with more tokens than the model has rows for would end in an index error, or ask with the wrong words."""
+    backbone(tmp_path, "Llama")
+    with pytest.raises(UserError, match="no such file|cannot|No such file"):
+        load_checkpoint(tmp_path, torch.device("cpu"))  # none at all
+    write(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 261 tokens, the model only 97; they do not belong together"):
+        load_checkpoint(tmp_path, torch.device("cpu"))
