@@ -151,8 +151,8 @@ def read_jsonl(path):
 def read_beir(folder, splits):
     """A retrieval set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 
-    Returns (documents, questions by split): documents are texts, behind their title where they have one; questions are (text, gold),
-    gold a tuple of the indices of the documents that answer it. A split that has no file is empty. Raises UserError that names the line.
+    Returns (documents, questions by split): documents are texts, without their titles; questions are (text, gold), gold a tuple of the
+    indices of the documents that answer it. A split that has no file is empty. Raises UserError that names the line.
     """
     folder = Path(folder)
     for name in ("corpus.jsonl", "queries.jsonl"):
@@ -172,11 +172,11 @@ def read_beir(folder, splits):
             if int(score) > 0:
                 gold.setdefault(query, []).append(place[document])
         questions[split] = [(text_of[query], tuple(found)) for query, found in gold.items()]
-    return [text if title == id else f"{title}. {text}" for id, title, text in corpus], questions
+    return [text for _, _, text in corpus], questions
 
 
 def read_squad(path):
-    """SQuAD's own file as a retrieval set: its paragraphs, behind their article's title, and the questions about each.
+    """SQuAD's own file as a retrieval set: its paragraphs, and the questions about each.
 
     Returns what `read_beir` does, of the splits train and test: every fourth article is for testing. Questions that a paragraph does not
     answer are left out. Raises UserError for another file.
@@ -188,7 +188,7 @@ def read_squad(path):
             for paragraph in article["paragraphs"]:
                 asked = [row["question"].strip() for row in paragraph["qas"] if not row.get("is_impossible")]
                 questions["test" if i % 4 == 3 else "train"] += [(question, (len(documents),)) for question in asked]
-                documents.append(f"{article['title'].replace('_', ' ')}. {paragraph['context']}")
+                documents.append(paragraph["context"])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's layout") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

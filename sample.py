@@ -245,6 +245,9 @@ def describe(bank):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+TRACED = 16  # documents that --trace prints of a round's ranking
+
+
 def show(model, tokenizer, memory, texts, where, question, config, say=print):
     """Stream one answer to the terminal, then its sources. where(position) says where a document comes from."""
     place = lambda number: int(np.searchsorted(memory.numbers, number))
@@ -257,7 +260,7 @@ def show(model, tokenizer, memory, texts, where, question, config, say=print):
         used += event.appended
         first = next((n for n, _ in event.routed), None) if first is None else first
         if config.trace:
-            say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed))
+            say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
                 say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")

@@ -113,14 +113,14 @@ def start_from(config, tokenizer, device):
     return model.train()
 
 
-def whiten_routers(model, pools, tokenizer, config, count=16):
+def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
     """Routers for a backbone that has none, from the documents and questions of the first pools: see warmup.py."""
     documents, questions = [], []
     for i in range(min(count, len(pools))):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
         questions += [row[routes].tolist() for batch in batches for row, routes in zip(batch["tokens"], batch["routing_mask"])]
-    start_routers(model, documents, questions)
+    start_routers(model, documents, questions, dtype)
 
 
 def train_routers(config, device, dtype, say):
@@ -136,8 +136,7 @@ def train_routers(config, device, dtype, say):
         raise UserError(f"{out}: holds a checkpoint; replace it with --overwrite, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(model.config.memory_layers)}")
-    with autocast(device, dtype):
-        measured = warm_up(config, model, tokenizer, say)
+    measured = warm_up(config, model, tokenizer, dtype, say)
     stored = model.others.get("torch_dtype") or model.others.get("dtype")
     model.to(getattr(torch, str(stored), torch.float32)).save(out)
     tokenizer.save(out)
@@ -248,8 +247,7 @@ def script():
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
     if config.init_from and not model.trained_routers and not config.resume:
-        with autocast(device, dtype):
-            whiten_routers(model, train_pools, tokenizer, config)
+        whiten_routers(model, train_pools, tokenizer, config, dtype)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
     # model and optimizer

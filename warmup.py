@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, autocast
 from model import contrastive_loss, hit_rate, rope_angles
 from msa_kernel import chunk_means, chunk_offsets, group_queries, ranges, route, sparse_attention
 from prepare_data import bm25_search, read_beir, read_squad
@@ -27,6 +27,7 @@ BATCH_TOKENS = 4096   # of texts that run through the backbone at once
 STATISTICS = 20000    # rows that the moments are taken from
 HELD_OUT = 0.1        # share of the documents that training questions are about, whose questions choose the best step
 BATCH, NEGATIVES = 64, 256  # questions of a step, and documents besides theirs
+AT = 16               # recall is of the first so many, or top_k where that is less
 
 
 @dataclass
@@ -148,15 +149,16 @@ def write_routers(model, maps, whitenings):
             router.weight.data.copy_(x @ white)
 
 
-def start_routers(model, documents, questions):
+def start_routers(model, documents, questions, dtype=torch.float32):
     """Routers to train with the rest of a model from: whitened orthogonal maps. Both: lists of ids, all of whose tokens count."""
-    inputs = question_inputs(model, questions), document_inputs(model, documents)
+    with autocast(model.device, dtype):
+        inputs = question_inputs(model, questions), document_inputs(model, documents)
     write_routers(model, first_maps(model.config), tuple(map(whiten, inputs)))
 
 
 @torch.no_grad()
 def recalls(maps, shape, questions, documents, rows, gold, top_k, batch=64):
-    """Recall of questions `rows`: a list (layers + 1) of the first top_k of every layer's own ranking, then as `rank_documents` ranks, by
+    """Recall of questions `rows` among the first AT: a list (layers + 1), by every layer's own ranking, then as `rank_documents` ranks, by
     the mean score, a layer counting its k-th score for what it did not select; and of the first of that ranking alone."""
     found, first = 0, 0.0
     for part in rows.split(batch):
@@ -166,7 +168,7 @@ def recalls(maps, shape, questions, documents, rows, gold, top_k, batch=64):
         least = scores.topk(min(top_k, scores.size(2)), dim=2).values[:, :, -1:]
         ranked = scores.clamp(min=least).mean(0, keepdim=True)
         positive = positives(gold, part, scores.size(2))
-        found += hit_rate(torch.cat([scores, ranked]), positive, top_k).sum(1)
+        found += hit_rate(torch.cat([scores, ranked]), positive, min(AT, top_k)).sum(1)
         first += float(hit_rate(ranked, positive, 1).sum())
     return [round(r, 4) for r in (found / len(rows)).tolist()], round(first / len(rows), 4)
 
@@ -189,7 +191,7 @@ def train_maps(maps, shape, questions, documents, rows, held_out, gold, config, 
         for step in range(config.max_steps + 1):
             if step % config.evaluate_every == 0 or step == config.max_steps:
                 recall, _ = recalls(maps, shape, questions, documents, held_out, gold, top_k)
-                say(f"step {step:4d}/{config.max_steps} held-out recall@{top_k} {recall[-1]:.3f}, layers "
+                say(f"step {step:4d}/{config.max_steps} held-out recall@{min(AT, top_k)} {recall[-1]:.3f}, layers "
                     + " ".join(f"{r:.2f}" for r in recall[:-1]))
                 if recall[-1] + np.mean(recall[:-1]) > best_recall:
                     best, best_recall = [[x.detach().clone() for x in pair] for pair in maps], recall[-1] + np.mean(recall[:-1])
@@ -215,19 +217,23 @@ def train_maps(maps, shape, questions, documents, rows, held_out, gold, config, 
             bar.update()
 
 
-def warm_up(config, model, tokenizer, say):
-    """Make and train the routers of a chat backbone on `config.router_data`. Returns what was measured."""
+def warm_up(config, model, tokenizer, dtype, say):
+    """Make and train the routers of a chat backbone on `config.router_data`. Returns what was measured.
+
+    dtype: of the backbone's products; those of the routers are float32 (and autocast would keep the first maps that it has rounded).
+    """
     folder = Path(config.router_data).is_dir()
     texts, asked = read_beir(config.router_data, ("train", "test")) if folder else read_squad(config.router_data)
     for split, least in (("train", 10), ("test", 1)):
         if len(asked[split]) < least:
             raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on; at least {least} are needed")
     gold = [found for split in ("train", "test") for _, found in asked[split]]
-    c, top_k, began = model.config, model.config.top_k, time.time()
+    c, top_k, at, began = model.config, model.config.top_k, min(AT, model.config.top_k), time.time()
     shape = shape_of(c)
-    documents = document_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)])
     spelled = [tokenizer.question(text)[0] for split in ("train", "test") for text, _ in asked[split]]
-    questions = question_inputs(model, spelled, len(tokenizer.head))
+    with autocast(model.device, dtype):
+        documents = document_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)])
+        questions = question_inputs(model, spelled, len(tokenizer.head))
     tokens, seconds = sum(len(tokenizer.encode(text)) for text in texts) + int(questions.offsets[-1]), time.time() - began
     say(f"{len(texts):,} documents, {len(gold):,} questions: {tokens:,} tokens at {tokens / seconds:,.0f} tokens/s")
     rng = np.random.default_rng(config.seed)
@@ -236,20 +242,20 @@ def warm_up(config, model, tokenizer, say):
     kept_back = set(rng.permutation(about)[:max(1, round(HELD_OUT * len(about)))].tolist())
     held = torch.tensor([gold[q][0] in kept_back for q in train.tolist()])
     measured = dict(documents=len(texts), train_questions=int((~held).sum()), held_out=int(held.sum()), test_questions=len(test),
-                    tokens=tokens, input_seconds=round(seconds, 1), chance=round(min(1, top_k / len(texts)), 4))
+                    tokens=tokens, input_seconds=round(seconds, 1), at=at, chance=round(min(1, at / len(texts)), 4))
 
     def measure(name, maps):
         recall, first = recalls(maps, shape, questions, documents, test, gold, top_k)
         measured[name] = dict(recall_at_k=recall[-1], top1=first, layers=recall[:-1])
-        say(f"{name}: recall@{top_k} {recall[-1]:.3f}, top-1 {first:.3f}, layers {' '.join(f'{r:.2f}' for r in recall[:-1])}", flush=True)
+        say(f"{name}: recall@{at} {recall[-1]:.3f}, top-1 {first:.3f}, layers {' '.join(f'{r:.2f}' for r in recall[:-1])}", flush=True)
 
     try:
         search = bm25_search(texts)
-        hits = [set(found) & {d for d, _ in search(text, top_k)} for text, found in asked["test"]]
+        hits = [set(found) & {d for d, _ in search(text, at)} for text, found in asked["test"]]
         measured["bm25"] = round(float(np.mean([len(hit) / len(found) for hit, (_, found) in zip(hits, asked["test"])])), 4)
     except UserError:  # bm25s is not installed
         measured["bm25"] = None
-    say(f"recall@{top_k} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
+    say(f"recall@{at} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
     attention = [model.model.layers[i].self_attn for i in c.memory_layers]
     measure("as attention", [[a.router_q_proj[0].weight.detach().float(), a.router_k_proj[0].weight.detach().float()] for a in attention])
     torch.manual_seed(config.seed)
