@@ -34,7 +34,7 @@ scale: .venv/installed
 
 smol: out/smol/router.json
 	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace "Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 "What does the locomotive burn?"
+	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 "When was the north pier rebuilt?"
 
 out/smol/router.json: | .venv/installed $(DATA)
 	$(RUN) train.py config/smol.toml --init-from $(SMOL) --router-data $(DATA) --overwrite

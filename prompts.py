@@ -3,7 +3,7 @@
 A chat backbone has not learned to name documents. Its router finds them, their texts stand in the message:
 
     routing    <head>What is it?                                                the question's tokens route
-    answer     <head>[7]. text\\n\\n[12]. text\\n\\nWhat is it?<tail>             head and tail: what the template puts around a message
+    answer     <head>Answer ...\\n\\n[7]. text\\n\\n[12]. text\\n\\nQuestion: What is it?<tail>    head, tail: of the chat template
 
 MSA-4B names documents, reads them, and goes on until it has enough (section 3.5):
 
@@ -98,8 +98,10 @@ class ChatTokenizer(Tokenizer):
 
     def message(self, text, appended=()):
         """The ids of a question behind documents, pairs (number, text), up to where the answer begins."""
-        documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
-        return [*self.head, *self.encode(documents + text), *self.tail]
+        if appended:
+            documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
+            text = f"Answer the question from these documents, in few words.\n\n{documents}Question: {text}"
+        return [*self.head, *self.encode(text), *self.tail]
 
     def save(self, folder):
         """Write the files that `load` has read, as they were."""

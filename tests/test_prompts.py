@@ -13,6 +13,7 @@ from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|object_ref_end|>", "<|endoftext|>"]
 CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+ANSWER = "Answer the question from these documents, in few words.\n\n"
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {byte: chr(byte) for byte in BYTES} | {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(BYTES)))}
 
@@ -44,7 +45,7 @@ def test_chat_template(tmp_path):
     assert t.head[0] == t.encoding._special_tokens["<|im_start|>"] and len(t.head) == 1 + len("user\n")
     assert t.decode(t.message("Why?")) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert t.decode(t.message("Why?", [(3, "a b"), (12, "c")])) == (
-        "<|im_start|>user\n[3]. a b\n\n[12]. c\n\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+        f"<|im_start|>user\n{ANSWER}[3]. a b\n\n[12]. c\n\nQuestion: Why?<|im_end|>\n<|im_start|>assistant\n")
     tokens, routes = t.question("Why?")
     assert t.decode([x for x, r in zip(tokens, routes) if r]) == "Why?" and t.decode(tokens) == "<|im_start|>user\nWhy?"
     assert t.decode(t.document(7, t.encode("text"))) == "[7]. text[7]"
@@ -224,7 +225,7 @@ def test_chat(ask):
     answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
     assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
     assert (asked[0].text, asked[0].routed, asked[0].prefix) == ("<|im_start|>user\nWhy?", "Why?", 6)
-    assert asked[1].text == "<|im_start|>user\n[0]. zero\n\n[3]. three\n\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert asked[1].text == f"<|im_start|>user\n{ANSWER}[0]. zero\n\n[3]. three\n\nQuestion: Why?<|im_end|>\n<|im_start|>assistant\n"
     assert asked[1].routed is None and asked[1].prefix == 0 and [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
 
 
@@ -236,7 +237,7 @@ def test_chat_without_retrieval(ask, options):
 
 
 @pytest.mark.parametrize("prompts,expected", [
-    ("chat", "<|im_start|>user\n[3]. three\n\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    ("chat", f"<|im_start|>user\n{ANSWER}[3]. three\n\nQuestion: Why?<|im_end|>\n<|im_start|>assistant\n"),
     ("msa", START + "[3]<|object_ref_end|>[3]. three\n<|object_ref_end|><End-of-Retrieve>" + CLOSING)])
 def test_oracle(tmp_path, prompts, expected):
     """The baselines would ask in other words than the loop does."""
