@@ -3,7 +3,8 @@
 # Both create .venv and install what they need; what is done already is not done again.
 # make scale   one memory from 16K to 100M tokens on two CPU processes: more than half an hour, 5.3 GB in SCALE=folder; it goes on where it was
 # make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed up on SQuAD. Downloads both (270 and
-#              4 MB), unless SMOL= and DATA= name what is there: a checkpoint's folder; SQuAD's file or a folder in BEIR's layout
+#              4 MB), unless SMOL= and DATA= name what is there: a checkpoint's folder; SQuAD's file or a folder in BEIR's layout.
+#              The second time it only asks; for another SMOL or DATA remove out/smol first
 # make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
 #              python that runs it needs torch, triton and numpy.
@@ -68,7 +69,7 @@ data/demo/about.json: config/demo.toml | .venv/installed
 
 # an interrupted training goes on where it stopped
 out/demo/trained: data/demo/about.json
-	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume)
+	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume || echo --overwrite)
 	@touch $@
 
 out/demo/two_hop.json: out/demo/trained

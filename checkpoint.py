@@ -75,14 +75,16 @@ def read_config(folder):
                             + (f"it must be {allowed[0]!r}" if allowed else "it must be absent"))
     if found.get("sliding_window") is not None and "use_sliding_window" not in found:
         raise UserError(f"{path}: sliding_window is {found['sliding_window']!r}; this model attends to everything: it must be null")
-    if any(kind != "full_attention" for kind in found.get("layer_types") or ()):
+    kinds = found.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{path}: layer_types has others than full_attention, which this model does not have")
-    rope = found.pop("rope_parameters", None) or found.pop("rope_scaling", None) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if rope_type != "default":
-        raise UserError(f"{path}: RoPE is scaled ({rope_type!r}), which this model does not do; only the default kind is supported")
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+    for key in ("rope_scaling", "rope_parameters"):  # the older word and the newer
+        rope = found.pop(key, None) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if rope_type != "default":
+            raise UserError(f"{path}: RoPE is scaled ({rope_type!r}), which this model does not do; only the default kind is supported")
+        if "rope_theta" in rope:
+            found["rope_theta"] = rope["rope_theta"]
     try:
         if kind != "nanomsa":
             heads, width = found["num_attention_heads"], found["hidden_size"]
@@ -140,7 +142,7 @@ def write_config(folder, values, msa, others, dtype):
 class Weights:
     """The tensors of a folder, each read when it is asked for.
 
-    shapes: name -> shape; files: name -> the file that holds it; main: the file that says what there is.
+    shapes, dtypes, files: name -> shape, type, the file that holds it; main: the file that says what there is.
     """
 
     def __init__(self, folder):
@@ -154,21 +156,21 @@ class Weights:
                 raise UserError(f"{self.main}: not an index of weights; its weight_map must name files of this folder")
             files = [folder / name for name in sorted(set(places.values()))]
             for path in files:
-                if not path.exists():
+                if not path.is_file():
                     raise UserError(f"{path}: no such file, but {INDEX} names it; a shard of this checkpoint is missing")
         elif not files[0].exists():
             pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
             raise UserError(f"{files[0]}: no such file; " + (
                 f"{pickled[0]} is pickled, and pickles run code when they are read: convert it to safetensors" if pickled
                 else f"{folder} is not a checkpoint"))
-        self.shapes, self.files = {}, {}
+        self.shapes, self.dtypes, self.files = {}, {}, {}
         for path in files:
             with open_weights(path) as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     if part.get_dtype() not in DTYPES:
                         raise UserError(f"{path}: tensor {name} is of type {part.get_dtype()}; it must be one of {', '.join(DTYPES)}")
-                    self.shapes[name], self.files[name] = tuple(part.get_shape()), path
+                    self.shapes[name], self.dtypes[name], self.files[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()], path
 
     def read(self, name, device, dtype):
         """One tensor, copied. The file is opened anew, so that what was mapped of it does not stay in memory beside the copy."""
@@ -183,6 +185,8 @@ def open_weights(path):
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    except OSError as error:  # a folder, for one: without an errno
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def write_weights(folder, tensors):
@@ -203,6 +207,7 @@ def write_weights(folder, tensors):
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
-    for path in [*folder.glob("model*.safetensors"), folder / INDEX]:  # an earlier checkpoint's
-        if path.name not in names and (path.name != INDEX or len(shards) == 1):
-            path.unlink(missing_ok=True)
+    kept = {*names, INDEX} if len(shards) > 1 else {*names}
+    for path in list(folder.iterdir()):  # an earlier checkpoint's
+        if path.name not in kept and re.fullmatch(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors", path.name):
+            path.unlink()

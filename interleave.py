@@ -24,7 +24,8 @@ NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone
+    router_weight: float = 1.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone; MSA-4B
+                                    # names by generation, a chat backbone by its router, whatever this is
     max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
@@ -192,19 +193,20 @@ def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
 
 def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
     """The authors' protocol: what the model writes up to <|object_ref_end|> names documents, every `[n]` in it; their texts are appended,
-    and all is read again. It writes <End-of-Retrieve> when it has enough, or `max_rounds` ends the retrieval for it.
+    and all is read again, until it writes <End-of-Retrieve>.
 
-    Where theirs would go on for ever, after a round that names nothing, retrieval ends too. The text behind <End-of-Retrieve> is read
-    causally, like all text; in theirs its tokens see each other in both directions.
+    `max_rounds` and `max_documents` are ours, theirs has no cap. Where theirs would go on for ever, after a round that names nothing,
+    retrieval ends too. The text behind <End-of-Retrieve> is read causally, like all text; in theirs its tokens see each other in both
+    directions.
     """
     numbers, context, routes = (np.asarray(memory.numbers) if memory is not None else np.zeros(0, int)), [], []
-    closing = tokenizer.end_of_retrieval_prompt(question)
+    end, closing = tokenizer.encode_template(END_OF_RETRIEVE), tokenizer.end_of_retrieval_prompt(question)
     for rounds in range(config.max_rounds + 1):
         prompt, own = tokenizer.question(question, later=rounds > 0)
         prompt, cache, written = prompt + context, Cache(), []
         retrieving = rounds < config.max_rounds
         if not retrieving:
-            prompt += tokenizer.encode(END_OF_RETRIEVE) + closing
+            prompt += end + closing
         mask = [*own, *routes, *[False] * (len(prompt) - len(own) - len(routes))]
         about = dict(memory=memory, routing_mask=torch.tensor([mask], device=model.device), prefix_length=len(tokenizer.head))
         if not retrieving:
@@ -219,7 +221,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
         yield Round([(int(numbers[d]), score) for d, score in ranked], named, sorted(named))
         if not named:
             unread = written[cache.length - len(prompt):]
-            prompt, about = [*unread, *([] if ended else tokenizer.encode(END_OF_RETRIEVE)), *closing], {}
+            prompt, about = [*unread, *([] if ended else end), *closing], {}
             break
         appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))])) for n in sorted(named)])
         routes = [False] * (len(context) + len(written) + 1) + [True] * len(appended) + [False]
@@ -231,7 +233,6 @@ def answer_question(model, tokenizer, memory, texts, question, config):
     """`interleave` to its end: (answer, rounds)."""
     events = list(interleave(model, tokenizer, memory, texts, question, config))
     return "".join(e for e in events if isinstance(e, str)), [e for e in events if isinstance(e, Round)]
-
 
 
 
@@ -253,7 +254,7 @@ def answer_from_text(model, tokenizer, question, appended, config, context=None)
         else:
             named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
             read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents), *tokenizer.ref_end] if documents else []
-            prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode(END_OF_RETRIEVE),
+            prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                       *tokenizer.end_of_retrieval_prompt(question)]
     pick = lambda logits: choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p)
     return "".join(spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick)))

@@ -571,17 +571,18 @@ class MSA(nn.Module):
 
         Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without routers gets those of
         `init_routers`. Every tensor is read straight into the device and dtype: there is no second copy of the weights.
-        changes: fields of ModelConfig that replace the checkpoint's. Raises UserError for what is missing, damaged or not supported.
+        changes: fields of ModelConfig that replace the checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets
+        `trained_routers`, whether the checkpoint had any, and `stored_dtype`, the type of its embedding.
         """
         folder = find(name)
         config, others = load_config(folder)
         with torch.device("meta"):
-            model = MSA(replace(config, **changes))
+            model = MSA(merge(config, changes, "from_pretrained"))
         model.others, weights = others, Weights(folder)
-        unused = re.compile(r"rotary_emb\.inv_freq$|(^|\.)temperature$" + "|^lm_head.weight$" * config.tie_word_embeddings)
+        unused = re.compile(r"rotary_emb\.inv_freq$|(^|\.)temperature$" + "|^lm_head.weight$" * model.config.tie_word_embeddings)
         shapes = {name: shape for name, shape in weights.shapes.items() if not unused.search(name)}
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        untrained = model.config.decouple_router and not any("router_" in name for name in shapes)
+        untrained = config.prompts == "chat" and model.config.decouple_router and not any("router_" in name for name in shapes)
         check_shapes({name: shape for name, shape in own.items() if not (untrained and "router_" in name)}, shapes,
                      lambda name: weights.files.get(name, weights.main))
         for name in sorted(shapes, key=lambda name: -weights.shapes[name][0]):  # the largest first: least beside it
@@ -589,7 +590,7 @@ class MSA(nn.Module):
             setattr(model.get_submodule(parent), leaf, nn.Parameter(weights.read(name, device, dtype)))
         if untrained:
             model.init_routers()
-        model.trained_routers = not untrained
+        model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
         return model.eval()
 
     def load_tensors(self, tensors, path):

@@ -164,14 +164,19 @@ def read_beir(folder, splits):
         raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
     for split in splits:
         path, gold = folder / "qrels" / f"{split}.tsv", {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
-        for number, line in enumerate(lines[1:], start=2):  # the first line names the columns
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8") from None
+        for number, line in enumerate(lines, start=1):
+            if number == 1 or not line.strip():  # the first line names the columns
+                continue
             query, document, score = (line.split("\t") + ["", ""])[:3]
-            if query not in text_of or document not in place or not score.strip().lstrip("-").isdigit():
+            if query not in text_of or document not in place or not score.strip().lstrip("-").isdecimal():
                 raise UserError(f"{path}:{number}: {line!r} is not a query's _id, a document's _id and a score, with tabs between")
             if int(score) > 0:
                 gold.setdefault(query, []).append(place[document])
-        questions[split] = [(text_of[query], tuple(found)) for query, found in gold.items()]
+        questions[split] = [(text_of[query], tuple(dict.fromkeys(found))) for query, found in gold.items()]
     return [text for _, _, text in corpus], questions
 
 

@@ -30,9 +30,14 @@ MSA_TOKENS = ("<|im_start|>", "<|im_end|>", "<|object_ref_end|>")
 END_OF_RETRIEVE = "<End-of-Retrieve>"
 
 
-def load_tokenizer(folder, prompts):
-    """The tokenizer of a checkpoint folder; prompts: as in its ModelConfig. Raises UserError."""
-    return Tokenizer.load(folder) if prompts == "nanomsa" else (MSATokenizer if prompts == "msa" else ChatTokenizer).load(folder)
+def load_tokenizer(folder, config):
+    """The tokenizer of a checkpoint folder; config: its ModelConfig. Raises UserError where they do not belong together."""
+    tokenizer = dict(nanomsa=Tokenizer, msa=MSATokenizer, chat=ChatTokenizer)[config.prompts].load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
+                        "they do not belong together")
+    tokenizer.check_number_chunk(config.number_chunk)
+    return tokenizer
 
 
 class ChatTokenizer(Tokenizer):
@@ -51,7 +56,7 @@ class ChatTokenizer(Tokenizer):
         about = read_json(path, "a tokenizer's configuration") if path.exists() else {}
         name_of = lambda token: token.get("content") if isinstance(token, dict) else token
         end = name_of(about.get("eos_token"))
-        if end is not None and end not in encoding._special_tokens:
+        if end is not None and (not isinstance(end, str) or end not in encoding._special_tokens):
             raise UserError(f"{path}: eos_token is {end!r}, which is not a special token of tokenizer.json")
         tokens = {key: name_of(about.get(key)) or "" for key in ("bos_token", "eos_token")}
         tokenizer = cls(encoding, cls.read_template(folder, about, tokens), end)
@@ -64,14 +69,15 @@ class ChatTokenizer(Tokenizer):
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it
 
         path, template = Path(folder) / "chat_template.jinja", about.get("chat_template")
-        if path.exists():
-            template = path.read_text(encoding="utf-8")
-        if isinstance(template, list):
-            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-        if template is None:
-            return "", "\n"
         try:
-            rendered = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(
+            if path.exists():
+                template = path.read_text(encoding="utf-8")
+            if isinstance(template, list):
+                template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+            if template is None:
+                return "", "\n"
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            rendered = environment.from_string(template).render(
                 messages=[{"role": "user", "content": MARK}], add_generation_prompt=True, **tokens)
             head, tail = rendered.split(MARK)
             return head, tail

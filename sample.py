@@ -25,7 +25,7 @@ from tqdm import tqdm
 import memory_bank
 from checkpoint import find
 from common import UserError, command_line, detect_device, keep_freed_memory, main
-from interleave import InterleaveConfig, Round, answer_question, choose, interleave, rank_documents  # noqa: F401, for who imports them
+from interleave import InterleaveConfig, interleave
 from memory_bank import Bank, Layout, Writer, write_segment
 from memory_parallel import ParallelMemory, Ranks, to_records
 from model import MSA
@@ -79,12 +79,7 @@ def load_checkpoint(name, device, dtype=torch.float32):
     """(model, tokenizer) of a checkpoint, weights in `dtype`. Raises UserError when they do not belong together."""
     folder = find(name)
     model = MSA.from_pretrained(folder, device, dtype)
-    tokenizer = load_tokenizer(folder, model.config.prompts)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-                        "they do not belong together")
-    tokenizer.check_number_chunk(model.config.number_chunk)
-    return model, tokenizer
+    return model, load_tokenizer(folder, model.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

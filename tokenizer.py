@@ -107,15 +107,19 @@ class Tokenizer:
     def fingerprint(self):
         """16 hexadecimal digits that differ for tokenizers that spell a text differently."""
         special = json.dumps([self.encoding._pat_str, sorted(self.encoding._special_tokens.items())])
+        if isinstance(self.encoding, ByteLevelEncoding):
+            special += str([self.encoding.arguments[name] for name in ("nfc", "unknown", "fuse_unknown")])
         return hashlib.blake2b(tiktoken_bytes(self.encoding._mergeable_ranks) + special.encode(), digest_size=8).hexdigest()
 
     def save(self, folder):
         """Write `tokenizer_msa.json` (name, pattern, special tokens) and `tokenizer.tiktoken` (mergeable ranks) or the tokenizer.json."""
-        with atomic_file(Path(folder) / ("tokenizer.json" if self.source else "tokenizer.tiktoken"), "wb") as file:
+        name, other = ("tokenizer.json", "tokenizer.tiktoken") if self.source else ("tokenizer.tiktoken", "tokenizer.json")
+        with atomic_file(Path(folder) / name, "wb") as file:
             file.write(self.source or tiktoken_bytes(self.encoding._mergeable_ranks))
+        (Path(folder) / other).unlink(missing_ok=True)  # an earlier tokenizer's
         write_json(Path(folder) / "tokenizer_msa.json", {
             "name": self.encoding.name, "pattern": self.encoding._pat_str,
-            "tokens": len(self.encoding._mergeable_ranks) + len(self.encoding._special_tokens),
+            "ranks": name, "tokens": len(self.encoding._mergeable_ranks) + len(self.encoding._special_tokens),
             "special_tokens": self.encoding._special_tokens})
 
     @staticmethod
@@ -124,8 +128,12 @@ class Tokenizer:
         folder = Path(folder)
         try:
             about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
-            if (folder / "tokenizer.json").exists():
-                return extend_tokenizer_json(folder / "tokenizer.json", about["special_tokens"])
+            if about.get("ranks") == "tokenizer.json":
+                tokenizer = extend_tokenizer_json(folder / "tokenizer.json", about["special_tokens"])
+                found = len(tokenizer.encoding._mergeable_ranks) + len(tokenizer.encoding._special_tokens)
+                if (found, tokenizer.encoding._pat_str) != (about["tokens"], about["pattern"]):
+                    raise ValueError("its tokenizer.json is not the one that was saved")
+                return tokenizer
             ranks, special = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes()), about["special_tokens"]
             ids = {*ranks.values(), *special.values()}
             if len(ids) != about["tokens"] or len(ids) != len(ranks) + len(special) or min(ids) < 0:

@@ -6,7 +6,7 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights, and its routers from its own attention
-    python train.py config/smol.toml --init-from out/smollm2             # its routers alone (warmup.py), on a retrieval set
+    python train.py config/smol.toml --init-from out/smollm2 --router-data SET     # its routers alone (warmup.py), on a retrieval set
     python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
@@ -38,7 +38,7 @@ from common import UserError, atomic_file, autocast, command_line, detect_device
 from model import MSA, ModelConfig, load_config
 from prepare_data import DataConfig, Pools, collate, read_about
 from prompts import load_tokenizer
-from tokenizer import Tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 from warmup import start_routers, warm_up
 
 
@@ -100,17 +100,31 @@ def start_from(config, tokenizer, device):
     """The model that `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, gets routers that start
     as its own attention (unless it has some), and is a memory model as `config.model` says. Raises UserError where it cannot be."""
     folder = find(config.init_from)
-    if load_config(folder)[0].prompts == "nanomsa":
-        changes = {}
-    else:
-        for name in ("smear", "copy_init", "equal_routers", "full_attention"):
-            if getattr(config.model, name):
-                raise UserError(f"model.{name} is for models trained from scratch; leave it out with --init-from {config.init_from}")
-        own = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "number_chunk", "normalize_values", "score_bias")
-        changes = {name: getattr(config.model, name) for name in own} | dict(attend_memory=True, prompts="nanomsa")
-    model = MSA.from_pretrained(folder, device, **changes)
+    loaded = load_config(folder)[0]
+    backbone = loaded.prompts != "nanomsa"
+    changes = settings(config, loaded, ("number_chunk", "normalize_values", "score_bias", *ROUTING) if backbone else ())
+    base, encoding = load_tokenizer(folder, loaded).encoding, tokenizer.encoding
+    special = {token: i for token, i in base._special_tokens.items() if token not in SPECIAL_TOKENS or not backbone}
+    if (base._pat_str, base._mergeable_ranks) != (encoding._pat_str, encoding._mergeable_ranks) \
+            or not special.items() <= encoding._special_tokens.items():
+        raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from {config.init_from}, in which its "
+                        f"tokens are other words; run prepare_data.py with --encoding {config.init_from}")
+    model = MSA.from_pretrained(folder, device, **changes, **(dict(attend_memory=True, prompts="nanomsa") if backbone else {}))
     model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
+
+
+ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")  # what a backbone's routers are free to have
+
+
+def settings(config, loaded, names):
+    """The fields `names` of config.model. Raises UserError for another one that is set, and not to what `init_from` has."""
+    for name, default in asdict(ModelConfig()).items():
+        asked, own = getattr(config.model, name), getattr(loaded, name)
+        if name not in (*names, "vocab_size") and asked not in (default, own):
+            raise UserError(f"model.{name} is {asked!r}, but --init-from {config.init_from} has {own!r}; leave it out"
+                            + (f" (what can be set: {', '.join(names)})" if names else ""))
+    return {name: getattr(config.model, name) for name in names}
 
 
 def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
@@ -127,18 +141,15 @@ def train_routers(config, device, dtype, say):
     """The router-only phase: the backbone is left as it is, and its layer inputs are computed once (warmup.py). Writes the checkpoint to
     `out`, and what was measured to router.json."""
     folder, out = find(config.init_from), Path(config.out)
-    if load_config(folder)[0].prompts != "chat":
+    loaded = load_config(folder)[0]
+    if loaded.prompts != "chat" or not loaded.decouple_router:
         raise UserError(f"--router-data is for backbones; {config.init_from} is a model with a memory already: leave it out")
-    changes = {name: getattr(config.model, name) for name in ("chunk_size", "top_k", "router_temperature", "router_layer_idx")}
-    model, tokenizer = MSA.from_pretrained(folder, device, **changes), load_tokenizer(folder, "chat")
-    config = replace(config, model=model.config)
-    if (out / "config.json").exists() and not config.overwrite:
-        raise UserError(f"{out}: holds a checkpoint; replace it with --overwrite, or give another --out")
+    model = MSA.from_pretrained(folder, device, **settings(config, loaded, ROUTING))
+    tokenizer, config = load_tokenizer(folder, model.config), replace(config, model=model.config)
     out.mkdir(parents=True, exist_ok=True)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(model.config.memory_layers)}")
     measured = warm_up(config, model, tokenizer, dtype, say)
-    stored = model.others.get("torch_dtype") or model.others.get("dtype")
-    model.to(getattr(torch, str(stored), torch.float32)).save(out)
+    model.to(model.stored_dtype).save(out)
     tokenizer.save(out)
     write_json(out / "router.json", dict(init_from=config.init_from, router_data=config.router_data, seed=config.seed, **measured))
     say(f"done: {out}")
@@ -220,9 +231,15 @@ def script():
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
+    if config.init_from and find(config.init_from).resolve() == Path(config.out).resolve():
+        raise UserError(f"--out is {config.out}, which --init-from reads; give another")
+    if (Path(config.out) / "config.json").exists() and not (config.overwrite or config.resume):
+        raise UserError(f"{config.out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
     if config.router_data:
-        if world > 1 or config.resume or not config.init_from:
-            raise UserError("--router-data wants --init-from, one process, and no --resume: it is done in minutes")
+        for wrong, fix in ((not config.init_from, "name the backbone with --init-from"), (world > 1, f"start one process, not {world}"),
+                           (config.resume, "leave --resume out: it takes minutes, and starts anew")):
+            if wrong:
+                raise UserError(f"--router-data {config.router_data}: {fix}")
         return train_routers(config, device, dtype, say)
 
     # data
@@ -239,11 +256,11 @@ def script():
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled, better now than when it is drawn
     if config.model.prompts != "nanomsa":
         raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked as \"nanomsa\"")
-    if config.model.full_attention and config.router_steps:
-        raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     torch.manual_seed(config.seed)
     model = start_from(config, tokenizer, device) if config.init_from else MSA(config.model).to(device)
     config = replace(config, model=model.config)
+    if config.model.full_attention and config.router_steps:
+        raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
     if config.init_from and not model.trained_routers and not config.resume:

@@ -1,6 +1,6 @@
 """Routers for a backbone that is left untouched: what enters its memory layers is computed once, then only the routers' maps are made.
 
-    python train.py --init-from out/smollm2 --router-data FOLDER --out out/smol        # FOLDER: a retrieval set in BEIR's layout
+    python train.py config/smol.toml --init-from out/smollm2 --router-data SET     # SET: a folder in BEIR's layout, or SQuAD's file
 
 The routing key of a chunk is a linear map of the mean of its tokens' layer inputs: of a document no more than these means is kept. In a
 trained language model a few directions of the layer inputs are hundreds of times longer than the others and the same in every text:
@@ -239,6 +239,8 @@ def warm_up(config, model, tokenizer, dtype, say):
     rng = np.random.default_rng(config.seed)
     train, test = torch.arange(len(asked["train"])), torch.arange(len(asked["train"]), len(gold))
     about = sorted({found[0] for _, found in asked["train"]})
+    if len(about) < 2:
+        raise UserError(f"{config.router_data}: all training questions are about one document; at least two are needed, one held out")
     kept_back = set(rng.permutation(about)[:max(1, round(HELD_OUT * len(about)))].tolist())
     held = torch.tensor([gold[q][0] in kept_back for q in train.tolist()])
     measured = dict(documents=len(texts), train_questions=int((~held).sum()), held_out=int(held.sum()), test_questions=len(test),
@@ -257,7 +259,7 @@ def warm_up(config, model, tokenizer, dtype, say):
         measured["bm25"] = None
     say(f"recall@{at} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
     attention = [model.model.layers[i].self_attn for i in c.memory_layers]
-    measure("as attention", [[a.router_q_proj[0].weight.detach().float(), a.router_k_proj[0].weight.detach().float()] for a in attention])
+    measure("as attention", [[router[0].weight.detach().float().cpu() for router in (a.router_q_proj, a.router_k_proj)] for a in attention])
     torch.manual_seed(config.seed)
     whitenings, maps = (whiten(questions), whiten(documents)), first_maps(c)
     measure("whitened", maps)

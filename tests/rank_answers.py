@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import main  # noqa: E402
+from interleave import InterleaveConfig, answer_question  # noqa: E402
 from memory_bank import Bank  # noqa: E402
 from memory_parallel import ParallelMemory, Ranks  # noqa: E402
-from sample import InterleaveConfig, answer_question, load_checkpoint  # noqa: E402
+from sample import load_checkpoint  # noqa: E402
 
 
 def script():

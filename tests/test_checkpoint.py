@@ -163,6 +163,30 @@ def test_shards(tmp_path, monkeypatch):
     assert not MSA.from_pretrained(tmp_path).config.qk_norm
 
 
+def test_other_files_stay(tmp_path):
+    """A user's own file beside a checkpoint would be deleted when it is saved."""
+    (tmp_path / "model-before.safetensors").write_bytes(b"mine")
+    own().save(tmp_path)
+    assert (tmp_path / "model-before.safetensors").read_bytes() == b"mine"
+
+
+def test_missing_routers(tmp_path):
+    """One of our own checkpoints that has lost its routers would be asked with untrained ones."""
+    own().save(tmp_path)
+    save_file({name: x for name, x in load_file(tmp_path / WEIGHTS).items() if "router" not in name}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match="router_k_proj.0.weight is missing"):
+        MSA.from_pretrained(tmp_path)
+
+
+def test_changes(tmp_path):
+    """A misspelled or wrong setting would be a traceback."""
+    own().save(tmp_path)
+    assert MSA.from_pretrained(tmp_path, top_k=7).config.top_k == 7
+    for changes, message in ((dict(zzz=3), "unknown key 'zzz'"), (dict(top_k="x"), "top_k = 'x' is of type str")):
+        with pytest.raises(UserError, match=message):
+            MSA.from_pretrained(tmp_path, **changes)
+
+
 def test_what_is_passed_on(tmp_path):
     """Entries of config.json that are not the model's, such as the token that ends an answer, would be lost when it is saved."""
     backbone(tmp_path / "a", "Llama", eos_token_id=5, max_position_embeddings=333)
@@ -251,7 +275,10 @@ BAD = {
     "quantized": (edit(quantization_config={"bits": 4}), "quantized weights"),
     "no width": (edit(hidden_size="delete"), "config.json: not a checkpoint's configuration: 'hidden_size' is missing"),
     "a word": (edit(hidden_size="wide"), "config.json: hidden_size = 'wide' is of type str"),
-    "no heads": (edit(num_attention_heads=0), "config.json"),
+    "no heads": (edit(num_attention_heads=0), "model.num_attention_heads is 0|model.head_dim is 0"),
+    "layer types": (edit(layer_types=5), "layer_types has others"),
+    "two kinds of rope": (edit(rope_scaling={"type": "yarn"}), "RoPE is scaled .'yarn'"),
+    "weights a folder": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS}: "),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a checkpoint's configuration"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
     "router layers": (edit(msa_config={"chunk_size": 64, "top_k": 2, "router_temperature": 0.1, "router_layer_idx": "3,9"}),
@@ -269,6 +296,7 @@ BAD = {
     "pickled": (pickled, "pytorch_model.bin is pickled"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS}: no such file"),
     "shard missing": (index({"weight_map": {NORM: "model-00002-of-00002.safetensors"}}), "model-00002-of-00002.safetensors: no such file"),
+    "index of a folder": (index({"weight_map": {NORM: ".."}}), "no such file|not an index"),
     "index of nothing": (index({"weights": 1}), f"{INDEX}: not an index"),
     "index elsewhere": (index({"weight_map": {NORM: "../x.safetensors"}}), f"{INDEX}: not an index"),
 }

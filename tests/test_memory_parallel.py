@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import memory_bank
+import memory_parallel
 import msa_kernel
 import sample
 from common import UserError
+from interleave import InterleaveConfig, answer_question
 from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
 from msa_kernel import top_documents
 from prepare_data import Document
-from sample import InterleaveConfig, answer_question, bank_layout, load_checkpoint, sync
+from sample import bank_layout, load_checkpoint, sync
 from tasks import make_memory
 
 TESTS = Path(__file__).parent
@@ -41,7 +43,7 @@ TEXTS = [f"The number of {name} is {i}." * (1 + i % 3) for i, name in enumerate(
 
 
 @pytest.mark.parametrize("changes", [dict(normalize_routing=False), dict(decouple_router=False)])
-def test_select_by_other_routers(checkpoint, loaded, tmp_path, changes):
+def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
     """A bank of a model whose routing keys have no unit length would be asked as if they had; or the bank would not say so."""
     model, tokenizer = MSA(dataclasses.replace(loaded[0].config, **changes)).eval(), loaded[1]
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
@@ -53,6 +55,10 @@ def test_select_by_other_routers(checkpoint, loaded, tmp_path, changes):
         found, wanted = (model.read(tokens, m, torch.ones_like(tokens, dtype=torch.bool)).selections for m in (memory, expected))
     for a, b in zip(found, wanted):
         same_selection(a, b, atol=1e-5)
+    asked, select = [], memory_parallel.select_documents
+    monkeypatch.setattr(memory_parallel, "select_documents", lambda *args: asked.append(args[-1]) or select(*args))
+    memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 2)
+    assert asked == [bank.layout.unit_keys]
 
 
 def in_memory(loaded, bank, kind):

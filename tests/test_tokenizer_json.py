@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
-from tokenizer import SPECIAL_TOKENS, Tokenizer, named_encoding
+from tokenizer import SPECIAL_TOKENS, Tokenizer, named_encoding, train_encoding
 from tokenizer_json import BYTE_OF, read_tokenizer_json
 
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -337,3 +337,21 @@ def test_extended(tmp_path):
     text = "a document [7] <|question|> here"
     assert again.encode(text) == ours.encode(text) == plain.encode_ordinary(text)
     assert again.number(7) == ours.number(7) and len(again.number(7)) == 5
+    other = train_encoding(["some text"], 300)  # another tokenizer in the same folder, and back
+    other.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").fingerprint() == other.fingerprint() != ours.fingerprint()
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").fingerprint() == ours.fingerprint()
+    (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(tiny(merges=["a b"])), encoding="utf-8")
+    with pytest.raises(UserError, match="not the one that was saved"):
+        Tokenizer.load(tmp_path / "saved")
+
+
+def test_fingerprints(tmp_path):
+    """A bank would be asked with a tokenizer that spells the same text otherwise."""
+    found = set()
+    for i, normalizer in enumerate((None, {"type": "NFC"})):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "tokenizer.json").write_text(json.dumps(tiny() | {"normalizer": normalizer}), encoding="utf-8")
+        found.add(named_encoding(str(tmp_path / str(i))).fingerprint())
+    assert len(found) == 2

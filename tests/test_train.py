@@ -486,13 +486,15 @@ def test_init_from_a_backbone(run, tmp_path, backbone):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (("--model.smear",), "model.smear is for models trained from scratch; leave it out with --init-from"),
-    (("--init-from", "nowhere"), "nowhere/config.json: no such file"),
+    (("--model.smear",), "model.smear is True, but --init-from"),
+    (("--model.hidden-size", "64"), "model.hidden_size is 64, but --init-from"),
+    (("--init-from", "nowhere"), "nowhere/config.json: no such file"), ((), "prepared with another tokenizer than that of --init-from"),
+    (("--out", "backbone"), "which --init-from reads; give another"),
 ])
 def test_init_from_mistakes(run, tmp_path, backbone, tiny, flags, message):
     """What cannot be would be ignored, or end in a traceback."""
-    flags = flags if "--init-from" in flags else (*flags, "--init-from", backbone)
-    result = run(train, tiny / "tiny.toml", "--out", tmp_path / "run", *flags)
+    flags = [backbone if flag == "backbone" else flag for flag in flags] + ["--init-from", backbone] * ("--init-from" not in flags)
+    result = run(train, tiny / "tiny.toml", "--out", tmp_path / "run", "--model.num-hidden-layers", 4, *flags)
     assert result.code == 2 and message in result.error, result.error
     assert not (tmp_path / "run").exists()
 

@@ -7,6 +7,8 @@ from test_prompts import write
 
 import sample
 import train
+import warmup
+from checkpoint import Weights
 from common import UserError
 from interleave import rank_documents
 from model import MSA, ModelConfig
@@ -60,6 +62,7 @@ def backbone(request, tmp_path_factory):
     for parameter in model.parameters():
         parameter.data *= 3 if parameter.ndim == 2 else 1  # layers that do something
     model.model.embed_tokens.weight.data *= 10
+    model.bfloat16()
     plain = {name: tensor for name, tensor in model.state_dict().items() if "router" not in name}
     model.state_dict = lambda *_, **__: plain
     model.save(folder)
@@ -87,7 +90,7 @@ def test_measured_is_what_the_model_finds(warmed):
     out, data, backbone, _ = warmed
     measured = json.loads((out / "router.json").read_text())
     model = MSA.from_pretrained(out)
-    tokenizer = load_tokenizer(out, model.config.prompts)
+    tokenizer = load_tokenizer(out, model.config)
     texts, questions = read_beir(data, ("test",))
     memory = model.encode(list(map(torch.tensor, spelled(tokenizer, texts))))
     inputs = document_inputs(model, spelled(tokenizer, texts))
@@ -127,6 +130,49 @@ def test_training_learns(tmp_path):
     assert before[-1] < 0.5 < 0.9 < after[-1] and first > 0.8
 
 
+def test_the_best_maps_are_kept(monkeypatch):
+    """What training unlearned would be written; the held-out questions say 0.2, 0.9, 0.4."""
+    torch.manual_seed(2)
+    config = ModelConfig(vocab_size=9, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                         top_k=2)
+    inputs, seen, said = Inputs([torch.randn(30, 12)], torch.arange(31)), [], [0.2, 0.9, 0.4]
+
+    def scripted(maps, *_):
+        seen.append([x.detach().clone() for x in maps[0]])
+        return [0.5, said[len(seen) - 1]], 0.0
+    monkeypatch.setattr(warmup, "recalls", scripted)
+    run = train.TrainConfig(max_steps=4, evaluate_every=2, learning_rate=1e-2, model=config)
+    rows = torch.arange(30)
+    best = train_maps(first_maps(config), shape_of(config), inputs, inputs, rows, rows, [(i,) for i in range(30)], run, lambda _: None)
+    assert len(seen) == 3 and not seen[1][0].equal(seen[2][0]) and all(a.equal(b) for a, b in zip(best[0], seen[1]))
+
+
+def test_recalls_rank_as_the_model_is_asked(monkeypatch):
+    """A layer that did not select a document would count its own low score for it, and not the k-th."""
+    scores = [torch.tensor([[0.9, 0.8, 0.0, 0.1]]), torch.tensor([[0.1, 0.7, 0.9, 0.0]])]
+    monkeypatch.setattr(warmup, "document_scores", lambda maps, *_: scores[maps])
+    inputs = Inputs([torch.zeros(1, 3), torch.zeros(1, 3)], torch.tensor([0, 1]))
+    documents = Inputs(inputs.rows, torch.arange(5))
+    for gold, by_layer, together in ((1, [0.0, 0.0], 0.0), (0, [1.0, 0.0], 1.0), (2, [0.0, 1.0], 0.0)):
+        # k = 1: .9 and .9 are all that count, so that all four tie at .9: the lowest number is first
+        found, first = recalls([0, 1], None, inputs, documents, torch.tensor([0]), [(gold,)], 1)
+        assert (found, first) == ([*by_layer, together], together)
+
+
+def test_routing_dropout(monkeypatch, backbone):
+    """The setting would be ignored: every token of a question would route in training."""
+    torch.manual_seed(2)
+    config = ModelConfig(vocab_size=9, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                         top_k=2)
+    inputs, real, seen = Inputs([torch.randn(90, 12)], torch.arange(0, 91, 3)), warmup.document_scores, []
+    monkeypatch.setattr(warmup, "document_scores", lambda *args: seen.append(args[3]) or real(*args))
+    run = train.TrainConfig(max_steps=2, evaluate_every=9, routing_dropout=0.6, model=config)
+    rows = torch.arange(30)
+    train_maps(first_maps(config), shape_of(config), inputs, inputs, rows, rows, [(i,) for i in range(30)], run, lambda _: None)
+    share = torch.cat([mask for mask in seen if not mask.all()]).float().mean()
+    assert 0.3 < share < 0.75 and all(mask.any(1).all() for mask in seen)
+
+
 def test_the_backbone_is_untouched(warmed):
     """Warming up would change what the backbone says; or leave out what makes it a checkpoint."""
     out, _, backbone, _ = warmed
@@ -134,6 +180,7 @@ def test_the_backbone_is_untouched(warmed):
     assert after.config.prompts == "chat" and not after.config.attend_memory and (after.config.chunk_size, after.config.top_k) == (16, 3)
     changed = [name for name, tensor in before.state_dict().items() if not tensor.equal(after.state_dict()[name])]
     assert changed and all("router" in name for name in changed) and len(changed) == 4
+    assert set(Weights(out).dtypes.values()) == set(Weights(backbone).dtypes.values()) == {torch.bfloat16}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (backbone / name).read_bytes()
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 258
@@ -154,7 +201,8 @@ def test_it_can_be_asked(run, warmed, tmp_path):
 @torch.no_grad()
 def test_inputs(backbone):
     """Inputs would depend on what they are computed beside, or come back in another order."""
-    model, tokenizer = MSA.from_pretrained(backbone, chunk_size=16), load_tokenizer(backbone, "chat")
+    model = MSA.from_pretrained(backbone, chunk_size=16)
+    tokenizer = load_tokenizer(backbone, model.config)
     texts = ["a", "some more text than that, over several chunks of it", "short", "a middling one, of two"]
     asked, head = [tokenizer.question(text)[0] for text in texts], len(tokenizer.head)
     for compute, rows in ((document_inputs, spelled(tokenizer, texts)), (lambda *args: question_inputs(*args, head), asked)):
@@ -190,7 +238,7 @@ def test_read_beir(tmp_path):
     assert {split: len(rows) for split, rows in questions.items()} == {"train": 48, "dev": 0, "test": 24}
     assert questions["test"][1] == ("BBB", (1,))
     path = tmp_path / "set" / "qrels" / "test.tsv"
-    path.write_text(path.read_text() + "q0-2\td5\t1\nq0-2\td6\t0\n")
+    path.write_text(path.read_text() + "q0-2\td5\t1\nq0-2\td5\t1\n\nq0-2\td6\t0\n")
     assert read_beir(tmp_path / "set", ("test",))[1]["test"][0][1] == (0, 5)
 
 
@@ -200,13 +248,14 @@ def test_read_beir(tmp_path):
     ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "two documents have the same _id"),
     ("qrels/test.tsv", "head\nq0-2\tnone\t1\n", "test.tsv:2: 'q0-2.*is not a query's _id"),
     ("qrels/test.tsv", "head\nq0-2\td1\tbest\n", "test.tsv:2"),
+    ("qrels/test.tsv", "head\nq0-2\td1\t²\n", "test.tsv:2"), ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
     ("qrels/test.tsv", "head\nq0-2\n", "test.tsv:2")])
 def test_bad_sets(tmp_path, file, text, message):
     """A damaged set would end in a traceback that does not name the line."""
     folder = retrieval_set(tmp_path / "set")
     (folder / file).unlink()
     if text is not None:
-        (folder / file).write_text(text)
+        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         read_beir(folder, ("train", "test"))
 
@@ -230,8 +279,12 @@ def test_read_squad(tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    ((), "--router-data wants --init-from"), (("--init-from", "checkpoint"), "is a model with a memory already"),
-    (("--init-from", "backbone", "--resume"), "no --resume"), (("--init-from", "backbone", "--router-data", "nowhere"), "nowhere"),
+    ((), "name the backbone with --init-from"), (("--init-from", "checkpoint"), "is a model with a memory already"),
+    (("--init-from", "backbone", "--resume"), "leave --resume out"),
+    (("--init-from", "backbone", "--out", "backbone"), "which --init-from reads"),
+    (("--init-from", "backbone", "--out", "checkpoint"), "holds a checkpoint"),
+    (("--init-from", "backbone", "--model.score-bias"), "model.score_bias is True, but --init-from"),
+    (("--init-from", "backbone", "--router-data", "nowhere"), "nowhere"),
     (("--init-from", "backbone", "--model.top-k", "0"), "top_k is 0")])
 def test_mistakes(run, backbone, checkpoint, tmp_path, flags, message):
     """What cannot be warmed up would end in a traceback, or in a folder with half a checkpoint."""
