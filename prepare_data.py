@@ -148,11 +148,11 @@ def read_jsonl(path):
             yield id, title, text
 
 
-def read_beir(folder, splits):
-    """A retrieval set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+def read_beir(folder):
+    """A retrieval set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv (train, test, and what else there is).
 
     Returns (documents, questions by split): documents are texts, without their titles; questions are (text, gold), gold a tuple of the
-    indices of the documents that answer it. A split that has no file is empty. Raises UserError that names the line.
+    indices of the documents that answer it. Raises UserError that names the line.
     """
     folder = Path(folder)
     for name in ("corpus.jsonl", "queries.jsonl"):
@@ -162,10 +162,10 @@ def read_beir(folder, splits):
     place, text_of, questions = {id: i for i, (id, _, _) in enumerate(corpus)}, {id: text for id, _, text in queries}, {}
     if len(place) < len(corpus):
         raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
-    for split in splits:
-        path, gold = folder / "qrels" / f"{split}.tsv", {}
+    for path in sorted((folder / "qrels").glob("*.tsv")):
+        gold = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8") from None
         for number, line in enumerate(lines, start=1):
@@ -176,7 +176,7 @@ def read_beir(folder, splits):
                 raise UserError(f"{path}:{number}: {line!r} is not a query's _id, a document's _id and a score, with tabs between")
             if int(score) > 0:
                 gold.setdefault(query, []).append(place[document])
-        questions[split] = [(text_of[query], tuple(dict.fromkeys(found))) for query, found in gold.items()]
+        questions[path.stem] = [(text_of[query], tuple(dict.fromkeys(found))) for query, found in gold.items()]
     return [text for _, _, text in corpus], questions
 
 

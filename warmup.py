@@ -222,11 +222,13 @@ def warm_up(config, model, tokenizer, dtype, say):
 
     dtype: of the backbone's products; those of the routers are float32 (and autocast would keep the first maps that it has rounded).
     """
-    folder = Path(config.router_data).is_dir()
-    texts, asked = read_beir(config.router_data, ("train", "test")) if folder else read_squad(config.router_data)
+    texts, asked = (read_beir if Path(config.router_data).is_dir() else read_squad)(config.router_data)
+    tested = {d for _, found in asked.setdefault("test", []) for d in found}
+    asked["train"] = [row for split, rows in asked.items() if split != "test" for row in rows if not tested.intersection(row[1])]
     for split, least in (("train", 10), ("test", 1)):
         if len(asked[split]) < least:
-            raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on; at least {least} are needed")
+            raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on, of documents that no test question is "
+                            f"about; at least {least} are needed")
     gold = [found for split in ("train", "test") for _, found in asked[split]]
     c, top_k, at, began = model.config, model.config.top_k, min(AT, model.config.top_k), time.time()
     shape = shape_of(c)

@@ -30,17 +30,18 @@ from warmup import (
 
 
 def retrieval_set(folder):
-    """24 documents, each of a letter of its own, and three questions about each: two to train on, one to test. Letters that all have in
-    common would match in all of them, and hide the others behind the maximum over tokens."""
+    """24 documents, each of a letter of its own, and two questions about each. Every third document is tested, and has a training question
+    that must be left out; of the others the second question stands in a split of another name. Letters that all have in common would
+    match in all of them, and hide the others behind the maximum over tokens."""
     (folder / "qrels").mkdir(parents=True)
     letters = [chr(ord("A") + i) for i in range(24)]
     documents = [{"_id": f"d{i}", "title": "Place 1" if i == 1 else "", "text": letter * (5 + 7 * (i % 4))}
                  for i, letter in enumerate(letters)]
-    queries, lines = [], {"train": [], "test": []}
+    queries, lines = [], {"train": [], "test": [], "more": []}
     for i, letter in enumerate(letters):
-        for j, text in enumerate((letter * 4, letter * 9, letter * 3)):
-            queries.append({"_id": f"q{i}-{j}", "text": text})
-            lines["test" if j == 2 else "train"].append(f"q{i}-{j}\td{i}\t1")
+        for split, text in (("train", letter * 4), ("more" if i % 3 else "test", letter * (9 if i % 3 else 3))):
+            queries.append({"_id": f"{split}-{i}", "text": text})
+            lines[split].append(f"{split}-{i}\td{i}\t1")
     (folder / "corpus.jsonl").write_text("".join(json.dumps(x) + "\n" for x in documents))
     (folder / "queries.jsonl").write_text("".join(json.dumps(x) + "\n" for x in queries))
     for split, rows in lines.items():
@@ -91,7 +92,7 @@ def test_measured_is_what_the_model_finds(warmed):
     measured = json.loads((out / "router.json").read_text())
     model = MSA.from_pretrained(out)
     tokenizer = load_tokenizer(out, model.config)
-    texts, questions = read_beir(data, ("test",))
+    texts, questions = read_beir(data)
     memory = model.encode(list(map(torch.tensor, spelled(tokenizer, texts))))
     inputs = document_inputs(model, spelled(tokenizer, texts))
     asked = question_inputs(model, [tokenizer.question(text)[0] for text, _ in questions["test"]], len(tokenizer.head))
@@ -108,7 +109,8 @@ def test_measured_is_what_the_model_finds(warmed):
         found.append(gold[0] in [d for d, _ in rank_documents(selections)[:3]])
         layers.append([gold[0] in selection.documents[0].tolist() for selection in selections])
     share = lambda rows: torch.tensor(rows).float().mean(0)
-    assert len(found) == measured["test_questions"] == 24 and measured["chance"] == 3 / 24
+    assert len(found) == measured["test_questions"] == 8 and measured["chance"] == 3 / 24
+    assert measured["train_questions"] + measured["held_out"] == 2 * 16
     assert abs(float(share(found)) - measured["trained"]["recall_at_k"]) < 0.05  # inputs were rounded to bfloat16
     assert torch.allclose(share(layers), torch.tensor(measured["trained"]["layers"]), atol=0.1)
     assert measured["trained"]["recall_at_k"] > 4 * measured["chance"]
@@ -233,23 +235,23 @@ def test_whitening():
 
 def test_read_beir(tmp_path):
     """Splits would be mixed, or a document that does not answer counted."""
-    texts, questions = read_beir(retrieval_set(tmp_path / "set"), ("train", "dev", "test"))
+    texts, questions = read_beir(retrieval_set(tmp_path / "set"))
     assert texts[0] == "AAAAA" and texts[1] == "B" * 12
-    assert {split: len(rows) for split, rows in questions.items()} == {"train": 48, "dev": 0, "test": 24}
-    assert questions["test"][1] == ("BBB", (1,))
+    assert {split: len(rows) for split, rows in questions.items()} == {"train": 24, "more": 16, "test": 8}
+    assert questions["test"][1] == ("DDD", (3,))
     path = tmp_path / "set" / "qrels" / "test.tsv"
-    path.write_text(path.read_text() + "q0-2\td5\t1\nq0-2\td5\t1\n\nq0-2\td6\t0\n")
-    assert read_beir(tmp_path / "set", ("test",))[1]["test"][0][1] == (0, 5)
+    path.write_text(path.read_text() + "test-0\td5\t1\ntest-0\td5\t1\n\ntest-0\td6\t0\n")
+    assert read_beir(tmp_path / "set")[1]["test"][0][1] == (0, 5)
 
 
 @pytest.mark.parametrize("file,text,message", [
     ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
     ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
     ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "two documents have the same _id"),
-    ("qrels/test.tsv", "head\nq0-2\tnone\t1\n", "test.tsv:2: 'q0-2.*is not a query's _id"),
-    ("qrels/test.tsv", "head\nq0-2\td1\tbest\n", "test.tsv:2"),
-    ("qrels/test.tsv", "head\nq0-2\td1\t²\n", "test.tsv:2"), ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
-    ("qrels/test.tsv", "head\nq0-2\n", "test.tsv:2")])
+    ("qrels/test.tsv", "head\ntest-0\tnone\t1\n", "test.tsv:2: 'test-0.*is not a query's _id"),
+    ("qrels/test.tsv", "head\ntest-0\td1\tbest\n", "test.tsv:2"),
+    ("qrels/test.tsv", "head\ntest-0\td1\t²\n", "test.tsv:2"), ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
+    ("qrels/test.tsv", "head\ntest-0\n", "test.tsv:2")])
 def test_bad_sets(tmp_path, file, text, message):
     """A damaged set would end in a traceback that does not name the line."""
     folder = retrieval_set(tmp_path / "set")
@@ -257,7 +259,7 @@ def test_bad_sets(tmp_path, file, text, message):
     if text is not None:
         (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        read_beir(folder, ("train", "test"))
+        read_beir(folder)
 
 
 def test_read_squad(tmp_path):
