@@ -5,7 +5,7 @@
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
-    python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights, and its routers from its own attention
+    python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights
     python train.py config/smol.toml --init-from out/smollm2 --router-data SET     # its routers alone (warmup.py), on a retrieval set
     python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
@@ -97,8 +97,8 @@ def contexts_of(step, config):
 
 
 def start_from(config, tokenizer, device):
-    """The model that `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, gets routers that start
-    as its own attention (unless it has some), and is a memory model as `config.model` says. Raises UserError where it cannot be."""
+    """The model that `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, and is a memory model
+    as `config.model` says; routers that it lacks: see whiten_routers. Raises UserError where it cannot be."""
     folder = find(config.init_from)
     loaded = load_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"

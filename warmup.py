@@ -121,9 +121,10 @@ def whitening(x):
     return ((vectors * (values + RIDGE * values.mean()).rsqrt()) @ vectors.T).float()
 
 
-def whiten(inputs):
-    """Whitens Inputs in place; returns the (E, E) of each layer."""
-    found = [whitening(rows) for rows in inputs.rows]
+def whiten(inputs, known=None):
+    """Whitens Inputs in place, by the moments of the first `known` texts (of all); returns the (E, E) of each layer."""
+    known = len(inputs.offsets) - 1 if known is None else known
+    found = [whitening(rows[:inputs.offsets[known]]) for rows in inputs.rows]
     for rows, white in zip(inputs.rows, found):
         for part in rows.split(1 << 16):
             part.copy_(part.float() @ white)
@@ -230,6 +231,9 @@ def warm_up(config, model, tokenizer, dtype, say):
             raise UserError(f"{config.router_data}: {len(asked[split])} questions to {split} on, of documents that no test question is "
                             f"about; at least {least} are needed")
     gold = [found for split in ("train", "test") for _, found in asked[split]]
+    about = sorted({found[0] for _, found in asked["train"]})
+    if len(about) < 2:
+        raise UserError(f"{config.router_data}: all training questions are about one document; at least two are needed, one held out")
     c, top_k, at, began = model.config, model.config.top_k, min(AT, model.config.top_k), time.time()
     shape = shape_of(c)
     spelled = [tokenizer.question(text)[0] for split in ("train", "test") for text, _ in asked[split]]
@@ -240,9 +244,6 @@ def warm_up(config, model, tokenizer, dtype, say):
     say(f"{len(texts):,} documents, {len(gold):,} questions: {tokens:,} tokens at {tokens / seconds:,.0f} tokens/s")
     rng = np.random.default_rng(config.seed)
     train, test = torch.arange(len(asked["train"])), torch.arange(len(asked["train"]), len(gold))
-    about = sorted({found[0] for _, found in asked["train"]})
-    if len(about) < 2:
-        raise UserError(f"{config.router_data}: all training questions are about one document; at least two are needed, one held out")
     kept_back = set(rng.permutation(about)[:max(1, round(HELD_OUT * len(about)))].tolist())
     held = torch.tensor([gold[q][0] in kept_back for q in train.tolist()])
     measured = dict(documents=len(texts), train_questions=int((~held).sum()), held_out=int(held.sum()), test_questions=len(test),
@@ -263,7 +264,7 @@ def warm_up(config, model, tokenizer, dtype, say):
     attention = [model.model.layers[i].self_attn for i in c.memory_layers]
     measure("as attention", [[router[0].weight.detach().float().cpu() for router in (a.router_q_proj, a.router_k_proj)] for a in attention])
     torch.manual_seed(config.seed)
-    whitenings, maps = (whiten(questions), whiten(documents)), first_maps(c)
+    whitenings, maps = (whiten(questions, len(train)), whiten(documents)), first_maps(c)  # test questions are not looked at
     measure("whitened", maps)
     began = time.time()
     maps = train_maps(maps, shape, questions, documents, train[~held], train[held], gold, config, say)

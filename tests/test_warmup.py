@@ -230,6 +230,16 @@ def test_whitening():
     assert spread.max() / spread.min() < 2.5 < (before.pow(2).mean(0).max() / before.pow(2).mean(0).min())
 
 
+def test_whitening_does_not_look_at_what_is_tested():
+    """Test questions would shape the routers that are measured by them."""
+    torch.manual_seed(0)
+    rows = torch.randn(100, 4)
+    tested = (torch.zeros(20, 4), 9 + torch.randn(20, 4))
+    found = [whiten(Inputs([torch.cat([rows, last])], torch.arange(0, 121, 10)), 10)[0] for last in tested]
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.allclose(found[0], whiten(Inputs([torch.cat([rows, tested[1]])], torch.arange(0, 121, 10)))[0], atol=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sets
 
