@@ -46,7 +46,7 @@ import msa_kernel as K
 from common import autocast, detect_device, keep_freed_memory, main, write_json
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_records
-from model import MSA, MSA_FIELDS, ModelConfig
+from model import MSA, ModelConfig
 
 H, G, D = 32, 8, 128  # Qwen3-4B's heads
 
@@ -428,8 +428,7 @@ def bench_load(bench, shape=LOAD):
             draw = lambda x: torch.ones(x.shape, device="cpu") if x.ndim == 1 else torch.randn(x.shape, device="cpu") * x.shape[-1] ** -0.5
             save_file({name: draw(model.state_dict()[name]).bfloat16() for name in part}, folder / files[part[0]])
         write_json(folder / checkpoint.INDEX, {"weight_map": files})
-        values = dataclasses.asdict(model.config)
-        checkpoint.write_config(folder, values, {name: values.pop(name) for name in MSA_FIELDS}, {}, torch.bfloat16)
+        model.bfloat16().save_config(folder)
         done = subprocess.run([sys.executable, "-c", LOADER, str(folder), str(bench.device)], capture_output=True, text=True,
                               cwd=Path(__file__).parent)
         if done.returncode:

@@ -409,21 +409,26 @@ class MSA(nn.Module):
 
         Attention is causal, so that padding on the right needs no mask. Stops after the last memory layer's projections.
         """
-        config = self.config
-        x, _ = self.embed(tokens)
-        rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), config)  # document-wise: from 0
-        stored = []
+        config, stored = self.config, []
+        for attention, h, keys, values in self.read_alone(tokens):
+            k, v, routing = pool_chunks(keys, values, attention.routing_key(h, keys), lengths, config.chunk_size, config.number_chunk,
+                                        config.normalize_routing)
+            stored.append((k, F.rms_norm(v, v.shape[-1:]) if config.normalize_values else v, routing))
+        return stored
+
+    def read_alone(self, tokens, prefix_length=0, shift=0):
+        """Yields (attention, normed input (B, L, E), keys, values) of every memory layer for right-padded texts (B, L), each read alone and
+        without a memory, at positions from 0 (document-wise RoPE); from prefix_length on they are moved by `shift`."""
+        place = torch.arange(tokens.size(1), device=tokens.device)
+        rope, (x, _) = rope_angles(place + shift * (place >= prefix_length), self.config), self.embed(tokens)
         for i, layer in enumerate(self.model.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
             keys, values = attention.key_value(h, rope)
-            if i in config.memory_layers:
-                k, v, routing = pool_chunks(keys, values, attention.routing_key(h, keys), lengths, config.chunk_size, config.number_chunk,
-                                            config.normalize_routing)
-                stored.append((k, F.rms_norm(v, v.shape[-1:]) if config.normalize_values else v, routing))
-            if i == config.memory_layers[-1]:
-                break
+            if i in self.config.memory_layers:
+                yield attention, h, keys, values
+            if i == self.config.memory_layers[-1]:
+                return
             x = layer.finish(x, sparse_attention(attention.query(h, rope), keys, values))
-        return stored
 
     def assemble(self, parts, offsets, numbers):
         """Batches of encoded documents, put back into the order given."""
@@ -553,9 +558,13 @@ class MSA(nn.Module):
 
     def save(self, folder):
         """Write config.json and the weights in the type that they have, each file atomically."""
+        write_weights(folder, self.state_dict())
+        self.save_config(folder)
+
+    def save_config(self, folder):
+        """Write config.json alone."""
         values = asdict(self.config)
         msa = {name: values.pop(name) for name in MSA_FIELDS}
-        write_weights(folder, self.state_dict())
         write_config(folder, values, msa, self.others, self.model.embed_tokens.weight.dtype)
 
     def save_pretrained(self, folder):

@@ -96,10 +96,9 @@ def contexts_of(step, config):
     return max(1, 8 >> (8 * step // config.max_steps)) if config.model.full_attention else 0
 
 
-def start_from(config, tokenizer, device):
-    """The model that `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, and is a memory model
-    as `config.model` says; routers that it lacks: see whiten_routers. Raises UserError where it cannot be."""
-    folder = find(config.init_from)
+def start_from(config, folder, tokenizer, device):
+    """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, and is a
+    memory model as `config.model` says; routers that it lacks: see whiten_routers. Raises UserError where it cannot be."""
     loaded = load_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"
     changes = settings(config, loaded, ("number_chunk", "normalize_values", "score_bias", *ROUTING) if backbone else ())
@@ -137,11 +136,10 @@ def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
     start_routers(model, documents, questions, dtype)
 
 
-def train_routers(config, device, dtype, say):
+def train_routers(config, folder, device, dtype, say):
     """The router-only phase: the backbone is left as it is, and its layer inputs are computed once (warmup.py). Writes the checkpoint to
     `out`, and what was measured to router.json."""
-    folder, out = find(config.init_from), Path(config.out)
-    loaded = load_config(folder)[0]
+    out, loaded = Path(config.out), load_config(folder)[0]
     if loaded.prompts != "chat" or not loaded.decouple_router:
         raise UserError(f"--router-data is for backbones; {config.init_from} is a model with a memory already: leave it out")
     model = MSA.from_pretrained(folder, device, **settings(config, loaded, ROUTING))
@@ -231,16 +229,18 @@ def script():
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
-    if config.init_from and find(config.init_from).resolve() == Path(config.out).resolve():
+    out, folder = Path(config.out), find(config.init_from) if config.init_from else None
+    state_path = out / "training_state.pt"
+    if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-    if (Path(config.out) / "config.json").exists() and not (config.overwrite or config.resume):
-        raise UserError(f"{config.out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
+    if ((out / "config.json").exists() or state_path.exists()) and not (config.overwrite or config.resume):
+        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
     if config.router_data:
         for wrong, fix in ((not config.init_from, "name the backbone with --init-from"), (world > 1, f"start one process, not {world}"),
                            (config.resume, "leave --resume out: it takes minutes, and starts anew")):
             if wrong:
                 raise UserError(f"--router-data {config.router_data}: {fix}")
-        return train_routers(config, device, dtype, say)
+        return train_routers(config, folder, device, dtype, say)
 
     # data
     asked, about = asdict(config.data), read_about(config.data.out)
@@ -257,13 +257,13 @@ def script():
     if config.model.prompts != "nanomsa":
         raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked as \"nanomsa\"")
     torch.manual_seed(config.seed)
-    model = start_from(config, tokenizer, device) if config.init_from else MSA(config.model).to(device)
+    model = start_from(config, folder, tokenizer, device) if folder else MSA(config.model).to(device)
     config = replace(config, model=model.config)
     if config.model.full_attention and config.router_steps:
         raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
-    if config.init_from and not model.trained_routers and not config.resume:
+    if folder and not model.trained_routers and not config.resume:
         whiten_routers(model, train_pools, tokenizer, config, dtype)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
@@ -276,8 +276,7 @@ def script():
         f"data: {len(train_pools):,} pools")
 
     # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there is no other state.
-    out, step, position, rows = Path(config.out), 0, 0, []
-    state_path = out / "training_state.pt"
+    step, position, rows = 0, 0, []
     if config.resume:
         try:
             state = torch.load(state_path, map_location=device, weights_only=True)
@@ -298,8 +297,6 @@ def script():
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with --overwrite") from None
         say(f"resumed from {out} at step {step}")
-    elif state_path.exists() and not config.overwrite:
-        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
 
     def save():

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, autocast
-from model import contrastive_loss, hit_rate, rope_angles
-from msa_kernel import chunk_means, chunk_offsets, group_queries, ranges, route, sparse_attention
+from model import contrastive_loss, hit_rate
+from msa_kernel import chunk_means, chunk_offsets, group_queries, ranges, route
 from prepare_data import bm25_search, read_beir, read_squad
 
 RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted
@@ -37,22 +37,6 @@ class Inputs:
     offsets: torch.Tensor  # (n + 1,) int64: text i has rows offsets[i]:offsets[i + 1]
 
 
-def layer_inputs(model, tokens, prefix_length=0, shift=0):
-    """Yields the normed input (B, L, E) of every memory layer for right-padded tokens (B, L), each text alone and without a memory.
-
-    From prefix_length on positions are moved by `shift`.
-    """
-    place = torch.arange(tokens.size(1), device=tokens.device)
-    rope, (x, _) = rope_angles(place + shift * (place >= prefix_length), model.config), model.embed(tokens)
-    for i, layer in enumerate(model.model.layers):
-        attention, h = layer.self_attn, layer.input_layernorm(x)
-        if i in model.config.memory_layers:
-            yield h
-        if i == model.config.memory_layers[-1]:
-            return
-        x = layer.finish(x, sparse_attention(attention.query(h, rope), *attention.key_value(h, rope)))
-
-
 @torch.no_grad()
 def compute_inputs(model, texts, reduce, label, prefix_length=0, shift=0):
     """Inputs of texts (lists of ids), in batches of similar length. reduce: (h (B, L, E), lengths (B,)) -> (rows, counts (B,)) to keep."""
@@ -65,7 +49,7 @@ def compute_inputs(model, texts, reduce, label, prefix_length=0, shift=0):
             sizes, tokens = torch.from_numpy(lengths[batch]), torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
             for row, i in enumerate(batch):
                 tokens[row, :lengths[i]] = torch.tensor(texts[i])
-            for rows, h in zip(layers, layer_inputs(model, tokens.to(model.device), prefix_length, shift)):
+            for rows, (_, h, _, _) in zip(layers, model.read_alone(tokens.to(model.device), prefix_length, shift)):
                 found, count = reduce(h, sizes.to(h.device))
                 rows.append(found.bfloat16().cpu())
             kept += batch
@@ -194,8 +178,9 @@ def train_maps(maps, shape, questions, documents, rows, held_out, gold, config, 
                 recall, _ = recalls(maps, shape, questions, documents, held_out, gold, top_k)
                 say(f"step {step:4d}/{config.max_steps} held-out recall@{min(AT, top_k)} {recall[-1]:.3f}, layers "
                     + " ".join(f"{r:.2f}" for r in recall[:-1]))
-                if recall[-1] + np.mean(recall[:-1]) > best_recall:
-                    best, best_recall = [[x.detach().clone() for x in pair] for pair in maps], recall[-1] + np.mean(recall[:-1])
+                together = recall[-1] + np.mean(recall[:-1])
+                if together > best_recall:
+                    best, best_recall = [[x.detach().clone() for x in pair] for pair in maps], together
             if step == config.max_steps:
                 return best
             for group in optimizer.param_groups:
@@ -237,10 +222,11 @@ def warm_up(config, model, tokenizer, dtype, say):
     c, top_k, at, began = model.config, model.config.top_k, min(AT, model.config.top_k), time.time()
     shape = shape_of(c)
     spelled = [tokenizer.question(text)[0] for split in ("train", "test") for text, _ in asked[split]]
+    encoded = tokenizer.encode_batch(texts)
     with autocast(model.device, dtype):
-        documents = document_inputs(model, [tokenizer.document(n, tokenizer.encode(text)) for n, text in enumerate(texts)])
+        documents = document_inputs(model, [tokenizer.document(n, text) for n, text in enumerate(encoded)])
         questions = question_inputs(model, spelled, len(tokenizer.head))
-    tokens, seconds = sum(len(tokenizer.encode(text)) for text in texts) + int(questions.offsets[-1]), time.time() - began
+    tokens, seconds = sum(map(len, encoded)) + int(questions.offsets[-1]), time.time() - began
     say(f"{len(texts):,} documents, {len(gold):,} questions: {tokens:,} tokens at {tokens / seconds:,.0f} tokens/s")
     rng = np.random.default_rng(config.seed)
     train, test = torch.arange(len(asked["train"])), torch.arange(len(asked["train"]), len(gold))
