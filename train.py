@@ -5,7 +5,7 @@
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
-    python train.py config/mine.toml --init-from out/smollm2             # a backbone's weights
+    python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
     python train.py config/smol.toml --init-from out/smollm2 --router-data SET     # its routers alone (warmup.py), on a retrieval set
     python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
 
