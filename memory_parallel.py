@@ -9,6 +9,7 @@ collective: their content, each row from the rank that owns it. One process is t
 
     B questions   K documents selected   C chunks   G key/value heads   D head size
 """
+import atexit
 import contextlib
 import json
 import os
@@ -17,6 +18,9 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Whatever imports this while a group exists keeps that group in default arguments: its threads outlive `Ranks.end` and may abort at exit
+import torch.distributed.nn
 
 import memory_bank
 from common import UserError
@@ -73,6 +77,8 @@ class Ranks:
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
                                     world_size=self.world, timeout=limit + timedelta(seconds=30 * (device.type == "cuda")))  # ours first
+            if device.type == "cpu":
+                atexit.register(self.end)  # after an error too: gloo's threads abort if they free a tensor in a dying interpreter
 
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come."""
@@ -150,7 +156,7 @@ class Ranks:
         return found
 
     def end(self):
-        if self.world > 1:
+        if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# DDP imports this when a group exists, which default arguments then keep alive until the interpreter ends, its threads with it: an abort
+# DDP imports this while a group exists, and default arguments keep that group: its threads would outlive it and may abort at exit
 import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import main  # noqa: E402
@@ -47,7 +49,9 @@ def script():
         found.append([answer, [[r.routed, r.named, r.appended] for r in rounds]])
     if ranks.rank == 0:
         Path(args.out).write_text(json.dumps(found))
+    group = weakref.ref(dist.group.WORLD)
     ranks.end()
+    assert group() is None, "the group outlives Ranks.end(): its threads may abort when the interpreter ends"
 
 
 if __name__ == "__main__":
