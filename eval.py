@@ -45,7 +45,7 @@ from memory_bank import Bank
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
 from prepare_data import Document, bm25_search
-from sample import encode_texts, hash64, load_checkpoint, sync
+from sample import check_fingerprint, encode_texts, hash64, load_checkpoint, sync
 from tasks import TASKS, Words, make_memory
 
 
@@ -308,6 +308,8 @@ def script():
     model.config.top_k = config.top_k or model.config.top_k
     if model.config.full_attention != (config.baseline == "full"):
         raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
+    if config.memory and (Path(config.memory) / "manifest.json").exists():  # better known before minutes of counting tokens
+        check_fingerprint(Bank(config.memory).layout, config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -217,7 +218,7 @@ def test_bank(evaluate, task, tmp_path):
     assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
 
 
-def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path):
+def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path, monkeypatch):
     """Evaluating would delete a user's documents from their bank, or ask over an older, shorter memory's numbers."""
     evaluate("--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank")
     for other, message in ((["--seed", 5], "holds other documents than this evaluation's"),
@@ -226,6 +227,9 @@ def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path):
         result = run(evaluation, "--checkpoint", checkpoint, "--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank", *other)
         assert result.code == 2 and re.search(message, result.error), result.error
         assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
+    monkeypatch.setattr(evaluation, "build", None)  # another model's bank is known before the minutes that a long memory takes to build
+    result = run(evaluation, "--checkpoint", Path(evaluation.__file__).parent / "checkpoints/demo", "--memory", tmp_path / "bank")
+    assert result.code == 2 and "made by another model" in result.error, result.error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
