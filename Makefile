@@ -1,7 +1,7 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
-# make scale   one memory from 16K to 100M tokens on two CPU processes: more than half an hour, 5.3 GB in SCALE=folder; it goes on where it was
+# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; it goes on where it was
 # make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed up on SQuAD. Downloads both (270 and
 #              4 MB), unless SMOL= and DATA= name what is there: a checkpoint's folder; SQuAD's file or a folder in BEIR's layout.
 #              The second time it only asks; for another SMOL or DATA remove out/smol first
@@ -28,10 +28,11 @@ test: .venv/installed
 
 scale: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
-		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png
-	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
 		--routing-keys int8 --json $(RESULTS)/scale-int8.json
 	$(RUN) eval.py config/scale.toml --baseline bm25 --json $(RESULTS)/scale-bm25.json
+	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
+		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png \
+		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 smol: out/smol/router.json
 	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace "Who built the lighthouse?"
