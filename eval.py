@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question
-from memory_bank import Bank
+from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
 from prepare_data import Document, bm25_search
@@ -309,7 +309,7 @@ def script():
     if model.config.full_attention != (config.baseline == "full"):
         raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
     if config.memory and (Path(config.memory) / "manifest.json").exists():  # better known before minutes of counting tokens
-        check_fingerprint(Bank(config.memory).layout, config.memory, model, tokenizer)
+        check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()

@@ -235,7 +235,6 @@ def answer_question(model, tokenizer, memory, texts, question, config):
     return "".join(e for e in events if isinstance(e, str)), [e for e in events if isinstance(e, Round)]
 
 
-
 def answer_from_text(model, tokenizer, question, appended, config, context=None):
     """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing retrieved.
 
