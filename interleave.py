@@ -1,11 +1,13 @@
-"""The interleave loop (section 3.5): in a round the model names documents or ends the retrieval; the system appends the text of the named
-ones to the question, and the next round begins, with new routing.
+"""The interleave loop (section 3.5): in a round the model names documents or ends the retrieval; the system
+appends the text of the named ones to the question, and the next round begins, with new routing.
 
-    for event in interleave(model, tokenizer, memory, texts, question, config): ...      # Rounds, then the answer, piece by piece
+    for event in interleave(model, tokenizer, memory, texts, question, config): ...   # Rounds, then the answer
 
-Three loops behind one function, as the checkpoint's `prompts` say: `nanomsa`, models that train.py made; `msa`, the authors' MSA-4B;
-`chat`, a backbone of which only the router was trained. How each is spelled: tokenizer.py and prompts.py.
+Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that train.py
+made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How each of them
+spells its questions: tokenizer.py and prompts.py.
 """
+
 import re
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ import torch
 
 from common import UserError
 from memory_parallel import ParallelMemory
-from model import Cache
+from memory import Cache, rank_documents
 from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
@@ -23,15 +25,18 @@ NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
 @dataclass
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
-    top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # how much routing scores count in naming; 0: the paper's pure generation, 1000: router alone; MSA-4B
-                                    # names by generation, a chat backbone by its router, whatever this is
-    max_rounds: int = 4             # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
+    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability
+    router_weight: float = 1.0      # of routing scores in naming; 0: the paper's pure generation, 1000: routing
+                                    # alone. MSA-4B always names by generation, a chat backbone by its router
+    max_rounds: int = (
+        4  # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
+    )
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
-        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", 0), ("max_documents", 1), ("max_answer_tokens", 1)):
+        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", 0), ("max_documents", 1),
+                          ("max_answer_tokens", 1)):
             if not low <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not 0 < self.top_p <= 1:
@@ -46,11 +51,12 @@ class Round:
     appended: list    # the same, in the order of appending
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Small steps
 
 def choose(logits, temperature, top_p):
-    """An index of `logits` (n,): the largest at temperature 0, else a sample from the top_p part of the distribution."""
+    """An index of `logits` (n,): the largest at temperature 0, else a sample from the top_p part of the
+    distribution."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
@@ -58,17 +64,12 @@ def choose(logits, temperature, top_p):
     return int(order[torch.multinomial(probabilities, 1)])
 
 
-def rank_documents(selections):
-    """What the memory layers selected for one question, best first: a list of (document index, mean score).
-
-    A layer that did not select a document counts its own k-th score for it. Ties go to the lower number.
-    """
-    layers = [{d: s for d, s in zip(selection.documents[0].tolist(), selection.scores[0].tolist()) if d >= 0}
-              for selection in selections]
-    layers = [layer for layer in layers if layer]
-    found = {d for layer in layers for d in layer}
-    means = {d: sum(layer.get(d, min(layer.values())) for layer in layers) / len(layers) for d in found}
-    return sorted(means.items(), key=lambda pair: (-pair[1], pair[0]))
+def ranking(selections):
+    """`rank_documents` of one question: a list of pairs (document index, score)."""
+    if not selections:
+        return []
+    documents, scores = rank_documents(selections)
+    return [(d, score) for d, score in zip(documents[0].tolist(), scores[0].tolist()) if d >= 0]
 
 
 def read(model, tokens, **kwargs):
@@ -79,11 +80,12 @@ def read(model, tokens, **kwargs):
 
 
 def number_log_probabilities(model, tokenizer, cache, numbers):
-    """log p(number | numbers) (n,): the probability that the model writes each `[n]` next when it can write only these.
+    """log p(number | numbers) (n,): the probability that the model writes each `[n]` next when it can write
+    only these.
 
-    At each token the model's distribution is renormalised over the tokens that lead to one of them, as in constrained
-    decoding. (Renormalising whole numbers instead would favour short ones by several nats for each digit they lack.)
-    All are scored in one batch that continues copies of the cache.
+    At each token the model's distribution is renormalised over the tokens that lead to one of them, as in
+    constrained decoding. (Renormalising whole numbers instead would favour short ones by several nats for
+    each digit they lack.) All are scored in one batch that continues copies of the cache.
     """
     spelled = [tokenizer.number(n) for n in numbers]
     tokens = torch.zeros(len(spelled), max(map(len, spelled)), dtype=torch.long)
@@ -102,7 +104,8 @@ def number_log_probabilities(model, tokenizer, cache, numbers):
 
 
 def generate(model, tokens, cache, stop, limit, pick, **first):
-    """Read `tokens`, then yield at most `limit` tokens that continue them, up to one of `stop`, which is not yielded.
+    """Read `tokens`, then yield at most `limit` tokens that continue them, up to one of `stop`, which is not
+    yielded.
 
     pick: logits (V,) -> token; first: what the first read needs besides, a memory and its routing_mask.
     """
@@ -127,34 +130,39 @@ def spell(tokenizer, tokens):
         yield tokenizer.decode(found)[len(shown):]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loops. All take what `interleave` takes, and `pick`: logits -> index, the same on every rank.
 
 @torch.no_grad()
 def interleave(model, tokenizer, memory, texts, question, config):
-    """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of text.
+    """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of
+    text.
 
-    memory: what `MSA.encode` returned, a ParallelMemory, or None; texts: token ids of the documents' texts, by position in the memory;
-    question: str. With a ParallelMemory over several ranks all of them call this with the same question, and rank 0 chooses.
+    memory: what `MSA.encode` returned, a ParallelMemory, or None; texts: token ids of the documents' texts,
+    by position in the memory; question: str. With a ParallelMemory over several ranks all of them call this
+    with the same question, and rank 0 chooses.
     """
     agree = memory.ranks.agree if isinstance(memory, ParallelMemory) else int
-    pick = lambda logits: agree(choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p))  # a vocabulary may be padded
+    # A vocabulary may be padded
+    pick = lambda logits: agree(choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p))
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
     yield from loop(model, tokenizer, memory, texts, question, config, pick)
 
 
 def interleave_own(model, tokenizer, memory, texts, question, config, pick):
-    """In a round the model alone decides between another document, stop, and end of retrieval. For another document the
-    candidates are those that some memory layer selected and that are not yet named or appended; the highest
-    `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite what it did not see.
+    """In a round the model alone decides between another document, stop, and end of retrieval. For another
+    document the candidates are those that some memory layer selected and that are not yet named or appended;
+    the highest `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite
+    what it did not see.
     """
     prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
     number_of = lambda d: int(memory.numbers[d])
     for rounds in range(config.max_rounds + 1):
         cache = Cache()
-        mask = torch.tensor([[True] * len(prompt) + [False]], device=model.device)  # generated tokens never route
+        # Generated tokens never route
+        mask = torch.tensor([[True] * len(prompt) + [False]], device=model.device)
         logits = read(model, [*prompt, tokenizer.retrieve], memory=memory, routing_mask=mask, cache=cache)
-        ranked = rank_documents(cache.selections)
+        ranked = ranking(cache.selections)
         named = []
         while rounds < config.max_rounds:
             candidates = [(d, score) for d, score in ranked if d not in seen and d not in named]
@@ -168,38 +176,44 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
             named.append(candidates[pick(log_p + config.router_weight * scores)][0])
             logits = read(model, tokenizer.number(number_of(named[-1])), cache=cache)
         if rounds < max(config.max_rounds, 1):
-            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)), list(map(number_of, sorted(named))))
+            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)),
+                        list(map(number_of, sorted(named))))
         if not named:
             break
         seen.update(named)
         for d in sorted(named):
             prompt = prompt + tokenizer.appended(number_of(d), texts[d])
-    yield from spell(tokenizer, generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end}, config.max_answer_tokens, pick))
+    yield from spell(tokenizer, generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end},
+                                         config.max_answer_tokens, pick))
 
 
 def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
-    """One retrieval: the router's first `max_documents` stand in the message that the plain backbone answers, in order of their numbers."""
+    """One retrieval: the router's first `max_documents` stand in the message that the plain backbone answers,
+    in order of their numbers."""
     cache, found, number_of = Cache(), [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = (torch.tensor([x], device=model.device) for x in tokenizer.question(question))
-        model.read(tokens, memory, routes, cache, prefix_length=len(tokenizer.head), positions=torch.zeros_like(routes))
-        ranked = rank_documents(cache.selections)
+        model.read(tokens, memory, routes, cache, prefix_length=len(tokenizer.head),
+                   positions=torch.zeros_like(routes))
+        ranked = ranking(cache.selections)
         found = sorted(d for d, _ in ranked[:config.max_documents])
         numbers = list(map(number_of, found))
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
     message = tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found])
-    yield from spell(tokenizer, generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, pick))
+    yield from spell(tokenizer, generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens,
+                                         pick))
 
 
 def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
-    """The authors' protocol: what the model writes up to <|object_ref_end|> names documents, every `[n]` in it; their texts are appended,
-    and all is read again, until it writes <End-of-Retrieve>.
+    """The authors' protocol: what the model writes up to <|object_ref_end|> names documents, every `[n]` in
+    it; their texts are appended, and all is read again, until it writes <End-of-Retrieve>.
 
-    `max_rounds` and `max_documents` are ours, theirs has no cap. Where theirs would go on for ever, after a round that names nothing,
-    retrieval ends too. The text behind <End-of-Retrieve> is read causally, like all text; in theirs its tokens see each other in both
-    directions.
+    `max_rounds` and `max_documents` are ours, theirs has no cap. Where theirs would go on for ever, after a
+    round that names nothing, retrieval ends too. The text behind <End-of-Retrieve> is read causally, like all
+    text; in theirs its tokens see each other in both directions.
     """
-    numbers, context, routes = (np.asarray(memory.numbers) if memory is not None else np.zeros(0, int)), [], []
+    numbers, context, routes = (np.asarray(memory.numbers) if memory is not None
+                                else np.zeros(0, int)), [], []
     end, closing = tokenizer.encode_template(END_OF_RETRIEVE), tokenizer.end_of_retrieval_prompt(question)
     for rounds in range(config.max_rounds + 1):
         prompt, own = tokenizer.question(question, later=rounds > 0)
@@ -208,14 +222,15 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
         if not retrieving:
             prompt += end + closing
         mask = [*own, *routes, *[False] * (len(prompt) - len(own) - len(routes))]
-        about = dict(memory=memory, routing_mask=torch.tensor([mask], device=model.device), prefix_length=len(tokenizer.head))
+        about = dict(memory=memory, routing_mask=torch.tensor([mask], device=model.device),
+                     prefix_length=len(tokenizer.head))
         if not retrieving:
             break
         for token in generate(model, prompt, cache, tokenizer.ref_end, NAMING_TOKENS, pick, **about):
             written.append(token)
             if END_OF_RETRIEVE in tokenizer.decode(written):
                 break
-        text, ranked = tokenizer.decode(written), rank_documents(cache.selections)
+        text, ranked = tokenizer.decode(written), ranking(cache.selections)
         ended, said = END_OF_RETRIEVE in text, [int(n) for n in re.findall(r"\[(\d{1,18})\]", text)]
         named = [] if ended else [n for n in dict.fromkeys(said) if n in numbers][:config.max_documents]
         yield Round([(int(numbers[d]), score) for d, score in ranked], named, sorted(named))
@@ -223,10 +238,12 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
             unread = written[cache.length - len(prompt):]
             prompt, about = [*unread, *([] if ended else end), *closing], {}
             break
-        appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))])) for n in sorted(named)])
+        appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))]))
+                                       for n in sorted(named)])
         routes = [False] * (len(context) + len(written) + 1) + [True] * len(appended) + [False]
         context = context + written + tokenizer.ref_end + appended + tokenizer.ref_end
-    yield from spell(tokenizer, generate(model, prompt, cache, tokenizer.ends, config.max_answer_tokens, pick, **about))
+    yield from spell(tokenizer, generate(model, prompt, cache, tokenizer.ends, config.max_answer_tokens, pick,
+                                         **about))
 
 
 def answer_question(model, tokenizer, memory, texts, question, config):
@@ -236,7 +253,8 @@ def answer_question(model, tokenizer, memory, texts, question, config):
 
 
 def answer_from_text(model, tokenizer, question, appended, config, context=None):
-    """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing retrieved.
+    """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing
+    retrieved.
 
     context: a Cache that the question continues, for the full-attention baseline.
     """
@@ -252,8 +270,10 @@ def answer_from_text(model, tokenizer, question, appended, config, context=None)
             prompt = tokenizer.message(question, documents)
         else:
             named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
-            read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents), *tokenizer.ref_end] if documents else []
-            prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
+            read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
+                           *tokenizer.ref_end] if documents else []
+            prompt = [*tokenizer.question(question)[0], *read_before,
+                      *tokenizer.encode_template(END_OF_RETRIEVE),
                       *tokenizer.end_of_retrieval_prompt(question)]
     pick = lambda logits: choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p)
     return "".join(spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick)))

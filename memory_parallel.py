@@ -24,7 +24,7 @@ import torch.distributed.nn
 
 import memory_bank
 from common import UserError
-from model import Selection
+from memory import Selection
 from msa_kernel import document_slots, quantize, select_documents
 
 

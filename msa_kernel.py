@@ -262,8 +262,17 @@ def route(query, mask, routing_keys, offsets, scales=None):
     return document_max(chunk_scores(query, mask, routing_keys.flatten(1), scales, tile), offsets)
 
 
+def reduce_tokens(scores, blind, dim):
+    """A question's tokens become one score: the best of those that route (section 3.2), -inf where none does.
+
+    scores: with the tokens along `dim`; blind: tokens that do not route, broadcast to scores, or None. Training, banks and their second
+    look come here; the kernel `route_chunks` has the same in its loop, and the tests of the kernels fail where they differ.
+    """
+    return (scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(dim)
+
+
 def chunk_scores(query, mask, keys, scales, tile):
-    """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), the max over tokens, in padded tiles of `tile` chunks."""
+    """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), in padded tiles of `tile` chunks."""
     (B, T, W), best = query.shape, []
     queries, blind = query.reshape(B * T, W).T, None if mask.all() else ~mask
     with torch.autocast(query.device.type, enabled=False):  # scores stay float32
@@ -271,7 +280,7 @@ def chunk_scores(query, mask, keys, scales, tile):
             part = keys[start:start + tile].float()
             part = part if len(part) == tile else F.pad(part, (0, 0, 0, tile - len(part)))
             scores = (part @ queries).view(tile, B, T)                                  # keys first: the faster order on a CPU
-            best.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(2))
+            best.append(reduce_tokens(scores, blind, 2))
     best = torch.cat(best)[:len(keys)].T                                                # (B, C)
     return best if scales is None else best * scales
 
@@ -305,7 +314,7 @@ def select_documents(query, mask, routing_keys, offsets, top_k, scales=None, ali
     queries, blind = query.reshape(B * T, W).bfloat16(), None if mask.all() else ~mask[:, :, None]
     for part in routing_keys.flatten(1).split(8 * ROUTE_TILE // max(routing_keys.element_size(), 2)):
         scores = (queries @ part.bfloat16().T).view(B, T, -1)                           # int8 is exact in bf16
-        rough.append((scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(1))
+        rough.append(reduce_tokens(scores, blind, 1))
     rough = torch.cat(rough, 1).float()
     rough = document_max(rough if scales is None else rough * scales, offsets)          # (B, M)
     rough = rough if alive is None else rough.masked_fill(~alive, float("-inf"))

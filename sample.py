@@ -301,8 +301,6 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
-    if model.config.full_attention:
-        raise UserError(f"{config.checkpoint}: trained with full_attention, it has no memory; only eval.py --baseline full reads it")
     count_tokens, ranks = lambda text: len(tokenizer.encode(text)), Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if config.memory:

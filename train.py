@@ -1,18 +1,18 @@
 """Train a model with memory layers, from scratch or from a checkpoint: its own, or a Llama or Qwen3 backbone.
 
     python prepare_data.py config/demo.toml                              # the data of the run, once
-    python train.py config/demo.toml                                     # a laptop CPU, one GPU: what is there is used
+    python train.py config/demo.toml  # a laptop CPU, one GPU: what is there is used
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
-    python train.py config/smol.toml --init-from out/smollm2 --router-data SET     # its routers alone (warmup.py), on a retrieval set
-    python train.py config/full.toml                                     # the baseline: all documents as one text, no memory
+    python train.py config/smol.toml --init-from out/smollm2 --router-data SET  # its routers alone: warmup.py
 
-A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases (section
-3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before it stops. Writes to `out`:
-config.json, model.safetensors, the tokenizer, training_state.pt (for --resume), log.jsonl and curves.png. A step is measured before
-it changes the weights: the row of step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
+A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
+(section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
+it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state.pt (for --resume),
+log.jsonl and curves.png. A step is measured before it changes the weights: the row of step 1 is the untrained
+model's. Every memory layer's recall is its own, nothing forced.
 """
 import io
 import json
@@ -29,35 +29,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# DDP imports this while a group exists, and default arguments keep that group: its threads would outlive it and may abort at exit
+# DDP imports this while a group exists, and default arguments keep that group: its threads would outlive it
+# and may abort at exit
 import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import find
-from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main, write_json
-from model import MSA, ModelConfig, load_config
+from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
+from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, collate, read_about
 from prompts import load_tokenizer
 from tokenizer import SPECIAL_TOKENS, Tokenizer
-from warmup import start_routers, warm_up
+from warmup import start_routers, train_routers
 
 
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
-    init_from: str = ""                 # checkpoint (or "owner/name" on the Hugging Face Hub) whose weights and sizes training starts from
-    router_data: str = ""               # retrieval set (BEIR's layout, or SQuAD's file): train the routers of `init_from` alone, on it
+    init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, that training starts from
+    router_data: str = ""               # retrieval set (BEIR's layout, SQuAD's file): train the routers alone, on it
     max_steps: int = 1500               # optimizer steps
-    router_steps: int = 300             # the first phase: router_lm_weight * LM + aux; until recall@k is near 1
-    router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made until routing works
-    routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase; see next_pool
+    router_steps: int = 300             # of the first phase, router_lm_weight * LM + aux; until recall@k is near 1
+    router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made
+    routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase
     learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 for 4B parameters)
     final_learning_rate: float = 2e-5   # at the last step; cosine decay in the second phase (the paper: 6e-6)
     warmup_steps: int = 50              # linear warm-up
     weight_decay: float = 0.1           # matrices only
     gradient_clip: float = 1.0          # norm
     accumulate: int = 1                 # pools per rank and step; raise it when memory, not time, is short
-    number_limit: int = 10_000_000      # documents' numbers are drawn below this: as wide as the largest memory will need
+    number_limit: int = 10_000_000      # documents' numbers are drawn below it; as wide as the largest memory's
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
     evaluate_every: int = 250           # steps; the checkpoint is written first
@@ -69,10 +70,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate", "gradient_clip", "number_limit"):
+        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate",
+                     "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate", "weight_decay"):
+        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate",
+                     "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.routing_dropout < 1:
@@ -85,96 +88,87 @@ def learning_rate(step, config):
         return config.learning_rate * (step + 1) / config.warmup_steps
     start = max(config.router_steps, config.warmup_steps)
     progress = min(max((step - start) / max(config.max_steps - start, 1), 0), 1)
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def contexts_of(step, config):
-    """The texts into which a pool's documents are joined for the full-attention baseline: 8, 4, 2, and 1 from 3/8 of the steps on.
-
-    Few documents are told apart sooner: 36 from the start stayed at chance for 1,350 steps (then without what embeddings share).
-    """
-    return max(1, 8 >> (8 * step // config.max_steps)) if config.model.full_attention else 0
+    return (
+        config.final_learning_rate
+        + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+    )
 
 
 def start_from(config, folder, tokenizer, device):
-    """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps its sizes and weights, and is a
-    memory model as `config.model` says; routers that it lacks: see whiten_routers. Raises UserError where it cannot be."""
-    loaded = load_config(folder)[0]
+    """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
+    its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
+    whiten_routers. Raises UserError where it cannot be."""
+    loaded = MSA.read_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"
-    changes = settings(config, loaded, ("number_chunk", "normalize_values", "score_bias", *ROUTING) if backbone else ())
+    changes = settings(config, loaded, (*ROUTING, "max_document_tokens", "number_chunk", "normalize_values",
+                                        "score_bias") if backbone else ())
     base, encoding = load_tokenizer(folder, loaded).encoding, tokenizer.encoding
-    special = {token: i for token, i in base._special_tokens.items() if token not in SPECIAL_TOKENS or not backbone}
+    special = {token: i for token, i in base._special_tokens.items() if token not in SPECIAL_TOKENS
+               or not backbone}
     if (base._pat_str, base._mergeable_ranks) != (encoding._pat_str, encoding._mergeable_ranks) \
             or not special.items() <= encoding._special_tokens.items():
-        raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from {config.init_from}, in which its "
+        raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
+                        f"{config.init_from}, in which its "
                         f"tokens are other words; run prepare_data.py with --encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, **changes, **(dict(attend_memory=True, prompts="nanomsa") if backbone else {}))
+    model = MSA.from_pretrained(folder, device, **changes,
+                                **(dict(attend_memory=True, prompts="nanomsa") if backbone else {}))
     model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 
 
-ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")  # what a backbone's routers are free to have
+# What a backbone's routers are free to have
+ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")
 
 
 def settings(config, loaded, names):
-    """The fields `names` of config.model. Raises UserError for another one that is set, and not to what `init_from` has."""
+    """The fields `names` of config.model. Raises UserError for another one that is set, and not to what
+    `init_from` has."""
     for name, default in asdict(ModelConfig()).items():
         asked, own = getattr(config.model, name), getattr(loaded, name)
-        if name not in (*names, "vocab_size") and asked not in (default, own):
-            raise UserError(f"model.{name} is {asked!r}, but --init-from {config.init_from} has {own!r}; leave it out"
+        if name not in (*names, "vocab_size", "max_document_tokens") and asked not in (default, own):
+            raise UserError(f"model.{name} is {asked!r}, but --init-from {config.init_from} has {own!r}; "
+                            "leave it out"
                             + (f" (what can be set: {', '.join(names)})" if names else ""))
     return {name: getattr(config.model, name) for name in names}
 
 
 def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
-    """Routers for a backbone that has none, from the documents and questions of the first pools: see warmup.py."""
+    """Routers for a backbone that has none, from the documents and questions of the first pools: see
+    warmup.py."""
     documents, questions = [], []
     for i in range(min(count, len(pools))):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
-        questions += [row[routes].tolist() for batch in batches for row, routes in zip(batch["tokens"], batch["routing_mask"])]
+        questions += [row[routes].tolist() for batch in batches for row,
+                      routes in zip(batch["tokens"], batch["routing_mask"])]
     start_routers(model, documents, questions, dtype)
 
 
-def train_routers(config, folder, device, dtype, say):
-    """The router-only phase: the backbone is left as it is, and its layer inputs are computed once (warmup.py). Writes the checkpoint to
-    `out`, and what was measured to router.json."""
-    out, loaded = Path(config.out), load_config(folder)[0]
-    if loaded.prompts != "chat" or not loaded.decouple_router:
-        raise UserError(f"--router-data is for backbones; {config.init_from} is a model with a memory already: leave it out")
-    model = MSA.from_pretrained(folder, device, **settings(config, loaded, ROUTING))
-    tokenizer, config = load_tokenizer(folder, model.config), replace(config, model=model.config)
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(model.config.memory_layers)}")
-    measured = warm_up(config, model, tokenizer, dtype, say)
-    model.to(model.stored_dtype).save(out)
-    tokenizer.save(out)
-    write_json(out / "router.json", dict(init_from=config.init_from, router_data=config.router_data, seed=config.seed, **measured))
-    say(f"done: {out}")
+def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
+    """Pool number `position` (the data is read again when it ends), collated; what is random in it depends on
+    the position alone.
 
-
-def next_pool(pools, position, tokenizer, config, device, dropout=0.0, contexts=None):
-    """Pool number `position` (the data is read again when it ends), collated; what is random in it depends on the position alone.
-
-    dropout: the share of tokens that do not route. Words that all questions have in common score alike in all documents
-    that have them: where they score best, the maximum over tokens hides the words that tell documents apart, and Eq. 5 has no
-    gradient that could change it. contexts: see contexts_of; None: as at the last step.
+    dropout: the share of tokens that do not route. Words that all questions have in common score alike in all
+    documents that have them: where they score best, the maximum over tokens hides the words that tell
+    documents apart, and Eq. 5 has no gradient that could change it.
     """
     rng = np.random.default_rng([config.seed, position])
-    contexts = contexts_of(config.max_steps, config) if contexts is None else contexts
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng, contexts=contexts)
+    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
         batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])
-    return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()}
+                                for batch in batches]
 
 
 METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance")  # scalars of a step
 
 
 def flatten_metrics(losses):
-    """A step's metrics as one detached tensor, to average over pools and ranks; last the recall of each layer and of the mean score."""
-    return torch.cat([torch.stack([losses[name].detach().float() for name in METRICS]), losses["recall"].float()])
+    """A step's metrics as one detached tensor, to average over pools and ranks; last the recall of each layer
+    and of the mean score."""
+    return torch.cat([torch.stack([losses[name].detach().float() for name in METRICS]),
+                      losses["recall"].float()])
 
 
 def name_metrics(values):
@@ -183,14 +177,17 @@ def name_metrics(values):
 
 
 def describe(row, top_k):
-    """A log row in one line: losses and shares of samples wholly right; recall of each memory layer, then of their mean score."""
+    """A log row in one line: losses and shares of samples wholly right; recall of each memory layer, then of
+    their mean score."""
     recall = " ".join(f"{r:.2f}" for r in row["recall"])
-    return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} {row['answered']:.2f} | aux {row['aux']:.3f} "
+    return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} "
+            f"{row['answered']:.2f} | aux {row['aux']:.3f} "
             f"| recall@{top_k} {recall} (chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
 def plot(rows, path):
-    """Draw the curves of a log: losses, samples wholly right, and every memory layer's recall beside chance."""
+    """Draw the curves of a log: losses, samples wholly right, and every memory layer's recall beside
+    chance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -198,13 +195,16 @@ def plot(rows, path):
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axes, curves in ((left, (("naming", "next token, naming"), ("answer", "next token, answers"), ("aux", "routing (Eq. 5)"))),
+    for axes, curves in ((left, (("naming", "next token, naming"), ("answer", "next token, answers"),
+                                 ("aux", "routing (Eq. 5)"))),
                          (middle, (("named", "number and stop"), ("answered", "answer")))):
         for name, label in curves:
             line, = axes.plot([r["step"] for r in train], [r[name] for r in train], lw=0.8, label=label)
-            axes.plot([r["step"] for r in validation], [r[name] for r in validation], "o", color=line.get_color(), ms=4)
+            axes.plot([r["step"] for r in validation], [r[name] for r in validation], "o",
+                      color=line.get_color(), ms=4)
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
-    middle.set(xlabel="step", ylabel="share of samples, every token the likeliest", ylim=(0, 1.02), title="named, answered")
+    middle.set(xlabel="step", ylabel="share of samples, every token the likeliest", ylim=(0, 1.02),
+               title="named, answered")
     layers = len(train[0]["recall"]) - 1
     for i in range(layers + 1):
         right.plot([r["step"] for r in train], [r["recall"][i] for r in train], lw=0.8,
@@ -234,33 +234,41 @@ def script():
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
     if ((out / "config.json").exists() or state_path.exists()) and not (config.overwrite or config.resume):
-        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, or give another --out")
+        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
+                        "or give another --out")
     if config.router_data:
-        for wrong, fix in ((not config.init_from, "name the backbone with --init-from"), (world > 1, f"start one process, not {world}"),
+        for wrong, fix in ((not config.init_from, "name the backbone with --init-from"),
+                           (world > 1, f"start one process, not {world}"),
                            (config.resume, "leave --resume out: it takes minutes, and starts anew")):
             if wrong:
                 raise UserError(f"--router-data {config.router_data}: {fix}")
-        return train_routers(config, folder, device, dtype, say)
+        changes = settings(config, MSA.read_config(folder)[0], ROUTING)
+        return train_routers(config, folder, changes, device, dtype, say)
 
     # data
     asked, about = asdict(config.data), read_about(config.data.out)
-    held = asdict(type(config.data)()) | about["config"]  # an option that is newer than the data had no effect on them
+    # An option that is newer than the data had no effect on them
+    held = asdict(type(config.data)()) | about["config"]
     if held != asked:
         changed = next(name for name in [*asked, *held] if held.get(name) != asked.get(name))
-        raise UserError(f"{config.data.out}: prepared with {changed} = {held.get(changed)!r}, but this run says "
+        raise UserError(f"{config.data.out}: prepared with {changed} = {held.get(changed)!r}, but this run "
+                        "says "
                         f"{asked.get(changed)!r}; run prepare_data.py with the same configuration")
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
-        raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} has "
+        raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
+                        "has "
                         f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
-    tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled, better now than when it is drawn
+    # Raises where it cannot be spelled, better now than when it is drawn
+    tokenizer.number(config.number_limit - 1)
     if config.model.prompts != "nanomsa":
-        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked as \"nanomsa\"")
+        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked "
+                        "as \"nanomsa\"")
+    if config.data.documents:
+        config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
     model = start_from(config, folder, tokenizer, device) if folder else MSA(config.model).to(device)
     config = replace(config, model=model.config)
-    if config.model.full_attention and config.router_steps:
-        raise UserError(f"router_steps is {config.router_steps}; with full_attention nothing is routed: set it to 0")
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
     if folder and not model.trained_routers and not config.resume:
@@ -270,12 +278,15 @@ def script():
     # model and optimizer
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)],
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                                   dict(params=vectors, weight_decay=0.0)],
                                   lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers {list(config.model.memory_layers)}; "
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
+        f"{list(config.model.memory_layers)}; "
         f"data: {len(train_pools):,} pools")
 
-    # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there is no other state.
+    # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
+    # is no other state.
     step, position, rows = 0, 0, []
     if config.resume:
         try:
@@ -290,12 +301,14 @@ def script():
         except UserError:
             raise
         except Exception as error:  # torch raises many kinds for a file that is not its own
-            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew with --overwrite") from None
+            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew "
+                            "with --overwrite") from None
         try:
             lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
             rows = [row for row in map(json.loads, lines) if row["step"] <= step]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with --overwrite") from None
+            raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with "
+                            "--overwrite") from None
         say(f"resumed from {out} at step {step}")
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
 
@@ -303,12 +316,17 @@ def script():
         """Write the checkpoint; each file appears whole or not at all."""
         if first:
             buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, position=position), buffer)
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                            position=position), buffer)
             with atomic_file(state_path, "wb") as file:
                 file.write(buffer.getbuffer())
             model.save(out)
             tokenizer.save(out)
             save_log()
+
+    def log(split, metrics, **more):
+        """One row of log.jsonl; a tracker is called here."""
+        rows.append({"step": step, "split": split, **name_metrics(metrics), **more})
 
     def save_log():
         with atomic_file(out / "log.jsonl") as file:
@@ -316,7 +334,8 @@ def script():
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)  # the metrics; last: how many pools
+        # The metrics; last: how many pools
+        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)
         model.eval()
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):
@@ -327,7 +346,8 @@ def script():
             dist.all_reduce(sums)
         return sums[:-1] / sums[-1]
 
-    signals, stop = [], torch.zeros(1, device=device)  # what this rank was told; what all ranks agreed on after a step
+    # What this rank was told; what all ranks agreed on after a step
+    signals, stop = [], torch.zeros(1, device=device)
 
     def finish_step(number, _):
         """Ctrl-C: finish the step, save, stop. A second one stops at once."""
@@ -340,19 +360,20 @@ def script():
     model.train()
     began, tokens_done, start_step = time.time(), 0, step
     while step < config.max_steps and not stop:
-        routing, generating = (1.0, config.router_lm_weight) if step < config.router_steps else (0.1, 1.0)
+        first_phase = step < config.router_steps
+        aux_weight, lm_weight = (1.0, config.router_lm_weight) if first_phase else (0.1, 1.0)
+        dropout = config.routing_dropout if first_phase else 0.0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
-            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer, config, device,
-                                                    config.routing_dropout if step < config.router_steps else 0.0,
-                                                    contexts_of(step, config))
+            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer,
+                                                    config, device, dropout)
             if world > 1:
                 wrapped.require_backward_grad_sync = micro == config.accumulate - 1
             with autocast(device, dtype):
                 losses = wrapped(documents, numbers, batches)
-            ((generating * losses["lm"] + routing * losses["aux"]) / config.accumulate).backward()
+            ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
             metrics = metrics + flatten_metrics(losses) / config.accumulate
             tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
         position += config.accumulate * world
@@ -366,27 +387,32 @@ def script():
             metrics /= world
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         if not math.isfinite(metrics.sum()):
-            raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last checkpoint in {out} is intact)")
-        rows.append({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
+            raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
+                            f"checkpoint in {out} is intact)")
+        log("train", metrics, norm=round(float(norm), 4))
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
             say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config.model.top_k)} | "
-                f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+                f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
+                flush=True)
         due = step % config.evaluate_every == 0 or step == config.max_steps
         if due or stop:
             save()  # before the evaluation, which might fail
             if due:
-                rows.append({"step": step, "split": "validation", **name_metrics(validate())})
+                log("validation", validate())
                 if first:
                     save_log()
                 say(f"step {step:5d} validation {describe(rows[-1], config.model.top_k)}", flush=True)
     if first:
         save_log()
         plot(rows, out / "curves.png")
-    say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)" + ("; go on with --resume" if stop else ""))
+    say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
+        + ("; go on with --resume" if stop else ""))
     if world > 1:
-        del wrapped  # it holds the group, whose threads must end before the interpreter does: they abort when they need it then
+        # It holds the group, whose threads must end before the interpreter does: they abort when they need it
+        # then
+        del wrapped
         dist.destroy_process_group()
 
 

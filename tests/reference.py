@@ -94,11 +94,22 @@ def document_score(routing_queries, routing_keys):
     return torch.stack([chunk_score(query, key) for query in routing_queries for key in routing_keys]).max()
 
 
-def choose(scores, top_k, forced=()):
-    """The top k documents, best first, ties to the lower number; forced ones before all others."""
+def choose(scores, top_k):
+    """The top k documents, best first, ties to the lower number."""
     if None in scores:
         return []
-    return sorted(range(len(scores)), key=lambda m: (m not in forced, -scores[m].item(), m))[:top_k]
+    return sorted(range(len(scores)), key=lambda m: (-scores[m].item(), m))[:top_k]
+
+
+def rank(scores, chosen):
+    """The documents that some layer chose, by the mean over layers of their scores, ties to the lower number.
+
+    A layer that did not choose a document counts the score of the last one that it chose.
+    """
+    means = {}
+    for m in sorted({m for layer in chosen for m in layer}):
+        means[m] = mean([of_layer[m if m in own else own[-1]].item() for of_layer, own in zip(scores, chosen)])
+    return sorted(means, key=lambda m: (-means[m], m))
 
 
 def eq5(scores, positive, appended, temperature):
@@ -108,17 +119,21 @@ def eq5(scores, positive, appended, temperature):
     return mean([-torch.log(torch.exp(scores[i] / temperature) / (torch.exp(scores[i] / temperature) + below)) for i in positive])
 
 
-def recall(scores, positive, appended, k):
-    """The share of the positives among the first k documents that are not appended yet."""
-    ranking = [m for m in choose(scores, len(scores)) if m not in appended]
-    return len(positive & set(ranking[:k])) / len(positive)
+def share(found, positive):
+    """The share of the positives that is among the found."""
+    return len(positive & set(found)) / len(positive)
 
 
 class Reference:
     def __init__(self, state_dict, config):
         self.config = config
         self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
-        self.first_memory_layer = config.num_hidden_layers // 2  # the upper half, the larger one if they are unequal
+        layers = range(config.num_hidden_layers)
+        self.memory_layers = list(layers[len(layers) // 2:])  # the upper half, the larger one if they are unequal
+        if config.router_layer_idx == "all":
+            self.memory_layers = list(layers)
+        elif config.router_layer_idx:
+            self.memory_layers = [int(layer) for layer in config.router_layer_idx.split(",")]
 
     # ---- a transformer, token by token
 
@@ -175,7 +190,7 @@ class Reference:
         for layer in range(self.config.num_hidden_layers):
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, t) for t, h in enumerate(hs)))
-            if layer >= self.first_memory_layer:
+            if layer in self.memory_layers:
                 routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h) for h in hs]
                 pooled = zip(*([mean(span) for span in spans(x, self.config.chunk_size, self.config.number_chunk)]
                                for x in (keys, values, routing)))
@@ -187,12 +202,12 @@ class Reference:
     def route(self, layer, hs, memory):
         """The documents' scores in one layer for the normed inputs of the routing tokens."""
         queries = [self.heads(layer, "router_q_proj.0", self.config.num_attention_heads, h) for h in hs]
-        return [document_score(queries, [chunk.routing_key for chunk in document[layer - self.first_memory_layer]])
+        return [document_score(queries, [chunk.routing_key for chunk in document[self.memory_layers.index(layer)]])
                 for document in memory]
 
     # ---- section 3.3: read
 
-    def read(self, tokens, memory=None, routes=None, prefix_length=0, forced=()):
+    def read(self, tokens, memory=None, routes=None, prefix_length=0):
         """One question. tokens: list; routes: list of bools, the tokens that route; the first `prefix_length` are a prefix."""
         memory = memory or []
         positions = [*range(prefix_length), *(prefix_length + self.config.top_k + t for t in range(len(tokens) - prefix_length))]
@@ -201,14 +216,15 @@ class Reference:
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, p) for h, p in zip(hs, positions)))
             slots, biases = [], []
-            if layer >= self.first_memory_layer and memory:
+            if layer in self.memory_layers and memory:
+                of_layer = self.memory_layers.index(layer)
                 scores = self.route(layer, [h for h, routing in zip(hs, routes) if routing], memory)
-                chosen = choose(scores, self.config.top_k, forced)
-                slots = [chunk for m in sorted(chosen) for chunk in memory[m][layer - self.first_memory_layer]]
+                chosen = choose(scores, self.config.top_k)
+                slots = [chunk for m in sorted(chosen) for chunk in memory[m][of_layer]]
                 if self.config.score_bias and chosen:
                     best = max(scores[m].item() for m in chosen)
                     biases = [(scores[m].item() - best) / self.config.router_temperature for m in sorted(chosen)
-                              for _ in memory[m][layer - self.first_memory_layer]]
+                              for _ in memory[m][of_layer]]
                 all_scores.append(scores)
                 all_chosen.append(chosen)
             following = []
@@ -235,9 +251,9 @@ class Reference:
             if not sample.positive:
                 continue
             aux += [eq5(scores, sample.positive, sample.appended, self.config.router_temperature) for scores in reading.scores]
-            average = [mean(layers) for layers in zip(*reading.scores)]
-            recalls.append([recall(scores, sample.positive, sample.appended, k) for scores in [*reading.scores, average]])
-            top1.append(recall(average, sample.positive, sample.appended, 1))
+            ranking = [m for m in rank(reading.scores, reading.chosen) if m not in sample.appended]
+            recalls.append([share(found, sample.positive) for found in [*reading.chosen, ranking[:k]]])
+            top1.append(share(ranking[:1], sample.positive))
         average_of = lambda values: mean(values) if values else 0.0
         return dict(lm=mean(surprise[True] + surprise[False]), naming=average_of(surprise[False]), answer=average_of(surprise[True]),
                     named=average_of(right[False]), answered=average_of(right[True]), aux=mean(aux) if aux else 0.0,

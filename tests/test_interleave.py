@@ -14,11 +14,12 @@ from interleave import (
     generate,
     interleave,
     number_log_probabilities,
-    rank_documents,
+    ranking,
     read,
     spell,
 )
-from model import MSA, Cache, Memory, ModelConfig, Selection
+from memory import Cache, Memory, Selection
+from model import MSA, ModelConfig
 
 NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
 
@@ -52,8 +53,9 @@ class Scripted:
             cache.selections.extend(self.selected[min(self.read_so_far, len(self.selected) - 1)])
             self.read_so_far += 1
         assert cache.selections is not None and (cache.length > 0) == (memory is None)
-        context, _ = cache.extend(0, tokens[:, :, None, None], tokens[:, :, None, None])
-        cache.length, cache.last_embedding = cache.length + tokens.size(1), torch.zeros(len(tokens), 1, 1)
+        context, _ = cache.extended(0, tokens[:, :, None, None], tokens[:, :, None, None])
+        cache.keys[0] = cache.values[0] = context
+        cache.length += tokens.size(1)
         rows, first = context.flatten(1).tolist(), cache.length - tokens.size(1) + 1
         logits = torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)]) for row in rows])
         return SimpleNamespace(logits=logits if positions is None else logits[positions])
@@ -217,14 +219,14 @@ def test_a_vocabulary_larger_than_the_tokenizers(tokenizer, ask):
 # ---------------------------------------------------------------------------------------------------------------------
 # Its steps
 
-def test_rank_documents():
+def test_ranking():
     """Documents would be ranked by other scores than the mean over layers, a layer's k-th standing for what it did not select."""
     none = -math.inf
     layers = [selection([5, 2, 9], [0.875, 0.625, 0.5]), selection([2, 7, -1], [0.75, 0.375, none]), selection([-1] * 3, [none] * 3)]
     # by hand, over the two layers that selected: 5: (.875 + .375) / 2; 2: (.625 + .75) / 2; 9: (.5 + .375) / 2; 7: (.5 + .375) / 2
-    assert rank_documents(layers) == [(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]
-    assert rank_documents([selection([4, 1], [0.5, 0.5])]) == [(1, 0.5), (4, 0.5)]
-    assert rank_documents([]) == rank_documents(layers[2:]) == []
+    assert ranking(layers) == [(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]
+    assert ranking([selection([4, 1], [0.5, 0.5])]) == [(1, 0.5), (4, 0.5)]
+    assert ranking([]) == ranking(layers[2:]) == []
 
 
 def test_choose_is_greedy_at_temperature_0():
@@ -330,7 +332,7 @@ def test_the_loop_without_caches(small, options):
     def logits_behind(said):
         tokens = torch.tensor([[*prompt, tokenizer.retrieve, *said]])
         output = model.read(tokens, memory, torch.arange(tokens.size(1))[None] < len(prompt))
-        return output.logits[0, -1], rank_documents(output.selections)
+        return output.logits[0, -1], ranking(output.selections)
 
     while len(expected) < config.max_rounds:
         chosen, said = [], []
@@ -376,7 +378,7 @@ def test_no_rounds(small, with_memory):
     answer, rounds = answer_question(model, tokenizer, memory, texts, "Who?", config)
     assert answer == expected
     assert [(r.named, r.appended) for r in rounds] == [([], [])]
-    routed = [(NUMBERS[d], score) for d, score in rank_documents(output.selections)]
+    routed = [(NUMBERS[d], score) for d, score in ranking(output.selections)]
     assert [n for n, _ in rounds[0].routed] == [n for n, _ in routed] and len(routed) >= 2 * with_memory
     assert [score for _, score in rounds[0].routed] == pytest.approx([score for _, score in routed], abs=1e-5)
     cache = Cache()

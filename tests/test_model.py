@@ -8,7 +8,8 @@ import torch
 from reference import Reference, Sample
 
 from common import UserError
-from model import MSA, Cache, Memory, ModelConfig, contrastive_loss, hit_rate
+from memory import Cache, Memory, Selection, hit_rate, leave_out, rank_documents
+from model import MSA, ModelConfig, contrastive_loss
 
 INF = float("inf")
 BASE = ModelConfig(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
@@ -18,6 +19,8 @@ SHAPES = {
     "qk_norm": dict(qk_norm=True),
     "smear": dict(smear=True),
     "untied": dict(tie_word_embeddings=False),
+    "named layers": dict(num_hidden_layers=4, router_layer_idx="0,2"),
+    "all layers": dict(router_layer_idx="all"),
     "one head": dict(num_attention_heads=1, num_key_value_heads=1, head_dim=10),
     "ratio 1": dict(num_attention_heads=3, num_key_value_heads=3),
     "ratio 3": dict(num_attention_heads=6, num_key_value_heads=2),
@@ -312,22 +315,6 @@ def test_ties_go_to_the_lower_number(texts):
     assert selection.documents[0].tolist() == sorted(range(len(texts)), key=lambda m: (-score[texts[m]], m))[:2]
 
 
-@pytest.mark.parametrize("forced", [[], [4], [1, 4]])
-def test_force(forced):
-    """Forced documents would not be selected, would push out too much, or their true scores would be lost."""
-    model, documents, question = make(), tokens(*LENGTHS), QUESTIONS[0]
-    memory, judge = model.encode(documents), oracle(model)
-    wanted = torch.zeros(1, len(LENGTHS), dtype=torch.bool)
-    wanted[0, forced] = True
-    output = model.read(question[None], memory, torch.tensor([ROUTES[0]]), force=wanted)
-    expected = judge.read(question.tolist(), judge.encode([d.tolist() for d in documents]), ROUTES[0], forced=forced)
-    close(output.logits[0], expected.logits)
-    for selection, scores, chosen in zip(output.selections, expected.scores, expected.chosen):
-        assert set(selection.documents[0].tolist()) == set(chosen)
-        close(selection.scores[0], torch.stack([scores[m] for m in selection.documents[0].tolist()]))
-        close(selection.all_scores[0], torch.stack(scores))
-
-
 @pytest.mark.parametrize("length", [2, 3, 7, 20])
 def test_number_chunk(length):
     """The closing number would share a chunk with the text, or a document that is little more than its number would fail."""
@@ -363,33 +350,6 @@ def test_copy_init():
         rows = layer.self_attn.v_proj.weight
         close(rows @ rows.T, 0.25 * torch.eye(12), 1e-5)
         close(layer.self_attn.o_proj(values), 2 * rows.T @ rows @ x, 1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The baseline
-
-def test_full_attention():
-    """The baseline would not be the plain transformer over all documents and the question as one text, or its loss not that of answers."""
-    model, documents = make(full_attention=True), tokens(*POOL)
-    assert not any("router" in name for name in model.state_dict())
-    samples = [s for s in samples_of(SAMPLES) if s.answers]
-    halves = torch.cat(documents[:3]), torch.cat(documents[3:])  # 10 and 9 tokens
-    for contexts, joined in ((1, [torch.cat(documents)]), (2, [halves[0], torch.cat([torch.tensor([7]), halves[1]])])):
-        model.zero_grad()
-        losses = model(joined, list(range(len(POOL))), [batch_of(samples, len(POOL))])
-        judge, expected = oracle(model), []
-        for s in samples:
-            first = min(s.positive, default=0)
-            text = joined[first * contexts // len(POOL)].tolist()
-            logits = judge.read(text + s.tokens).logits[len(text):]
-            predicted = [(t, token) for t, (token, target) in enumerate(zip(s.tokens, s.targets)) if target]
-            expected += [-torch.log_softmax(logits[t - 1], 0)[token] for t, token in predicted]
-        close(losses["lm"], sum(expected) / len(expected))
-    assert losses["aux"] == 0 and losses["recall"].tolist() == [0] and losses["answer"] == losses["lm"]
-    losses["lm"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    with pytest.raises(UserError, match="id 29 "):
-        model.context(torch.tensor([[1, 29]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,34 +539,37 @@ def test_contrastive_loss_gradient_without_negatives():
     assert loss == 0 and scores.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("k, expected", [(1, [1, .5]), (2, [1, 1]), (3, [1, 1]), (4, [1, 1]), (9, [1, 1])])
-def test_hit_rate_with_places_that_nothing_fills(k, expected):
-    """Places of the ranking that no document fills would strike out a document that was found."""
-    scores = torch.tensor([[[.9, .2, -INF, -INF], [.1, .2, .3, -INF]]])
-    positive = torch.tensor([[True, False, False, False], [False, True, True, False]])
-    assert hit_rate(scores, positive, k).tolist() == [expected]
-
-
-@pytest.mark.parametrize("k, expected", [
-    (1, [[.5, 0], [0, 0]]), (2, [[.5, 1], [.5, 0]]), (3, [[1, 1], [.5, 0]]), (4, [[1, 1], [.5, 1]]), (9, [[1, 1], [.5, 1]]),
+@pytest.mark.parametrize("documents, expected", [
+    ([[0], [1]], [.5, 0]), ([[0, 3], [0, 1]], [1, .5]), ([[0, 1, 2, 3], [-1, 2, 1, 0]], [1, .5]), ([[-1], [-1]], [0, 0]),
 ])
-def test_hit_rate_by_hand(k, expected):
-    """Recall would be measured on another ranking: ties not to the lower number, or documents counted that are left out."""
-    scores = torch.tensor([[[.9, .1, .4, .2], [.5, .5, .5, .5]],
-                           [[-INF, .9, .3, .8], [.1, .0, .2, .3]]])
-    positive = torch.tensor([[True, False, False, True], [False, True, False, False]])
-    assert hit_rate(scores, positive, k).tolist() == expected
+def test_hit_rate_by_hand(documents, expected):
+    """Recall would count places that no document fills, or all of them as the last document."""
+    positive = torch.tensor([[True, False, False, True], [True, False, False, True]])
+    assert hit_rate(torch.tensor(documents), positive).tolist() == expected
 
 
-def test_shared_part_of_embeddings():
-    """The baseline's keys would have no constant part, and it would not learn to attend by place; or other models would get one."""
-    for full in (False, True):
-        torch.manual_seed(0)
-        model = MSA(replace(BASE, full_attention=full, copy_init=True, vocab_size=4096, hidden_size=64))
-        embeddings = model.model.embed_tokens.weight.detach()
-        shared = embeddings.mean(0)
-        assert (0.7 < shared.norm() < 1.3) if full else shared.norm() < 0.05  # normal(0, E ** -0.5): length about 1
-        assert (embeddings - shared).norm(dim=1).mean() == pytest.approx(1, abs=0.05)
+def test_leave_out_by_hand():
+    """Documents whose text is in the question would take places of the ranking, or the others would change their order."""
+    documents = torch.tensor([[3, 1, 0, -1], [2, 0, 1, 3]])
+    excluded = torch.tensor([[False, True, False, False], [False, False, True, False]])
+    assert leave_out(documents, excluded).tolist() == [[3, 0, -1, -1], [0, 1, 3, -1]]
+
+
+def selection_of(documents, scores):
+    none = torch.zeros(len(documents), 0)
+    return Selection(none, none, none, none, none, torch.tensor(documents), torch.tensor(scores), None)
+
+
+def test_rank_documents_by_hand():
+    """The mean score would leave layers out, count a missing document as zero, or break ties by chance."""
+    one = selection_of([[4, 2], [1, -1], [-1, -1]], [[.75, .5], [.5, -INF], [-INF, -INF]])
+    two = selection_of([[2, 3], [1, -1], [-1, -1]], [[1.0, .25], [.25, -INF], [-INF, -INF]])
+    documents, scores = rank_documents([one, two])
+    assert documents.tolist() == [[2, 4, 3, -1], [1, -1, -1, -1], [-1, -1, -1, -1]]
+    close(scores[0, :3], torch.tensor([.75, .5, .375]), 1e-6)  # 4: .75 and the second's last; 3: the first's last and .25
+    assert scores[1].tolist() == [.375, -INF, -INF, -INF] and scores[2].eq(-INF).all()
+    ties = rank_documents([selection_of([[5, 0, 2]], [[.5, .5, .5]])])[0]
+    assert ties.tolist() == [[0, 2, 5]]
 
 
 def test_equal_routers():
@@ -615,11 +578,6 @@ def test_equal_routers():
         queries, keys = layer.self_attn.router_q_proj[0].weight, layer.self_attn.router_k_proj[0].weight
         for head in range(6):
             assert queries[6 * head:6 * head + 6].equal(keys[6 * (head // 3):6 * (head // 3) + 6])
-    *others, last = (layer.self_attn for layer in MSA(replace(BASE, equal_routers=True, full_attention=True)).model.layers)
-    ratio = last.heads // last.kv_heads
-    repeated = lambda attention: attention.k_proj.weight.unflatten(0, (last.kv_heads, 1, -1)).expand(-1, ratio, -1, -1).reshape_as(
-        attention.q_proj.weight)
-    assert last.q_proj.weight.equal(repeated(last)) and not any(a.q_proj.weight.equal(repeated(a)) for a in others)
 
 
 @torch.no_grad()

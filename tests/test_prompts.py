@@ -7,7 +7,8 @@ import torch
 
 from common import UserError
 from interleave import InterleaveConfig, answer_from_text, answer_question
-from model import Memory, ModelConfig, Selection
+from memory import Memory, Selection
+from model import ModelConfig
 from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|object_ref_end|>", "<|endoftext|>"]
