@@ -162,7 +162,7 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0, contexts=
     """
     rng = np.random.default_rng([config.seed, position])
     contexts = contexts_of(config.max_steps, config) if contexts is None else contexts
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng, contexts=contexts)
+    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
         batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])

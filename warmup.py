@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, autocast
+from documents import bm25_search, read_beir, read_squad
 from model import contrastive_loss, hit_rate
 from msa_kernel import chunk_means, chunk_offsets, group_queries, ranges, route
-from prepare_data import bm25_search, read_beir, read_squad
 
 RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted
 BATCH_TOKENS = 4096   # of texts that run through the backbone at once
