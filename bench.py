@@ -332,8 +332,8 @@ TIMES = ("open cold", "open warm", "ask cold", "ask warm", "add one", "follow", 
 
 def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
     """The demo checkpoint over banks on disk: a table of times against tokens."""
+    from documents import Document
     from interleave import InterleaveConfig, answer_question
-    from prepare_data import Document
     from sample import load_checkpoint, sync
     from tasks import Words, make_memory
     device = bench.device

@@ -24,7 +24,6 @@ the same questions are asked at every length. recall@k: gold documents among the
 score, nothing forced, union over rounds. top-1: gold documents that ranked first, among those not yet appended, in some round.
 named: gold documents that the model named first in the round that wants them.
 """
-import dataclasses
 import json
 import os
 import re
@@ -40,21 +39,21 @@ import tyro
 from tqdm import tqdm
 
 from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
+from documents import Document, bm25_search
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
-from prepare_data import Document, bm25_search
 from sample import check_fingerprint, encode_texts, hash64, load_checkpoint, sync
-from tasks import TASKS, Words, make_memory
+from tasks import TASKS, Words, grow_memory
 
 
 @dataclass
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"    # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
-    task: Literal[TASKS] = "niah_multikey"  # what is asked
+    task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
     filler: int = 0                         # noise sentences around every document's own; 2 make documents of about 64 tokens
-    baseline: Literal["none", "no_memory", "oracle", "bm25", "full"] = "none"  # what answers in place of the memory
+    baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory
     zero_values: bool = False               # pooled values become zero
     routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # what the memory holds routing keys in; int8: one scale per chunk
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
@@ -80,7 +79,7 @@ class EvalConfig:
             raise UserError(f"--filler is {self.filler}; it must be at least 0")
         if self.zero_values and self.baseline != "none":
             raise UserError(f"--zero-values is about the memory, --baseline {self.baseline} has none; leave one of them out")
-        if self.baseline in ("bm25", "full") and self.task == "niah_single":
+        if self.baseline == "bm25" and self.task == "niah_single":
             raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a memory of its own; "
                             "choose another --task")
         if self.memory and (self.task == "niah_single" or self.zero_values or self.baseline != "none"):
@@ -106,61 +105,22 @@ def parse_lengths(text):
     return sorted(set(lengths))
 
 
-def build(words, tokenizer, config, lengths):
-    """The longest memory and its questions: (texts, numbers, tokens up to the end of each document, documents of each length, questions,
-    needles).
-
-    Documents stand in the order in which the memory grows; the ones that answer are shuffled into the shortest. Numbers are a
-    random permutation: where a document stands says nothing about whether it answers. For `niah_single` document 0 is the
-    place of a question's own needle, and `needles` holds their texts.
-    """
-    rng, single = np.random.default_rng(config.seed), config.task == "niah_single"
-    texts, questions = make_memory(words, config.task, 64, 1, config.seed, config.filler)
-    count = lengths[-1] // (len(tokenizer.encode(texts[-1])) + 8) + config.questions
-    if not single:
-        count = min(count, int((words.split == 0).sum()))  # all test keys that there are: enough for 100m, where the guess is too high
-    while True:
-        texts, questions = make_memory(words, config.task, count, config.questions, config.seed, config.filler)
-        needles, texts = (texts[:config.questions], texts[config.questions - 1:]) if single else ([], texts)
-        numbers = rng.permutation(len(texts)).tolist()
-        around = {digits: len(tokenizer.document(10 ** (digits - 1), [])) for digits in range(1, len(str(len(texts))) + 1)}
-        frame = np.array([around[len(str(number))] for number in numbers])
-        sizes = count_tokens(tokenizer, texts)
-        ends = np.cumsum(sizes + frame)
-        if ends[-1] >= lengths[-1]:
-            break
-        count += count // 8 + 1
-    counts = np.searchsorted(ends, lengths, side="right").tolist()  # documents that fit into each length
-    gold = 1 if single else max(max(q.gold) for q in questions) + 1
-    if gold > counts[0]:
-        raise UserError(f"--lengths {config.lengths}: {lengths[0]:,} tokens hold {counts[0]} documents, but {config.questions} questions "
-                        f"of {config.task} need {gold}; ask fewer --questions or begin with a longer memory")
-    place = np.arange(len(texts))  # document i moves to place[i]
-    if not single:
-        place[:counts[0]] = rng.permutation(counts[0])
-    source = np.argsort(place)[:counts[-1]]
-    questions = [dataclasses.replace(q, gold=(0,) if single else tuple(int(place[i]) for i in q.gold)) for q in questions]
-    return [texts[i] for i in source], numbers[:counts[-1]], np.cumsum(sizes[source] + frame[:counts[-1]]), counts, questions, needles
-
-
-def count_tokens(tokenizer, texts, batch=20000):
-    """(M,) token counts of texts."""
-    parts = [texts[i:i + batch] for i in range(0, len(texts), batch)]
-    with tqdm(desc="counting tokens", total=len(texts), unit=" documents", unit_scale=True, leave=False, delay=1,
-              disable=os.environ.get("RANK", "0") != "0") as bar:
-        return np.concatenate([(np.array(list(map(len, tokenizer.encode_batch(part)))), bar.update(len(part)))[0] for part in parts])
-
-
 def score(question, gold, rounds, answer, top_k):
-    """(recall@k, top-1, named, exact match) of one answered question; gold: the numbers of its documents, in the order of the hops."""
-    ranked, first, seen = set(), set(), set()
+    """(recall@k, top-1, named, exact match) of one answered question.
+
+    gold: the numbers of its documents, hop by hop: a document counts as named when it is among the first that
+    its own round named, as many as the hop has documents.
+    """
+    ranked, first, seen, named = set(), set(), set(), 0
     for r in rounds:
         ranked |= {n for n, _ in r.routed[:top_k]}
         first |= {n for n, _ in [pair for pair in r.routed if pair[0] not in seen][:1]}
         seen |= set(r.appended)
-    named = sum(r.named[:1] == [n] for n, r in zip(gold, rounds))
+    for hop, r in zip(gold, rounds):
+        named += len(set(hop) & set(r.named[:len(hop)]))
+    documents = {n for hop in gold for n in hop}
     exact = float(answer.strip() == question.answer)
-    return len(set(gold) & ranked) / len(gold), len(set(gold) & first) / len(gold), named / len(gold), exact
+    return len(documents & ranked) / len(documents), len(documents & first) / len(documents), named / len(documents), exact
 
 
 def ask_all(ask, numbers, questions, top_k, label):
@@ -173,7 +133,8 @@ def ask_all(ask, numbers, questions, top_k, label):
         began = time.perf_counter()
         answer, rounds = ask(i, question)
         seconds.append(time.perf_counter() - began)
-        scores.append(score(question, [numbers[d] for d in question.gold], rounds, answer, top_k))
+        gold = [[numbers[document] for document in hop] for hop in question.gold]
+        scores.append(score(question, gold, rounds, answer, top_k))
     return *np.mean(scores, 0).tolist(), float(np.mean(seconds)), seconds[0]
 
 
@@ -238,29 +199,27 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
 
     def oracle(count):
         def ask(i, question):
-            gold = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in question.gold]
-            return answer_from_text(model, tokenizer, question.text, gold, config.interleave), []
+            found = [d for hop in question.gold for d in sorted(hop, key=lambda d: numbers[d])]
+            appended = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in found]
+            return answer_from_text(model, tokenizer, question.text, appended, config.interleave), []
         return ask
 
     def bm25(count):
         search = bm25_search(texts[:count])
         def ask(i, question):
             found, rounds, query = [], [], question.text
-            for _ in question.gold:
-                ranked = search(query, model.config.top_k + len(found))
-                best = next(d for d, _ in ranked if d not in found)
-                rounds.append(Round([(numbers[d], s) for d, s in ranked], [numbers[best]], [numbers[best]]))
-                found, query = [*found, best], f"{query} {texts[best]}"
+            for hop in question.gold:
+                ranked = search(query, max(model.config.top_k, len(hop)) + len(found))
+                best = [d for d, _ in ranked if d not in found][:len(hop)]
+                named = [numbers[d] for d in best]
+                rounds.append(Round([(numbers[d], s) for d, s in ranked], named, sorted(named)))
+                best.sort(key=lambda d: numbers[d])
+                found, query = found + best, " ".join([query, *(texts[d] for d in best)])
             appended = [(numbers[d], tokenizer.encode(texts[d])) for d in found]
             return answer_from_text(model, tokenizer, question.text, appended, config.interleave), rounds
         return ask
 
-    def full(count):
-        order = np.argsort(numbers[:count])
-        context = model.context(torch.cat([torch.tensor(tokenizer.encode(texts[d])) for d in order])[None])  # it has no use for numbers
-        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave, context), [])
-
-    return dict(no_memory=no_memory, oracle=oracle, bm25=bm25, full=full)[config.baseline]
+    return dict(no_memory=no_memory, oracle=oracle, bm25=bm25)[config.baseline]
 
 
 def plot(rows, path, beside=()):
@@ -306,27 +265,27 @@ def script():
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
-    if model.config.full_attention != (config.baseline == "full"):
-        raise UserError(f"{config.checkpoint}: --baseline full goes with a checkpoint trained with full_attention, and with no other")
     if config.memory and (Path(config.memory) / "manifest.json").exists():  # better known before minutes of counting tokens
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     lengths, words = parse_lengths(config.lengths), Words()
-    texts, numbers, spelled, counts, questions, needles = build(words, tokenizer, config, lengths)
-    say(f"{config.task}: {len(texts):,} documents, {spelled[-1]:,} tokens; device: {device} ({reason})")
+    grown = grow_memory(words, tokenizer, config.task, lengths, config.questions, config.seed, config.filler)
+    texts, numbers, questions = grown.texts, grown.numbers, grown.questions
+    say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {device} ({reason})")
     rows, k, speed = [], model.config.top_k, 0
     with torch.no_grad():
         if config.memory:
-            at_length, texts = bank_asker(model, tokenizer, texts, numbers, config, ranks, say), None  # they lie in the bank
+            at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
+            texts = grown.texts = None  # they lie in the bank
             return_freed_memory()
         elif config.baseline == "none":
-            at_length, speed = memory_asker(model, tokenizer, texts, numbers, needles, config)
+            at_length, speed = memory_asker(model, tokenizer, texts, numbers, grown.needles, config)
             say(f"encoded {speed:,.0f} tokens/s")
         else:
-            at_length = baseline_asker(model, tokenizer, texts, numbers, needles, config)
+            at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
         say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
-        for count in counts:
+        for count in grown.counts:
             ask, about, began = None, {}, time.perf_counter()  # the last memory goes before the next one is opened
             ask, opened = at_length(count), time.perf_counter() - began
             label = "" if ranks.rank else f"{count:,} documents"
@@ -334,13 +293,13 @@ def script():
             if config.memory:
                 about = dict(ranks=ranks.world, open_seconds=round(opened, 5), first_question_seconds=round(first, 4),
                              resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
-            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(spelled[count - 1]), documents=count,
+            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(grown.ends[count - 1]), documents=count,
                              questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
                              exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
                              filler=config.filler, routing_keys=config.routing_keys, zero_values=config.zero_values,
                              max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
                              checkpoint=config.checkpoint, device=str(device), **about))
-            say(f"{spelled[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
+            say(f"{grown.ends[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
                 flush=True)
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early

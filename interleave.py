@@ -66,6 +66,7 @@ def choose(logits, temperature, top_p):
 
 def ranking(selections):
     """`rank_documents` of one question: a list of pairs (document index, score)."""
+    selections = [selection for selection in selections if selection.documents.numel()]
     if not selections:
         return []
     documents, scores = rank_documents(selections)

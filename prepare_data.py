@@ -1,22 +1,22 @@
 """Documents, questions and training files.
 
-    python prepare_data.py config/demo.toml                                            # the [data] table of a run
-    python prepare_data.py --documents FOLDER --questions FILE.jsonl --out data/mine   # your own
+    python prepare_data.py config/demo.toml                               # the [data] table of a run
+    python prepare_data.py --documents FOLDER --questions FILE.jsonl --out data/mine
 
-Without documents of your own the data are the synthetic tasks of tasks.py: needles, two-hop chains and colours.
+Without documents of your own the data are the synthetic tasks of tasks.py: needles, chains and colours.
 
-Training data is a sequence of **pools**: the documents of one step and the questions about them. Every question
-becomes one-step samples (`collate`): question -> first document; question and first document -> second; all -> answer.
-On disk (`data/demo/train/`) a pool is rows of seven ragged arrays, each a `.bin` of values and a `.offsets` of int64,
-written as they are made and memory-mapped by `Pools`.
+Training data is a sequence of **pools**: the documents of one step and the questions about them. A question
+becomes one-step samples (`collate`): question -> first hop; question, first hop -> second hop; all -> answer.
+On disk (`data/demo/train/`) a pool is rows of eight ragged arrays, each a `.bin` of values and a `.offsets`
+of int64, written as they are made and memory-mapped by `Pools`.
 
-Your own questions are lines {"question": ..., "answer": ..., "documents": ["a.txt", "b.txt:12"]}: files of the folder in
-the order of the hops, with a line where a long file was split. With "pooled": true the answer is learned from the pooled memory of
-the one document, without its text.
+Your own questions are lines {"question": ..., "answer": ..., "documents": ["a.txt", ["b.txt", "c.txt:12"]]}:
+files of the folder in the order of the hops, with a line where a long file was split. A list in the list is
+one hop of several documents: one round names them all. With "pooled": true the answer is learned from the
+pooled memory of the one document, without its text.
 """
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from array import array
@@ -28,249 +28,48 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, command_line, main, write_json
+from documents import read_documents
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
 
 @dataclass
 class DataConfig:
-    out: str = "data/demo"           # folder to write
-    seed: int = 1337                 # same seed, same bytes
-    pools: int = 2000                # training pools; one optimizer step reads one per rank
-    validation_pools: int = 16       # pools whose keys are neither trained on nor tested
-    needles: int = 16                # one-hop needles in a pool, each asked about
-    chains: int = 14                 # two-hop chains in a pool (two documents each), each asked about
-    noise: int = 4                   # noise documents in a pool
-    properties: int = 0              # documents in a pool that state a colour, each asked about; answered from the pooled memory
-    alike: float = 0.0               # share of the keys with a common word whose other words are spelled alike, as tell and teller
-    filler: int = 0                  # up to so many noise sentences around a sentence that matters; 2: documents of up to 64 tokens
-    encoding: str = "train"          # "train" a BPE on this data, or a name that tiktoken knows, such as "gpt2"
-    vocab_size: int = 4096           # of the trained BPE, special tokens included
-    number_tokens: bool = False      # numbers of documents are spelled in three tokens of their own, not in digits; see tokenizer.py
-    documents: str = ""              # a folder of .txt and .md files: your own documents instead of the synthetic ones
-    questions: str = ""              # a .jsonl file: your own questions about them
-    max_document_tokens: int = 512   # longer files are split at paragraphs
-    documents_per_pool: int = 48     # your own data: documents that a step encodes
-    questions_per_pool: int = 16     # your own data: questions that a step asks; their documents are in its pool
+    out: str = "data/demo"          # folder to write
+    seed: int = 1337                # same seed, same bytes
+    pools: int = 2000               # training pools; one optimizer step reads one per rank
+    validation_pools: int = 16      # pools whose keys are neither trained on nor tested
+    needles: int = 16               # one-hop needles in a pool, each asked about
+    chains: int = 14                # chains in a pool, each asked about
+    hops: int = 2                   # documents in a chain
+    noise: int = 4                  # noise documents in a pool
+    properties: int = 0             # documents that state a colour; asked about, answered from pooled memory
+    alike: float = 0.0              # share of the keys with a common word that begin alike (tell, teller)
+    filler: int = 0                 # up to so many noise sentences around each; 2: up to 64 tokens
+    encoding: str = "train"         # "train" a BPE on this data, or a name that tiktoken knows, as "gpt2"
+    vocab_size: int = 4096          # of the trained BPE, special tokens included
+    number_tokens: bool = False     # spell documents' numbers in tokens of their own; see tokenizer.py
+    documents: str = ""             # a folder of .txt and .md files: your own documents
+    questions: str = ""             # a .jsonl file: your own questions about them
+    max_document_tokens: int = 512  # longer files are split at paragraphs
+    documents_per_pool: int = 48    # your own data: documents that a step encodes
+    questions_per_pool: int = 16    # your own data: questions that a step asks; the pool has their documents
 
     def __post_init__(self):
-        for name in ("pools", "validation_pools", "max_document_tokens", "documents_per_pool", "questions_per_pool"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("needles", "chains", "noise", "properties", "filler", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        least = dict(pools=1, validation_pools=1, hops=1, max_document_tokens=1, documents_per_pool=1,
+                     questions_per_pool=1, needles=0, chains=0, noise=0, properties=0, filler=0, seed=0)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not 0 <= self.alike <= 1:
             raise UserError(f"alike is {self.alike}; it must be between 0 and 1")
         if self.needles + self.chains + self.properties == 0:
             raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
         if bool(self.documents) != bool(self.questions):
-            raise UserError("documents and questions go together: a folder and a .jsonl file of questions about it")
+            raise UserError("documents and questions go together: a folder, and a .jsonl file about it")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents of a folder
-
-@dataclass(frozen=True)
-class Document:
-    """A document's text and where it came from, for citations; lines count from 1. id: what makes it the same document after a change.
-    number: that a bank must give it, else the next."""
-    text: str
-    source: str = ""
-    first_line: int = 0
-    last_line: int = 0
-    id: str = ""
-    number: int | None = None
-
-    def where(self):
-        return f"{self.source}:{self.first_line}-{self.last_line}" if self.source else "(generated)"
-
-
-def read_documents(path, count_tokens, max_tokens):
-    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order of their names, or of a .jsonl
-    file of lines {"id": ..., "title": ..., "text": ...}, title optional.
-
-    A text of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at lines, a longer
-    line at words. Raises UserError for what is missing or has no text, and for a file or line that cannot be read or is not UTF-8.
-    """
-    root, none = Path(path), True
-    if root.suffix.lower() == ".jsonl" and root.is_file():
-        texts = read_jsonl(root)
-    elif root.is_dir():
-        texts = read_files(root)
-    else:
-        raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
-    for id, source, text in texts:
-        for i, (first, last, piece) in enumerate(split_text(text, count_tokens, max_tokens)):
-            none = False
-            yield Document(piece, source, first, last, f"{id}#{i}")
-    if none:
-        raise UserError(f"{path}: no text in it; expected .txt or .md files, or lines of a .jsonl file, that are not empty")
-
-
-def read_folder(folder, count_tokens, max_tokens):
-    """All of `read_documents` as a list."""
-    return list(read_documents(folder, count_tokens, max_tokens))
-
-
-def read_files(root):
-    """Yields (id, source, text) of a folder's files: the path below the folder is both."""
-    for path in folder_files(root):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it out of the folder") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        yield (os.fsencode(path.relative_to(root)).decode(errors="replace"),) * 2 + (text,)  # not every name is UTF-8
-
-
-def folder_files(root):
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in (".txt", ".md") and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
-
-
-def read_jsonl(path):
-    """Yields (id, title, text) of the lines of a .jsonl file; a document without a title is called by its id."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line.decode())
-                id = found["_id"] if "_id" in found else found["id"]  # BEIR's files say _id
-                title, text = found.get("title") or id, found["text"]
-                if {type(x) for x in (id, title, text)} != {str}:
-                    raise TypeError
-                f"{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", "text": "..."}} of UTF-8 strings') from None
-            yield id, title, text
-
-
-def read_beir(folder):
-    """A retrieval set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv (train, test, and what else there is).
-
-    Returns (documents, questions by split): documents are texts, without their titles; questions are (text, gold), gold a tuple of the
-    indices of the documents that answer it. Raises UserError that names the line.
-    """
-    folder = Path(folder)
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; expected a set in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/train.tsv")
-    corpus, queries = (list(read_jsonl(folder / name)) for name in ("corpus.jsonl", "queries.jsonl"))
-    place, text_of, questions = {id: i for i, (id, _, _) in enumerate(corpus)}, {id: text for id, _, text in queries}, {}
-    if len(place) < len(corpus):
-        raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
-    for path in sorted((folder / "qrels").glob("*.tsv")):
-        gold = {}
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8") from None
-        for number, line in enumerate(lines, start=1):
-            if number == 1 or not line.strip():  # the first line names the columns
-                continue
-            query, document, score = (line.split("\t") + ["", ""])[:3]
-            if query not in text_of or document not in place or not score.strip().lstrip("-").isdecimal():
-                raise UserError(f"{path}:{number}: {line!r} is not a query's _id, a document's _id and a score, with tabs between")
-            if int(score) > 0:
-                gold.setdefault(query, []).append(place[document])
-        questions[path.stem] = [(text_of[query], tuple(dict.fromkeys(found))) for query, found in gold.items()]
-    return [text for _, _, text in corpus], questions
-
-
-def read_squad(path):
-    """SQuAD's own file as a retrieval set: its paragraphs, and the questions about each.
-
-    Returns what `read_beir` does, of the splits train and test: every fourth article is for testing. Questions that a paragraph does not
-    answer are left out. Raises UserError for another file.
-    """
-    documents, questions = [], {"train": [], "test": []}
-    try:
-        articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
-        for i, article in enumerate(articles):
-            for paragraph in article["paragraphs"]:
-                asked = [row["question"].strip() for row in paragraph["qas"] if not row.get("is_impossible")]
-                questions["test" if i % 4 == 3 else "train"] += [(question, (len(documents),)) for question in asked]
-                documents.append(paragraph["context"])
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's layout") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
-    return documents, questions
-
-
-def bm25_search(texts):
-    """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 (k1 1.5, b 0.75)."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UserError("BM25 needs bm25s: pip install -e '.[baselines]'") from None
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
-
-    def search(query, k):
-        words = bm25s.tokenize([query], stopwords=None, show_progress=False)
-        found, scores = index.retrieve(words, k=min(k, len(texts)), show_progress=False)
-        return list(zip(found[0].tolist(), scores[0].tolist()))
-    return search
-
-
-def documents_size(path):
-    """Bytes of what `read_documents` reads."""
-    root = Path(path)
-    return sum(file.stat().st_size for file in (folder_files(root) if root.is_dir() else [root] if root.is_file() else []))
-
-
-def split_text(text, count_tokens, max_tokens):
-    """Pieces of at most `max_tokens` as (first line, last line, text): whole paragraphs where they fit."""
-    pieces, current = [], []  # `current`: numbered lines of the piece being filled
-
-    def flush():
-        lines = [line for line in current if line[1].strip()]
-        if lines:
-            pieces.append((lines[0][0], lines[-1][0], "\n".join(line for _, line in current).strip()))
-        current.clear()
-
-    def fits(block):
-        return count_tokens("\n".join(line for _, line in current + block)) <= max_tokens
-
-    for paragraph in paragraphs(text):
-        blocks = [paragraph] if count_tokens("\n".join(line for _, line in paragraph)) <= max_tokens else \
-            [[part] for line in paragraph for part in split_line(line, count_tokens, max_tokens)]
-        for block in blocks:
-            if not fits(block):
-                flush()
-            current.extend(block)
-    flush()
-    return pieces
-
-
-def paragraphs(text):
-    """Lists of (line number, line), each up to and including the blank lines behind it."""
-    block = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if block and not block[-1][1].strip() and line.strip():
-            yield block
-            block = []
-        block.append((number, line))
-    if block:
-        yield block
-
-
-def split_line(line, count_tokens, max_tokens):
-    """One numbered line as several of at most `max_tokens`, cut between words (inside a word that alone is too long)."""
-    number, text = line
-    if count_tokens(text) <= max_tokens or len(text) < 2:
-        return [line]
-    middle = text.find(" ", len(text) // 2)
-    middle = len(text) // 2 if middle < 0 else middle
-    return (split_line((number, text[:middle]), count_tokens, max_tokens)
-            + split_line((number, text[middle:].lstrip()), count_tokens, max_tokens))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Your own questions
 
 def read_questions(path, documents):
@@ -288,27 +87,36 @@ def read_questions(path, documents):
             continue
         try:
             row = json.loads(line)
-            question, answer, names = row["question"], row["answer"], row["documents"]
-            if not (question and isinstance(question, str) and answer and isinstance(answer, str) and isinstance(names, list)):
+            text, answer, names = row["question"], row["answer"], row["documents"]
+            pooled = row.get("pooled", False)
+            valid = isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
+            if not (valid and text and answer):
                 raise TypeError
-            gold = tuple(find_document(str(name), places, documents) for name in names)
-            if not gold:
-                raise UserError("'documents' is empty")
-            if type(row.get("pooled", False)) is not bool or (row.get("pooled") and len(gold) != 1):
-                raise UserError(f"'pooled' is {row['pooled']!r}; true or false, and true only with one document")
-            questions.append(Question(question, gold, answer, row.get("pooled", False)))
+            hops = [hop if isinstance(hop, list) else [hop] for hop in names]
+            gold = tuple(tuple(find_document(str(name), places, documents) for name in hop) for hop in hops)
+            question = Question(text, gold, answer, pooled)
+            if not gold or not all(gold):
+                raise UserError("'documents' is empty, or a list in it is; name a document in each")
+            if len(set(question.documents)) < len(question.documents):
+                raise UserError("'documents' names a document twice; name it where it is first needed")
+            if type(pooled) is not bool or (pooled and len(question.documents) != 1):
+                raise UserError(f"'pooled' is {pooled!r}; true or false, and true only with one document")
+            questions.append(question)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not an object with \"question\", \"answer\" (text) and \"documents\" (a list)") from None
+            raise UserError(f'{path}:{number}: not an object with "question", "answer" (text) and '
+                            '"documents" (a list)') from None
     if len(questions) < 2:
-        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train on and one to validate")
+        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one validates")
     return questions
 
 
 def find_document(name, places, documents):
-    """The index of the document "file" or "file:line"."""
-    source, _, line = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
+    """The index of the document "file" or "file:line". places: the indices of each file's documents."""
+    source, _, line = name.rpartition(":")
+    if not line.isdigit():
+        source, line = name, ""
     candidates = [i for i in places.get(source, [])
                   if not line or documents[i].first_line <= int(line) <= documents[i].last_line]
     if len(candidates) != 1:
@@ -320,17 +128,18 @@ def find_document(name, places, documents):
 def own_pool(documents, questions, config, rng):
     """Document indices and question indices of one pool: random questions, their documents, random others."""
     asked = rng.choice(len(questions), min(config.questions_per_pool, len(questions)), replace=False).tolist()
-    gold = list(dict.fromkeys(i for q in asked for i in questions[q].gold))
-    others = [i for i in rng.permutation(len(documents)).tolist()[:config.documents_per_pool + len(gold)] if i not in set(gold)]
+    gold = list(dict.fromkeys(i for q in asked for i in questions[q].documents))
+    drawn = rng.permutation(len(documents)).tolist()[:config.documents_per_pool + len(gold)]
+    others = [i for i in drawn if i not in set(gold)]
     pool = gold + others[:max(0, config.documents_per_pool - len(gold))]
     return rng.permutation(pool).tolist(), asked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 class RaggedWriter:
-    """Rows of unequal length, streamed to `path.bin`; `path.offsets` (int64, rows + 1) says where each begins."""
+    """Rows of unequal length, streamed to `path.bin`; `path.offsets` (int64, rows + 1): where each begins."""
 
     def __init__(self, path, dtype):
         self.path, self.dtype, self.offsets = path, np.dtype(dtype), array("q", [0])
@@ -354,12 +163,15 @@ class Ragged:
     def __init__(self, path, dtype):
         try:
             self.offsets = np.fromfile(f"{path}.offsets", dtype=np.int64)
-            size, item = Path(f"{path}.bin").stat().st_size, np.dtype(dtype).itemsize
-            self.values = np.memmap(f"{path}.bin", dtype, "r", shape=size // item) if size >= item else np.zeros(0, dtype)
+            size = Path(f"{path}.bin").stat().st_size
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: no such file; run prepare_data.py first") from None
+            raise UserError(f"{error.filename}: no such file; prepared by an older version, or incomplete: "
+                            "run prepare_data.py again") from None
+        item, self.values = np.dtype(dtype).itemsize, np.zeros(0, dtype)
+        if size >= item:  # nothing cannot be mapped
+            self.values = np.memmap(f"{path}.bin", dtype, "r", shape=size // item)
         if not len(self.offsets) or self.offsets[-1] * item != size:
-            raise UserError(f"{path}.bin: {size} bytes, but its offsets say otherwise; run prepare_data.py again")
+            raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -368,7 +180,9 @@ class Ragged:
         return self.values[self.offsets[i]:self.offsets[i + 1]]
 
 
-ARRAYS = ("documents", "questions", "answers", "gold", "pooled", "pool_documents", "pool_questions")  # the first three: tokens
+ARRAYS = ("documents", "questions", "answers",  # tokens
+          "gold", "hop_ends", "pooled",  # of a question: its documents; where in them each hop ends; 0 or 1
+          "pool_documents", "pool_questions")
 
 
 class PoolWriter:
@@ -393,7 +207,8 @@ class PoolWriter:
         for question in questions:
             self.questions.append(self.tokenizer.encode(question.text))
             self.answers.append(self.tokenizer.encode(question.answer))
-            self.gold.append([first_document + i for i in question.gold])
+            self.gold.append([first_document + i for i in question.documents])
+            self.hop_ends.append(np.cumsum([len(hop) for hop in question.gold]))
             self.pooled.append([question.pooled])
         return first
 
@@ -412,11 +227,11 @@ def array_types(vocab_size):
 
 
 class Pools:
-    """A split on disk: `pools[i]` is (documents, questions); a document is an array of ids, a question a tuple
-    (question ids, answer ids, gold indices into the pool's documents, pooled)."""
+    """A split on disk: `pools[i]` is (documents, questions). A document is an array of ids, a question is
+    (question ids, answer ids, gold, pooled); gold: a list of hops, each a list of indices of documents."""
 
     def __init__(self, folder, vocab_size):
-        """Raises UserError for missing or broken files, and (when a pool is read) for ids outside the vocabulary."""
+        """Raises UserError for missing or broken files; reading a pool, for ids outside the vocabulary."""
         self.folder, self.vocab_size = Path(folder), vocab_size
         about = read_about(self.folder.parent)
         for name, dtype in array_types(about["vocab_size"]).items():
@@ -430,14 +245,18 @@ class Pools:
         place = {document: at for at, document in enumerate(ids)}
         try:
             documents = [self.documents[d] for d in ids]
-            questions = [(self.questions[q], self.answers[q], [place[d] for d in self.gold[q].tolist()], bool(self.pooled[q][0]))
-                         for q in self.pool_questions[i].tolist()]
+            questions = []
+            for q in self.pool_questions[i].tolist():
+                hops = np.split(self.gold[q], self.hop_ends[q][:-1])
+                gold = [[place[document] for document in hop.tolist()] for hop in hops]
+                questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
         except (IndexError, KeyError):
-            raise UserError(f"{self.folder}: pool {i} names a row that does not exist; run prepare_data.py again") from None
-        largest = max(int(row.max(initial=0)) for row in documents + [row for q in questions for row in q[:2]])
+            raise UserError(f"{self.folder}: pool {i} lacks a row; run prepare_data.py again") from None
+        rows = [*documents, *(row for question in questions for row in question[:2])]
+        largest = max(int(row.max(initial=0)) for row in rows)
         if largest >= self.vocab_size:
-            raise UserError(f"{self.folder}: pool {i} holds token id {largest}, but the model's vocabulary ends at "
-                            f"{self.vocab_size - 1}; set vocab_size in [model] to the tokenizer's")
+            raise UserError(f"{self.folder}: pool {i} holds token id {largest}, but the model's vocabulary "
+                            f"ends at {self.vocab_size - 1}; set vocab_size in [model] to the tokenizer's")
         return documents, questions
 
 
@@ -447,17 +266,17 @@ def read_about(folder):
         about = json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
         return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"])}
     except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared data here; run python prepare_data.py with the same configuration") from None
+        raise UserError(f"{folder}: no prepared data here; run python prepare_data.py with the same "
+                        "configuration") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder}/about.json: malformed; run python prepare_data.py again") from None
 
 
 def draw_numbers(count, limit, rng):
-    """`count` distinct document numbers below `limit`, increasing; every number of digits is as likely as any other."""
-    digits = len(str(limit - 1))
-    numbers = set()
+    """`count` distinct document numbers below `limit`, increasing; all numbers of digits are alike likely."""
+    digits, numbers = len(str(limit - 1)), set()
     if count > limit:
-        raise UserError(f"number_limit is {limit}; a pool of {count} documents needs at least as many numbers")
+        raise UserError(f"number_limit is {limit}; a pool of {count} documents needs as many numbers")
     while len(numbers) < count:
         n = int(rng.integers(10 ** int(rng.integers(1, digits + 1))))
         if n < limit:
@@ -465,67 +284,56 @@ def draw_numbers(count, limit, rng):
     return sorted(numbers)
 
 
-def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048, contexts=0):
-    """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4 of the paper).
+def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
+    """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4).
 
-    A question that is answered from the pooled memory is one sample, and one time in four another with its document
-    appended: reading the text is easier, but must not be forgotten. Documents get random numbers, increasing with their
-    place: the order of a pool is random already.
-    Returns (documents, numbers, batches): a list of LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
-        tokens (B, T) int64; routing_mask (B, T) bool: tokens that route; target_mask (B, T) bool: tokens to predict;
-        answers (B,) bool: the target is an answer, not numbers;
-        positive (B, M) bool: the documents to route to; appended (B, M) bool: those whose text is in the sample
+    A hop is one sample, which names its documents in the order of their numbers, and then stops. A question
+    that is answered from the pooled memory is one sample, and one time in four another with its document
+    appended: reading the text is easier, but must not be forgotten. Documents get random numbers, increasing
+    with their place: the order of a pool is random already.
+    Returns (documents, numbers, batches): LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
+        tokens (B, T) int64; routing_mask (B, T) bool: tokens that route
+        target_mask (B, T) bool: tokens to predict; answers (B,) bool: they are an answer, not numbers
+        positive (B, M) bool: documents to route to; appended (B, M) bool: those whose text is in the sample
     Samples of similar length share a batch of at most `batch_tokens` tokens, padding included.
-    contexts: for the full-attention baseline the documents become so many texts of equal length (newlines in front), document m in
-    text m * contexts // M; it has no use for numbers. A question is one sample, its answer, if one text holds its documents.
     """
     documents, questions = pool
     texts = [document.tolist() for document in documents]
     numbers = draw_numbers(len(texts), number_limit, rng)
-    place = [document * contexts // len(texts) for document in range(len(texts))]  # the text that holds a document
-    samples = []  # (prompt, target, positive, appended)
+    samples, length = [], lambda sample: len(sample[0]) + 1 + len(sample[1])
     for question, answer, gold, pooled in questions:
-        prompt, answer = tokenizer.question(question.tolist()), [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
-        if contexts:
-            if len({place[document] for document in gold}) == 1:
-                samples.append((prompt, answer, gold, []))
-            continue
+        prompt, appended = tokenizer.question(question.tolist()), []
+        answer = [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
         if pooled:
-            samples.append((prompt, answer, gold, []))
+            samples.append((prompt, answer, gold[0], []))
             if rng.random() > 0.25:
                 continue
-        for hop, document in enumerate(gold):
+        for hop in map(sorted, gold):
             if not pooled:
-                samples.append((prompt, [*tokenizer.number(numbers[document]), tokenizer.stop], [document], gold[:hop]))
-            prompt = prompt + tokenizer.appended(numbers[document], texts[document])
-        samples.append((prompt, answer, [], gold))
-    if contexts and not samples:  # no question has its documents in one of so many texts
-        return collate(pool, tokenizer, number_limit, rng, batch_tokens, contexts // 2)
-    samples.sort(key=lambda sample: len(sample[0]) + len(sample[1]))
+                names = [token for document in hop for token in tokenizer.number(numbers[document])]
+                samples.append((prompt, [*names, tokenizer.stop], hop, appended))
+            for document in hop:
+                prompt = prompt + tokenizer.appended(numbers[document], texts[document])
+            appended = appended + hop
+        samples.append((prompt, answer, [], appended))
+    samples.sort(key=length)
     batches, batch = [], []
     for sample in reversed(samples):  # longest first: the first of a batch sets its width
-        width = len((batch or [sample])[0][0]) + len((batch or [sample])[0][1]) + 1
-        if batch and ((len(batch) + 1) * width > batch_tokens):
+        if batch and (len(batch) + 1) * length(batch[0]) > batch_tokens:
             batches.append(stack(batch, tokenizer, len(texts)))
             batch = []
         batch.append(sample)
     batches.append(stack(batch, tokenizer, len(texts)))
-    if contexts:
-        joined = [[] for _ in range(contexts)]
-        for at, text in zip(place, texts):
-            joined[at] += text
-        width, newline = max(map(len, joined)), tokenizer.encode("\n")
-        return [torch.tensor(newline * (width - len(text)) + text) for text in joined], numbers, batches
     return [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches
 
 
 def stack(samples, tokenizer, documents):
-    """Samples as the padded tensors of one batch; see `collate`."""
-    width = max(len(prompt) + 1 + len(target) for prompt, target, _, _ in samples)
-    tokens = torch.zeros(len(samples), width, dtype=torch.long)
-    routing_mask, target_mask, answers = tokens.bool(), tokens.bool(), torch.zeros(len(samples), dtype=torch.bool)
-    positive = torch.zeros(len(samples), documents, dtype=torch.bool)
-    appended = positive.clone()
+    """Samples (prompt, target, positive, appended) as the padded tensors of one batch; see `collate`."""
+    size = len(samples), max(len(prompt) + 1 + len(target) for prompt, target, _, _ in samples)
+    tokens = torch.zeros(size, dtype=torch.long)
+    routing_mask, target_mask = torch.zeros(2, *size, dtype=torch.bool)
+    positive, appended = torch.zeros(2, len(samples), documents, dtype=torch.bool)
+    answers = torch.zeros(len(samples), dtype=torch.bool)
     for i, (prompt, target, gold, seen) in enumerate(samples):
         begin, end = len(prompt) + 1, len(prompt) + 1 + len(target)
         tokens[i, :end] = torch.tensor([*prompt, tokenizer.retrieve, *target])
@@ -534,20 +342,11 @@ def stack(samples, tokenizer, documents):
         answers[i] = target[0] == tokenizer.end_of_retrieval
         positive[i, gold] = True
         appended[i, seen] = True
-    return dict(tokens=tokens, routing_mask=routing_mask, target_mask=target_mask, answers=answers, positive=positive, appended=appended)
+    return dict(tokens=tokens, routing_mask=routing_mask, target_mask=target_mask, answers=answers,
+                positive=positive, appended=appended)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-def synthetic_splits(config):
-    """Generators of pools (texts, questions), by split."""
-    words = Words()
-    def generate(split, count, stream):
-        for i in range(count):
-            yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
-    return {"train": lambda: generate("train", config.pools, 0),
-            "validation": lambda: generate("validation", config.validation_pools, 1)}
-
+# ------------------------------------------------------------------------------------------------------------
 
 def make_encoding(config, texts):
     """The tokenizer that the configuration asks for: trained on `texts`, or a known one."""
@@ -557,31 +356,36 @@ def make_encoding(config, texts):
 
 
 def write_synthetic(config, folder):
-    splits = synthetic_splits(config)
+    words = Words()
+    def pools(split, stream, count):
+        for i in range(count):
+            yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
     def sample_texts():  # 1,000 pools are enough to learn merges from
-        for _, (documents, questions) in zip(range(1000), splits["train"]()):
+        for documents, questions in pools("train", 0, min(1000, config.pools)):
             yield from documents
-            yield from (q.text for q in questions)
+            yield from (question.text for question in questions)
     tokenizer = make_encoding(config, sample_texts())
-    for split, pools in splits.items():
+    for split, stream, count in (("train", 0, config.pools), ("validation", 1, config.validation_pools)):
         writer = PoolWriter(folder / split, tokenizer)
-        total = config.pools if split == "train" else config.validation_pools
-        for documents, questions in tqdm(pools(), desc=f"{split} pools", total=total, unit="pool"):
-            document, question = writer.add_documents(documents), writer.add_questions(questions, len(writer.documents) - len(documents))
-            writer.add_pool(range(document, document + len(documents)), range(question, question + len(questions)))
+        for texts, asked in tqdm(pools(split, stream, count), f"{split} pools", count, unit="pool"):
+            document = writer.add_documents(texts)
+            question = writer.add_questions(asked, document)
+            writer.add_pool(range(document, document + len(texts)), range(question, question + len(asked)))
         writer.close()
     return tokenizer
 
 
 def write_own(config, folder):
-    documents = read_folder(config.documents, lambda text: len(text) // 4, config.max_document_tokens)
-    tokenizer = make_encoding(config, (d.text for d in documents))
-    documents = read_folder(config.documents, lambda text: len(tokenizer.encode(text)), config.max_document_tokens)
+    folder_of, limit = config.documents, config.max_document_tokens
+    texts = (document.text for document in read_documents(folder_of, lambda text: len(text) // 4, limit))
+    tokenizer = make_encoding(config, texts)
+    documents = list(read_documents(folder_of, lambda text: len(tokenizer.encode(text)), limit))
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
     held_out = max(1, len(questions) // 20)  # one question in twenty validates
-    for split, chosen, pools in (("train", order[held_out:], config.pools), ("validation", order[:held_out], config.validation_pools)):
+    for split, chosen, pools in (("train", order[held_out:], config.pools),
+                                 ("validation", order[:held_out], config.validation_pools)):
         asked = [questions[i] for i in chosen]
         writer = PoolWriter(folder / split, tokenizer)
         writer.add_documents([d.text for d in documents])
@@ -598,11 +402,12 @@ def script():
     if out.exists() and not (out / "about.json").exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # the folder appears whole or not at all
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # appears whole or not at all
     try:
         tokenizer = write_own(config, building) if config.documents else write_synthetic(config, building)
         tokenizer.save(building)
-        write_json(building / "about.json", {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)})
+        about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)}
+        write_json(building / "about.json", about)
         shutil.rmtree(out, ignore_errors=True)
         building.chmod(0o755)  # mkdtemp made it private
         building.rename(out)
@@ -610,8 +415,9 @@ def script():
         shutil.rmtree(building, ignore_errors=True)
     pools = Pools(out / "train", tokenizer.vocab_size)
     tokens = len(pools.documents.values)
-    print(f"{out}: {len(pools):,} training pools, {len(pools.documents):,} documents of {tokens / len(pools.documents):.0f} tokens "
-          f"on average, {len(pools.questions):,} questions; vocabulary {tokenizer.vocab_size:,}")
+    print(f"{out}: {len(pools):,} training pools, {len(pools.documents):,} documents of "
+          f"{tokens / len(pools.documents):.0f} tokens on average, {len(pools.questions):,} questions; "
+          f"vocabulary {tokenizer.vocab_size:,}")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from tqdm import tqdm
 import memory_bank
 from checkpoint import find
 from common import UserError, command_line, detect_device, keep_freed_memory, main
+from documents import documents_size, read_documents
 from interleave import InterleaveConfig, interleave
 from memory_bank import Bank, Layout, Writer, write_segment
 from memory_parallel import ParallelMemory, Ranks, to_records
 from model import MSA
-from prepare_data import documents_size, read_documents, read_folder
 from prompts import load_tokenizer
 
 
@@ -312,7 +312,7 @@ def script():
             memory.refresh()  # it may have changed since the last question
             show(model, tokenizer, memory, memory.texts, lambda d: memory.bank.document(d)[1], question, config, say)
     else:
-        documents = read_folder(config.documents, count_tokens, config.max_document_tokens)
+        documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens))
         texts = tokenizer.encode_batch([document.text for document in documents])
         memory, speed = encode_texts(model, tokenizer, texts)
         say(f"{len(documents)} documents, {sum(map(len, texts)):,} tokens, encoded at {speed:,.0f} tokens/s on {device} ({reason})")

@@ -1,33 +1,41 @@
-"""The synthetic tasks: RULER's needles, and two-hop chains, written as documents.
+"""The synthetic tasks: RULER's needles, and chains of several hops, written as documents.
 
-A key is an adjective and a noun, a value seven digits:
+A key is an adjective and a noun, as gentle-otter, a value seven digits, a colour one of 16. Documents say:
 
     needle    One of the special magic numbers for gentle-otter is: 4729103.
-    link      One of the special magic numbers for brave-lamp is the one for gentle-otter.      (a chain's first document)
-    property  The colour of gentle-otter is teal.                                                (one of 16 colours)
+    link      One of the special magic numbers for brave-lamp is the one for gentle-otter.
+    property  The colour of gentle-otter is teal.      (asked about, it is answered from the pooled memory)
     noise     The quiet river can follow the wooden table near the harbor.
-    question  What is the special magic number for brave-lamp?
-    question  What is the colour of gentle-otter?                  (`read_pooled`: answered from the pooled memory, no text appended)
 
-With `filler`, noise sentences stand around the sentence that matters: two make a document of about 64 tokens.
-A question about a number does not say whether its answer is one hop away or two. The pairs (adjective, noun) are divided once and for
-all, whatever the seed: 60 % test, 5 % validation, 35 % training, so that test keys are never seen in training as a pair.
+A chain is links that end at a needle; a needle alone is a chain of one. A question about a number does not
+say how long its chain is. With `filler`, noise sentences stand around the sentence that matters: two make a
+document of about 64 tokens. The pairs (adjective, noun) are divided once and for all, whatever the seed: 60 %
+test, 5 % validation, 35 % training, so that test keys are never seen in training as a pair.
 """
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from common import UserError
 
-TASKS = ("niah_single", "niah_multikey", "two_hop", "read_pooled")
-COLOURS = ("azure", "beige", "cobalt", "crimson", "cyan", "fuchsia", "indigo", "khaki", "lavender", "maroon", "mauve", "navy", "ochre",
-           "scarlet", "teal", "turquoise")  # none of them is a word of the keys or the noise
+# task -> hops of its questions; a new one goes to the end: the place of a task seeds its memory
+TASKS = {"niah_single": 1, "niah_multikey": 1, "two_hop": 2, "read_pooled": 1}
+COLOURS = ("azure", "beige", "cobalt", "crimson", "cyan", "fuchsia", "indigo", "khaki", "lavender", "maroon",
+           "mauve", "navy", "ochre", "scarlet", "teal", "turquoise")  # no words of the keys or the noise
+NEEDLE = "One of the special magic numbers for {} is: {}."
+LINK = "One of the special magic numbers for {} is the one for {}."
+PROPERTY = "The colour of {} is {}."
+NUMBER_QUESTION = "What is the special magic number for {}?"
+COLOUR_QUESTION = "What is the colour of {}?"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question's text, the documents that answer it in the order of the hops (as indices), and the answer.
+    """A question's text, the documents that answer it, and the answer.
 
+    gold: a tuple of hops in their order, each a tuple of indices: the documents that one round names.
     pooled: it is answered from what the memory itself holds; nothing is named or appended.
     """
     text: str
@@ -35,9 +43,18 @@ class Question:
     answer: str
     pooled: bool = False
 
+    @property
+    def documents(self):
+        """The indices of all documents that answer it, in the order of the hops."""
+        return [document for hop in self.gold for document in hop]
+
+    def moved(self, place):
+        """The question when document i has become document place[i]."""
+        return replace(self, gold=tuple(tuple(int(place[document]) for document in hop) for hop in self.gold))
+
 
 class Words:
-    """The words of wonderwords, and the division of all pairs (adjective, noun) into train, validation and test."""
+    """The words of wonderwords, and the division of all pairs (adjective, noun) into three splits."""
 
     def __init__(self):
         try:
@@ -49,7 +66,7 @@ class Words:
             return sorted({word for word in found if word.isascii() and word.isalpha() and word.islower()})
         self.adjectives, self.nouns, self.verbs = words("adjective"), words("noun"), words("verb")
         draw = np.random.default_rng(0).random(len(self.adjectives) * len(self.nouns), dtype=np.float32)
-        self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # per pair: 0 test, 1 validation, 2 train
+        self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # 0 test, 1 validation, 2 train
 
     def key(self, pair):
         """The key "adjective-noun" of pair number `pair`."""
@@ -59,13 +76,15 @@ class Words:
         """`count` distinct pairs of one split ("test", "validation", "train"), shuffled."""
         pairs = np.flatnonzero(self.split == ("test", "validation", "train").index(split))
         if count > len(pairs):
-            raise UserError(f"{count:,} keys were asked for, but there are {len(pairs):,} {split} pairs; ask for a smaller memory")
+            raise UserError(f"{count:,} keys were asked for, but there are {len(pairs):,} {split} pairs; "
+                            "ask for a smaller memory")
         return rng.permutation(pairs)[:count].tolist()  # a larger count extends a smaller one
 
     def similar_pairs(self, split, count, rng, alike=0.0):
         """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives.
 
-        alike: the share of these whose other word is a neighbour of the other's in the dictionary: they often begin with the same token.
+        alike: the share of these whose other word is a neighbour of the other's in the dictionary: they often
+        begin with the same token.
         """
         code = ("test", "validation", "train").index(split)
         chosen = []
@@ -73,14 +92,15 @@ class Words:
             adjective, noun = int(rng.integers(len(self.adjectives))), int(rng.integers(len(self.nouns)))
             if chosen and len(chosen) % 2:
                 other = chosen[int(rng.integers(len(chosen)))]
-                near = alike and rng.random() < alike
-                beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1) if near else 0
+                other_adjective, other_noun = divmod(other, len(self.nouns))
+                if alike and rng.random() < alike:
+                    beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1)
+                    adjective = (other_adjective + beside) % len(self.adjectives)
+                    noun = (other_noun + beside) % len(self.nouns)
                 if rng.random() < 0.5:
-                    adjective = other // len(self.nouns)
-                    noun = (other % len(self.nouns) + beside) % len(self.nouns) if near else noun
+                    adjective = other_adjective
                 else:
-                    noun = other % len(self.nouns)
-                    adjective = (other // len(self.nouns) + beside) % len(self.adjectives) if near else adjective
+                    noun = other_noun
             pair = adjective * len(self.nouns) + noun
             if self.split[pair] == code and pair not in chosen:
                 chosen.append(pair)
@@ -91,8 +111,8 @@ class Words:
         a, b = rng.integers(len(self.adjectives), size=2)
         n, m, o = rng.integers(len(self.nouns), size=3)
         verb = self.verbs[rng.integers(len(self.verbs))]
-        return (f"The {self.adjectives[a]} {self.nouns[n]} can {verb} the {self.adjectives[b]} {self.nouns[m]} "
-                f"near the {self.nouns[o]}.")
+        return (f"The {self.adjectives[a]} {self.nouns[n]} can {verb} "
+                f"the {self.adjectives[b]} {self.nouns[m]} near the {self.nouns[o]}.")
 
     def distinct_noise(self, count, rng):
         """`count` noise sentences, all different."""
@@ -102,20 +122,16 @@ class Words:
         return list(sentences)
 
 
-def needle_text(key, value):
-    return f"One of the special magic numbers for {key} is: {value}."
+def chain_texts(keys, numbers, hops):
+    """Chains of `hops` documents each, one chain behind another: links to the next key, then a number."""
+    return [LINK.format(key, keys[i + 1]) if (i + 1) % hops else NEEDLE.format(key, numbers[i])
+            for i, key in enumerate(keys)]
 
 
-def link_text(key, next_key):
-    return f"One of the special magic numbers for {key} is the one for {next_key}."
-
-
-def property_text(key, colour):
-    return f"The colour of {key} is {colour}."
-
-
-def property_question(key):
-    return f"What is the colour of {key}?"
+def chain_question(keys, numbers, first, hops):
+    """The question about the chain whose documents are `first` to `first + hops - 1`."""
+    gold = tuple((document,) for document in range(first, first + hops))
+    return Question(NUMBER_QUESTION.format(keys[first]), gold, numbers[first + hops - 1])
 
 
 def fill(words, text, count, rng):
@@ -125,31 +141,30 @@ def fill(words, text, count, rng):
     return " ".join(sentences)
 
 
-def question_text(key):
-    return f"What is the special magic number for {key}?"
-
-
 def values(count, rng):
     """`count` strings of seven digits."""
     return [str(value) for value in rng.integers(1_000_000, 10_000_000, size=count)]
 
 
 def make_pool(words, config, split, rng):
-    """One step's documents (list of texts, shuffled) and questions about them (list of Question)."""
-    count = config.needles + 2 * config.chains + config.properties
+    """One step's documents (list of texts, shuffled) and questions about them (list of Question).
+
+    config: a DataConfig; needles come first, then chains, documents that state a colour, and noise.
+    """
+    needles, hops = config.needles, config.hops
+    properties = needles + hops * config.chains  # the first document that states a colour
+    count = properties + config.properties
     keys = [words.key(pair) for pair in words.similar_pairs(split, count, rng, config.alike)]
-    order = rng.permutation(count).tolist()  # similar keys land in needles and in chains alike
-    keys, numbers = [keys[i] for i in order], values(count, rng)
-    texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
-    golds = [(i,) for i in range(config.needles)]
-    for first in range(config.needles, config.needles + 2 * config.chains, 2):
-        texts[first] = link_text(keys[first], keys[first + 1])
-        golds.append((first, first + 1))
-    asked = [Question(question_text(keys[gold[0]]), gold, numbers[gold[-1]]) for gold in golds]
-    for i in range(count - config.properties, count):
+    keys = [keys[i] for i in rng.permutation(count)]  # similar keys land in needles and in chains alike
+    numbers = values(count, rng)
+    texts = chain_texts(keys[:needles], numbers, 1)
+    texts += chain_texts(keys[needles:properties], numbers[needles:], hops)
+    asked = [chain_question(keys, numbers, i, 1) for i in range(needles)]
+    asked += [chain_question(keys, numbers, i, hops) for i in range(needles, properties, hops)]
+    for i in range(properties, count):
         colour = COLOURS[rng.integers(len(COLOURS))]
-        texts[i] = property_text(keys[i], colour)
-        asked.append(Question(property_question(keys[i]), (i,), colour, pooled=True))
+        texts.append(PROPERTY.format(keys[i], colour))
+        asked.append(Question(COLOUR_QUESTION.format(keys[i]), ((i,),), colour, pooled=True))
     if config.filler:
         texts = [fill(words, text, int(rng.integers(config.filler + 1)), rng) for text in texts]
     texts += words.distinct_noise(config.noise, rng)
@@ -157,39 +172,93 @@ def make_pool(words, config, split, rng):
     documents = [""] * len(texts)
     for i, text in enumerate(texts):
         documents[place[i]] = text
-    return documents, [replace(question, gold=tuple(int(place[i]) for i in question.gold)) for question in asked]
+    return documents, [question.moved(place) for question in asked]
 
 
 def make_memory(words, task, documents, questions, seed, filler=0):
     """A test memory: texts of `documents` documents and `questions` questions about the first of them.
 
     The documents that answer the questions come first (shuffle the ones that the shortest memory holds).
-    For `niah_single` they are `questions` needles, one for each question, followed by noise only: a question's memory is
-    its own needle and the noise. Everything depends on `seed` alone; more documents extend the same memory.
+    For `niah_single` they are `questions` needles, one a question, followed by noise only: a question's
+    memory is its own needle and the noise. Everything depends on `seed` alone; more documents extend it.
     `filler`: so many noise sentences stand around each document's own sentence.
     """
-    rng, filling = (np.random.default_rng([seed, TASKS.index(task), *stream]) for stream in ((), (1,)))
-    def filled(texts):
-        return [fill(words, text, filler, filling) for text in texts] if filler else texts
-    if task == "niah_single":
-        keys = [words.key(pair) for pair in words.pairs("test", questions, rng)]
-        numbers = values(questions, rng)
-        texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
-        asked = [Question(question_text(key), (i,), numbers[i]) for i, key in enumerate(keys)]
-        return filled(texts + words.distinct_noise(documents - questions, rng)), asked
-    hops = 2 if task == "two_hop" else 1
-    count = max(documents, questions * hops)
-    count += count % hops
+    stream, hops = [seed, list(TASKS).index(task)], TASKS[task]
+    rng = np.random.default_rng(stream)
+    count = questions if task == "niah_single" else max(documents, questions * hops)
+    count += -count % hops  # whole chains
     keys = [words.key(pair) for pair in words.pairs("test", count, rng)]
     numbers = values(count, rng)
     if task == "read_pooled":
         colours = [COLOURS[int(number) % len(COLOURS)] for number in numbers]
-        texts = [property_text(key, colour) for key, colour in zip(keys, colours)]
-        asked = [Question(property_question(keys[i]), (i,), colours[i], pooled=True) for i in range(questions)]
+        texts = [PROPERTY.format(key, colour) for key, colour in zip(keys, colours)]
+        asked = [Question(COLOUR_QUESTION.format(keys[i]), ((i,),), colours[i], pooled=True)
+                 for i in range(questions)]
     else:
-        texts = [needle_text(key, number) for key, number in zip(keys, numbers)]
-        if hops == 2:
-            texts[::2] = [link_text(key, next_key) for key, next_key in zip(keys[::2], keys[1::2])]
-        asked = [Question(question_text(keys[i]), tuple(range(i, i + hops)), numbers[i + hops - 1])
-                 for i in range(0, questions * hops, hops)]
-    return filled(texts[:documents]), asked
+        texts = chain_texts(keys, numbers, hops)
+        asked = [chain_question(keys, numbers, i, hops) for i in range(0, questions * hops, hops)]
+    if task == "niah_single":
+        texts += words.distinct_noise(documents - questions, rng)
+    texts = texts[:documents]
+    if filler:
+        filling = np.random.default_rng([*stream, 1])
+        texts = [fill(words, text, filler, filling) for text in texts]
+    return texts, asked
+
+
+@dataclass
+class GrowingMemory:
+    """A test memory of several lengths, and its questions; documents stand in the order in which it grows."""
+    texts: list        # of M documents
+    numbers: list      # of the documents, a random permutation: they do not say which documents answer
+    ends: np.ndarray   # (M,) tokens of the memory up to the end of each document, as documents are spelled
+    counts: list       # documents that each length holds
+    questions: list    # Questions about documents of the shortest length
+    needles: list      # niah_single: what stands in document 0's place when a question is asked; else nothing
+
+
+def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
+    """The GrowingMemory of a task whose `lengths` are tokens, increasing, with `questions` questions.
+
+    The documents that answer are shuffled into the shortest length. Raises UserError where they do not fit.
+    """
+    rng, single = np.random.default_rng(seed), task == "niah_single"
+    example = make_memory(words, task, 64, 1, seed, filler)[0][-1]
+    count = lengths[-1] // (len(tokenizer.encode(example)) + 8) + questions  # a guess
+    if not single:
+        count = min(count, int((words.split == 0).sum()))  # the guess for 100m is more than all test keys
+    while True:
+        texts, asked = make_memory(words, task, count, questions, seed, filler)
+        needles = texts[:questions] if single else []
+        texts = texts[questions - 1:] if single else texts
+        numbers = rng.permutation(len(texts)).tolist()
+        around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(len(texts))))]
+        frames = np.array([around[len(str(number)) - 1] for number in numbers])  # tokens around texts
+        sizes = count_tokens(tokenizer, texts)
+        ends = np.cumsum(sizes + frames)
+        if ends[-1] >= lengths[-1]:
+            break
+        count += count // 8 + 1
+    counts = np.searchsorted(ends, lengths, side="right").tolist()
+    needed = 1 if single else max(max(question.documents) for question in asked) + 1
+    if needed > counts[0]:
+        raise UserError(f"--lengths: {lengths[0]:,} tokens hold {counts[0]} documents, {questions} questions "
+                        f"need {needed}; ask fewer --questions or begin with a longer memory")
+    place = np.arange(len(texts))  # document i moves to place[i]
+    if not single:
+        place[:counts[0]] = rng.permutation(counts[0])
+    source = np.argsort(place)[:counts[-1]]
+    ends = np.cumsum(sizes[source] + frames[:counts[-1]])
+    asked = [replace(question, gold=((0,),)) if single else question.moved(place) for question in asked]
+    return GrowingMemory([texts[i] for i in source], numbers[:counts[-1]], ends, counts, asked, needles)
+
+
+def count_tokens(tokenizer, texts, batch=20000):
+    """(M,) token counts of texts."""
+    counts = []
+    with tqdm(desc="counting tokens", total=len(texts), unit=" documents", unit_scale=True, leave=False,
+              delay=1, disable=os.environ.get("RANK", "0") != "0") as bar:
+        for first in range(0, len(texts), batch):
+            counts += map(len, tokenizer.encode_batch(texts[first:first + batch]))
+            bar.update(len(counts) - first)
+    return np.array(counts)

@@ -1,8 +1,6 @@
 """What eval.py asks of which memory, or of which baseline, and how it counts."""
 import json
-import math
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +10,8 @@ import torch
 import eval as evaluation
 import interleave
 from common import UserError
-from eval import bm25_search, parse_lengths, score
+from documents import bm25_search
+from eval import parse_lengths, score
 from interleave import Round
 from model import MSA
 from tasks import Question
@@ -44,18 +43,22 @@ def rounds(*routed_and_named):
 
 
 @pytest.mark.parametrize("gold,found,answer,expected", [
-    ([5], rounds(([5, 1], [5]), ([5, 1], [])), " 12\n", (1, 1, 1, 1)),
-    ([5], rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0, 0)),      # first among those not yet appended
-    ([5], rounds(([1, 5], [])), "12", (1, 0, 0, 1)),
-    ([5], rounds(([1, 5], [5])), "12", (1, 0, 1, 1)),                     # named against the ranking
-    ([5], rounds(([5, 1], [1, 5])), "12", (1, 1, 0, 1)),                  # named, but not first
-    ([5], rounds(([1, 2, 5], [1])), "", (0, 0, 0, 0)),                    # not among the first two
-    ([5], rounds(([1, 5], [1]), ([5, 1], [5])), "12", (1, 1, 0, 1)),      # named a round too late
-    ([5, 8], rounds(([8, 1], [8]), ([1, 8], [])), "12", (0.5, 0.5, 0, 1)),
-    ([8, 5], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 1, 0)),
-    ([5, 8], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 0, 0)),  # in the wrong order of hops
-    ([8, 5], rounds(([8, 5], [8, 5]), ([8, 5], [])), "12", (1, 0.5, 0.5, 1)),         # both at once
-    ([5, 8], [], "12", (0, 0, 0, 1)),
+    ([[5]], rounds(([5, 1], [5]), ([5, 1], [])), " 12\n", (1, 1, 1, 1)),
+    ([[5]], rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0, 0)),      # first among those not yet appended
+    ([[5]], rounds(([1, 5], [])), "12", (1, 0, 0, 1)),
+    ([[5]], rounds(([1, 5], [5])), "12", (1, 0, 1, 1)),                     # named against the ranking
+    ([[5]], rounds(([5, 1], [1, 5])), "12", (1, 1, 0, 1)),                  # named, but not first
+    ([[5]], rounds(([1, 2, 5], [1])), "", (0, 0, 0, 0)),                    # not among the first two
+    ([[5]], rounds(([1, 5], [1]), ([5, 1], [5])), "12", (1, 1, 0, 1)),      # named a round too late
+    ([[5], [8]], rounds(([8, 1], [8]), ([1, 8], [])), "12", (0.5, 0.5, 0, 1)),
+    ([[8], [5]], rounds(([8, 1], [8]), ([8, 5], [5]), ([[5], [8]], [])), "2", (1, 1, 1, 0)),
+    ([[5], [8]], rounds(([8, 1], [8]), ([8, 5], [5]), ([[5], [8]], [])), "2", (1, 1, 0, 0)),  # in the wrong order of hops
+    ([[8], [5]], rounds(([8, 5], [8, 5]), ([8, 5], [])), "12", (1, 0.5, 0.5, 1)),         # both at once
+    ([[5], [8]], [], "12", (0, 0, 0, 1)),
+    ([[5, 8]], rounds(([8, 5], [8, 5]), ([5, 8], [])), "12", (1, 0.5, 1, 1)),      # a hop of two, in any order
+    ([[5, 8]], rounds(([8, 5], [8, 1, 5]), ([1, 2], [])), "12", (1, 0.5, 0.5, 1)),  # one of them not in the first two
+    ([[5, 8]], rounds(([8, 5], [8]), ([5, 1], [5])), "12", (1, 1, 0.5, 1)),         # one of them a round too late
+    ([[7], [5, 8, 9]], rounds(([7], [7, 9]), ([9, 8], [8, 5, 7])), "", (0.75, 0.5, 0.75, 0)),
 ])
 def test_score(gold, found, answer, expected):
     """recall@k, top-1, named or exact match would count something else than they say."""
@@ -227,12 +230,12 @@ def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path, monkeypat
         result = run(evaluation, "--checkpoint", checkpoint, "--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank", *other)
         assert result.code == 2 and re.search(message, result.error), result.error
         assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
-    monkeypatch.setattr(evaluation, "build", None)  # another model's bank is known before the minutes that a long memory takes to build
+    monkeypatch.setattr(evaluation, "grow_memory", None)  # another model's bank is known before the minutes that a long memory takes to build
     result = run(evaluation, "--checkpoint", Path(evaluation.__file__).parent / "checkpoints/demo", "--memory", tmp_path / "bank")
     assert result.code == 2 and "made by another model" in result.error, result.error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Baselines
 
 def answer_in(prompt):
@@ -292,35 +295,6 @@ def test_oracle(evaluate, watch, tokenizer, task, filler):
     assert [(row["baseline"], *scores_of(row)) for row in rows] == [("no_memory", 0, 0, 0, 0)] * 2
 
 
-def bm25(query, texts):
-    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.5, b = 0.75, words of at least two letters."""
-    documents = [re.findall(r"\w\w+", text.lower()) for text in texts]
-    mean, scores = sum(map(len, documents)) / len(documents), []
-    for document in documents:
-        total = 0.0
-        for word in set(re.findall(r"\w\w+", query.lower())):
-            holds, times = sum(word in other for other in documents), document.count(word)
-            idf = math.log(1 + (len(documents) - holds + 0.5) / (holds + 0.5))
-            total += idf * times / (times + 1.5 * (0.25 + 0.75 * len(document) / mean))
-        scores.append(total)
-    return scores
-
-
-def test_bm25_search():
-    """The baseline would be another ranking than BM25, cut off too early, or fail where fewer documents are left than are asked for."""
-    pytest.importorskip("bm25s")
-    texts = ["The colour of quiet-river is teal.", "The quiet river can follow the amber castle near the river.", "A river.",
-             "Nothing is so.", "The colour of amber-river is khaki, and nothing is so quiet."]
-    search, query = bm25_search(texts), "What is the colour of amber-river?"
-    scores = bm25(query, texts)
-    order = sorted(range(5), key=lambda i: -scores[i])
-    assert order[0] == 4 and len({round(score, 4) for score in scores}) == 5
-    for k, expected in ((1, order[:1]), (3, order[:3]), (5, order), (50, order)):
-        found = search(query, k)
-        assert [i for i, _ in found] == expected
-        assert [score for _, score in found] == pytest.approx([scores[i] for i in expected], abs=1e-5)
-
-
 @pytest.mark.parametrize("task,filler", [("niah_multikey", 0), ("niah_multikey", 2), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
 def test_bm25(evaluate, watch, tokenizer, monkeypatch, task, filler):
     """BM25 would search another memory, not go on from the text it found, find a document twice, or be counted otherwise than the model."""
@@ -363,13 +337,6 @@ def test_bm25_that_finds_nothing(watch, monkeypatch):
         assert found[0].routed[0][0] == found[1].routed[0][0] == found[0].named[0] and found[1].routed[1][0] == found[1].named[0]
         (first, _), (second, _) = asked[2 * i:2 * i + 2]
         assert second.startswith(f"{first} One of the special magic numbers for ")
-
-
-def test_bm25_needs_bm25s(monkeypatch):
-    """Without the baselines extra the user would not learn what to install."""
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match=r"bm25s: pip install -e '\.\[baselines\]'"):
-        bm25_search(["a text"])
 
 
 @pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])

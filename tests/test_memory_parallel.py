@@ -15,12 +15,12 @@ import memory_parallel
 import msa_kernel
 import sample
 from common import UserError
+from documents import Document
 from interleave import InterleaveConfig, answer_question
 from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
 from msa_kernel import top_documents
-from prepare_data import Document
 from sample import bank_layout, load_checkpoint, sync
 from tasks import make_memory
 

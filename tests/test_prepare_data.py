@@ -1,7 +1,7 @@
-"""Documents of a folder, your own questions, files, and the samples made of them."""
+"""Your own questions, the files of prepared data, and the samples made of them."""
 import json
-import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -10,16 +10,12 @@ import torch
 
 import prepare_data
 from common import UserError
-from prepare_data import DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_folder, read_questions
+from documents import read_documents
+from prepare_data import DataConfig, Pools, Ragged, RaggedWriter, collate, draw_numbers, read_questions
 from tasks import make_pool
 from tokenizer import Tokenizer
 
-
-def count_words(text):
-    return len(text.split())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The prepared data
 
 def test_same_seed_same_bytes(run, tiny, tmp_path, files_of, monkeypatch):
@@ -57,12 +53,13 @@ def test_prepared_pools_are_the_generated_ones(words, run, tiny, tmp_path, flags
             texts, questions = make_pool(words(), config, split, np.random.default_rng([1337, stream, i]))
             documents, asked = pools[i]
             assert [tokenizer.decode(document.tolist()) for document in documents] == texts
-            assert [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(gold), pooled) for q, a, gold, pooled in asked] == \
-                [(q.text, q.answer, q.gold, q.pooled) for q in questions]
+            found = [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(map(tuple, gold)), pooled)
+                     for q, a, gold, pooled in asked]
+            assert found == [(q.text, q.answer, q.gold, q.pooled) for q in questions]
             assert sum(pooled is True for *_, pooled in asked) == config.properties
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples
 
 TEXTS = ("Noise.", "The one for b is 12.", "a is the one for b.", "[1]. <|end|>", "c is teal.")
@@ -75,8 +72,8 @@ def make_small_pool(tokenizer, questions):
     return [array(text) for text in TEXTS], [(array(question), array(answer), gold, pooled) for question, answer, gold, pooled in questions]
 
 
-HOPS = [("b?", "12", [1], False), ("And a?", "12", [2, 1], False)]
-COLOUR = ("c?", "teal", [4], True)
+HOPS = [("b?", "12", [[1]], False), ("And a?", "12", [[2], [1]], False)]
+COLOUR = ("c?", "teal", [[4]], True)
 
 
 def spell(tokenizer, number):
@@ -146,29 +143,24 @@ def test_collate_of_pooled_questions(tokenizer):
     assert abs(again / 400 - 0.25) <= 4 * (0.1875 / 400) ** 0.5
 
 
-@pytest.mark.parametrize("contexts", [1, 2, 3, 5])
-def test_collate_for_full_attention(tokenizer, contexts):
-    """The baseline, which has all documents before it, would be taught to name documents, be given their texts again, or be asked
-    about documents that its text does not hold."""
-    pool, end = make_small_pool(tokenizer, [HOPS[0], COLOUR, HOPS[1]]), "<|end|>"
-    questions = [("<|question|>b?\n", f"<|end_of_retrieval|>12{end}", [1], []),
-                 ("<|question|>c?\n", f"<|end_of_retrieval|>teal{end}", [4], []),
-                 ("<|question|>And a?\n", f"<|end_of_retrieval|>12{end}", [1, 2], [])]
-    whole = {1: ["".join(TEXTS)], 2: ["".join(TEXTS[:3]), "".join(TEXTS[3:])],
-             3: ["".join(TEXTS[:2]), "".join(TEXTS[2:4]), TEXTS[4]], 5: list(TEXTS)}[contexts]
-    for seed in range(20):  # without chance: never a sample more
-        joined, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed), contexts=contexts)
-        assert samples_in(tokenizer, batches) == sorted(questions if contexts < 3 else questions[:2])  # "And a?" needs 1 and 2
-        assert len(joined) == contexts and len({len(text) for text in joined}) == 1 and len(numbers) == len(TEXTS)
-        decoded = [tokenizer.decode(text.tolist()) for text in joined]
-        assert [text.lstrip("\n") for text in decoded] == whole and not all(text.startswith("\n") for text in decoded)
-
-
-def test_full_attention_without_a_question(tokenizer):
-    """Training would end in a traceback where each of the texts lacks a document of every question."""
-    pool = make_small_pool(tokenizer, [HOPS[1]])
-    joined, _, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(0), contexts=5)
-    assert len(joined) == 2 and len(samples_in(tokenizer, batches)) == 1
+@pytest.mark.parametrize("kind", ["tokenizer", "number_tokenizer"])
+def test_collate_of_several_documents_a_hop(request, kind):
+    """A comparison would be taught to name one of its documents, to name them in another order than inference
+    appends them in, to route to those that were named before, or to read them in the order of the file."""
+    tokenizer = request.getfixturevalue(kind)
+    pool = make_small_pool(tokenizer, [("b or c?", "b", [[4, 1]], False), ("All?", "12", [[2], [4, 1], [0]], False)])
+    _, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(3))
+    n0, n1, n2, _, n4 = (spell(tokenizer, n) for n in numbers)
+    both, a = f"{n1}. The one for b is 12.\n{n4}. c is teal.\n", f"{n2}. a is the one for b.\n"
+    one, two, noise = "<|question|>b or c?\n", "<|question|>All?\n", f"{n0}. Noise.\n"
+    assert samples_in(tokenizer, batches) == sorted([
+        (one, f"{n1}{n4}<|stop|>", [1, 4], []),
+        (one + both, "<|end_of_retrieval|>b<|end|>", [], [1, 4]),
+        (two, f"{n2}<|stop|>", [2], []),
+        (two + a, f"{n1}{n4}<|stop|>", [1, 4], [2]),
+        (two + a + both, f"{n0}<|stop|>", [0], [1, 2, 4]),
+        (two + a + both + noise, "<|end_of_retrieval|>12<|end|>", [], [0, 1, 2, 4]),
+    ])
 
 
 def test_a_number_limit_beyond_the_number_tokens(number_tokenizer):
@@ -208,7 +200,7 @@ def test_fewer_numbers_than_documents():
         signal.signal(signal.SIGALRM, before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
@@ -228,7 +220,7 @@ def test_ragged(tmp_path, dtype, rows):
 @pytest.mark.parametrize("vocab_size,dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_token_types(vocab_size, dtype):
     """Ids above 65,535 would wrap around."""
-    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 4
+    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 5
 
 
 @pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8), ("rows.offsets", 24)])
@@ -251,6 +243,15 @@ def test_missing_file(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))}: no such file"):
         Ragged(tmp_path / "rows", np.uint16)
+
+
+def test_data_of_an_older_version(tiny, tmp_path):
+    """Data that does not say where hops end would end in a traceback, or be read as other hops."""
+    shutil.copytree(tiny / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "train").glob("hop_ends.*"):
+        path.unlink()
+    with pytest.raises(UserError, match="hop_ends.offsets: no such file; .* run prepare_data.py again$"):
+        Pools(tmp_path / "data" / "train", 600)
 
 
 @pytest.mark.parametrize("name", ["documents", "questions", "answers"])
@@ -294,110 +295,12 @@ def test_other_folders_are_not_replaced(run, tiny, tmp_path, files_of):
     assert files_of(tmp_path) == {"thesis.txt": b"years of work"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents of a folder
-
-def as_tuples(documents):
-    return [(d.source, d.first_line, d.last_line, d.text) for d in documents]
-
-
-def test_read_folder(tmp_path):
-    """Files would be left out, in another order on another machine, with a byte order mark, or with wrong lines."""
-    (tmp_path / "sub" / "deeper").mkdir(parents=True)
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfWith a mark.\n")
-    (tmp_path / "a.md").write_bytes("\r\n\r\nWindows lines\r\nare two.\r\n\r\nGrüße.\r\n".encode())
-    (tmp_path / "sub" / "deeper" / "c.txt").write_text("Deep.", encoding="utf-8")
-    (tmp_path / "sub" / "empty.txt").write_text("")
-    (tmp_path / "sub" / "blank.md").write_text("\n \n\t\n")
-    (tmp_path / "image.png").write_bytes(b"\xff\xfe")
-    documents = read_folder(tmp_path, count_words, 100)
-    assert as_tuples(documents) == [("a.md", 3, 6, "Windows lines\nare two.\n\nGrüße."), ("b.txt", 1, 1, "With a mark."),
-                                    (os.path.join("sub", "deeper", "c.txt"), 1, 1, "Deep.")]
-    assert documents[0].where() == "a.md:3-6"
-
-
-def test_long_files_are_split_at_paragraphs(tmp_path):
-    """A long file would be cut inside paragraphs that fit, or its pieces would cite wrong lines."""
-    (tmp_path / "a.txt").write_text("one two\nthree\n\n\nfour five\n\nsix seven eight nine ten\n\neleven\n")
-    assert as_tuples(read_folder(tmp_path, count_words, 5)) == [
-        ("a.txt", 1, 5, "one two\nthree\n\n\nfour five"), ("a.txt", 7, 7, "six seven eight nine ten"), ("a.txt", 9, 9, "eleven")]
-
-
-def test_long_paragraphs_are_split_at_lines(tmp_path):
-    """A paragraph that is too long would be one piece, or lose lines."""
-    (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\nseven eight\n\nnine\n")
-    assert as_tuples(read_folder(tmp_path, count_words, 4)) == [
-        ("a.txt", 1, 2, "one two\nthree four"), ("a.txt", 3, 4, "five six\nseven eight"), ("a.txt", 6, 6, "nine")]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_every_line_is_in_one_piece(tmp_path, seed):
-    """Lines would be lost, doubled, reordered or cited wrongly, or a piece would be longer than allowed."""
-    rng = np.random.default_rng(seed)
-    words = [[f"w{i}.{j}" for j in range(rng.integers(1, 8))] if rng.random() < 0.7 else [] for i in range(60)]
-    lines = [" " * int(rng.integers(3)) * bool(line) + " ".join(line) for line in words]
-    (tmp_path / "a.txt").write_text("\n".join(lines))
-    most = int(rng.integers(8, 20))
-    documents = read_folder(tmp_path, count_words, most)
-    covered = []
-    for document in documents:
-        assert document.text == "\n".join(lines[document.first_line - 1:document.last_line]).strip()
-        assert lines[document.first_line - 1].strip() and lines[document.last_line - 1].strip()
-        assert count_words(document.text) <= most
-        covered += range(document.first_line, document.last_line + 1)
-    assert len(covered) == len(set(covered)) and {i + 1 for i, line in enumerate(lines) if line.strip()} <= set(covered)
-    assert covered == sorted(covered)
-
-
-@pytest.mark.parametrize("text,count", [
-    (" ".join(f"w{i}" for i in range(50)), count_words), ("x" * 300, len), ("ab " * 50 + "y" * 90, len)])
-def test_long_lines_are_split(tmp_path, text, count):
-    """A line that is too long would be one piece, lose words, or never end."""
-    (tmp_path / "a.txt").write_text(f"first\n\n{text}\nlast\n")
-    documents = read_folder(tmp_path, count, 16)
-    assert all(count(document.text) <= 16 for document in documents) and len(documents) >= 4
-    assert "".join("".join(document.text.split()) for document in documents) == "first" + text.replace(" ", "") + "last"
-    assert {line for d in documents for line in (d.first_line, d.last_line)} == {1, 3, 4}
-    if " " in text and "y" not in text:
-        assert " ".join(document.text for document in documents).split() == ["first", *text.split(), "last"]
-
-
-@pytest.mark.parametrize("make,message", [
-    (lambda folder: None, "no such folder of documents"),
-    (lambda folder: folder.mkdir(), "no text in it; expected .txt or .md files"),
-    (lambda folder: folder.write_text("a file"), "no such folder of documents"),
-    (lambda folder: [folder.mkdir(), (folder / "a.txt").write_text(" \n")], "no text in it"),
-    (lambda folder: [folder.mkdir(), (folder / "a.pdf").write_text("text")], "no text in it"),
-])
-def test_folders_without_documents(tmp_path, make, message):
-    """A missing or empty folder would end in a traceback, or in a memory of nothing."""
-    make(tmp_path / "docs")
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'docs'))}: {message}"):
-        read_folder(tmp_path / "docs", count_words, 10)
-
-
-def test_a_file_that_is_not_utf8(tmp_path):
-    """The user would not learn which of many files is not UTF-8, and where."""
-    (tmp_path / "good.txt").write_text("good")
-    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'latin.txt'))}: not UTF-8 .byte 2."):
-        read_folder(tmp_path, count_words, 10)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_cannot_be_read(tmp_path):
-    """The user would not learn which of many files cannot be read."""
-    (tmp_path / "secret.txt").write_text("secret")
-    (tmp_path / "secret.txt").chmod(0)
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'secret.txt'))}: cannot be read"):
-        read_folder(tmp_path, count_words, 10)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Your own questions
 
 ALPHA = {"question": "What is alpha?", "answer": "one", "documents": ["a.txt"]}
 BETA = {"question": "What is beta?", "answer": "two", "documents": ["sub/b.md:3", "a.txt"]}
+BOTH = {"question": "Which is first?", "answer": "one", "documents": ["other0.txt", ["sub/b.md:3", "a.txt"]]}
 
 
 @pytest.fixture
@@ -412,34 +315,47 @@ def own(tmp_path):
     return tmp_path
 
 
+def documents_of(own):
+    return list(read_documents(own / "docs", lambda text: len(text.split()), 8))
+
+
 def write_lines(path, lines):
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
 
 
 def test_own_questions(run, own, tokenizer):
-    """Your own data would be prepared with wrong documents, without a question's documents, or with nothing to validate."""
-    write_lines(own / "q.jsonl", [ALPHA, "", BETA] + [ALPHA | {"question": f"Alpha, {i} times?", "pooled": i % 3 == 0} for i in range(30)])
-    result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out", own / "data", "--vocab-size", 300,
-                 "--pools", 6, "--validation-pools", 2, "--max-document-tokens", 40, "--documents-per-pool", 4, "--questions-per-pool", 3)
+    """Your own data would be prepared with wrong documents or hops, without a question's documents, or with nothing
+    to validate."""
+    more = [ALPHA | {"question": f"Alpha, {i} times?", "pooled": i % 3 == 0} for i in range(30)]
+    write_lines(own / "q.jsonl", [ALPHA, "", BETA, BOTH, *more])
+    result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out", own / "data",
+                 "--vocab-size", 300, "--pools", 6, "--validation-pools", 2, "--max-document-tokens", 20,
+                 "--documents-per-pool", 4, "--questions-per-pool", 16)
     assert result.code == 0, result.err
     own_tokenizer = Tokenizer.load(own / "data")
-    asked = {}
-    for split, count, questions in (("train", 6, 3), ("validation", 2, 1)):
+    def decode(tokens):
+        return own_tokenizer.decode(tokens.tolist())
+    alpha, beta, other = "Alpha is one.", "Beta is the one after alpha there.", "Nothing is said in 0."
+    hops_of = {"What is beta?": [[beta], [alpha]], "Which is first?": [[other], [beta, alpha]]}
+    stored, asked = {}, set()
+    for split, count, questions in (("train", 6, 16), ("validation", 2, 1)):
         pools = Pools(own / "data" / split, own_tokenizer.vocab_size)
         assert len(pools) == count
-        asked[split] = {own_tokenizer.decode(question.tolist()) for question in pools.questions}
+        stored[split] = set(map(decode, pools.questions))
         for i in range(count):
             documents, rows = pools[i]
-            texts = [own_tokenizer.decode(document.tolist()) for document in documents]
+            texts = list(map(decode, documents))
             assert len(texts) == len(set(texts)) == 4 and len(rows) == questions
             for question, answer, gold, pooled in rows:
-                text = own_tokenizer.decode(question.tolist())
-                two, times = text == "What is beta?", re.search(r"\d+", text)
+                text = decode(question)
+                times = re.search(r"\d+", text)
                 assert pooled == bool(times and int(times[0]) % 3 == 0)
-                assert [texts[g] for g in gold] == ["Beta is the one after alpha there."] * two + ["Alpha is one."]
-                assert own_tokenizer.decode(answer.tolist()) == ("two" if two else "one")
+                assert [[texts[document] for document in hop] for hop in gold] == hops_of.get(text, [[alpha]])
+                assert decode(answer) == ("two" if text == "What is beta?" else "one")
+                asked.add(text)
             collate(pools[i], own_tokenizer, 1000, np.random.default_rng(0))
-    assert len(asked["train"] | asked["validation"]) == 32 and len(asked["validation"]) == 1 and not asked["train"] & asked["validation"]
+    assert len(stored["train"] | stored["validation"]) == 33 and len(stored["validation"]) == 1
+    assert not stored["train"] & stored["validation"] and hops_of.keys() <= asked
 
 
 @pytest.mark.parametrize("line,message", [
@@ -449,7 +365,10 @@ def test_own_questions(run, own, tokenizer):
     ({"answer": "one", "documents": ["a.txt"]}, "not an object with"),
     (ALPHA | {"documents": None}, "not an object with"),
     (ALPHA | {"documents": [3]}, ""),
-    (ALPHA | {"documents": []}, "'documents' is empty"),
+    (ALPHA | {"documents": []}, "'documents' is empty"), (ALPHA | {"documents": ["a.txt", []]}, "'documents' is empty, or"),
+    (ALPHA | {"documents": [[["a.txt"]]]}, r"'\['a.txt'\]' names 0 documents"),
+    (ALPHA | {"documents": ["a.txt", ["sub/b.md:1", "a.txt"]]}, "'documents' names a document twice"),
+    (ALPHA | {"documents": [["a.txt", "sub/b.md:1"]], "pooled": True}, "'pooled' is True; .*only with one document"),
     (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names 0 documents"),
     (ALPHA | {"documents": ["a.txt:7"]}, "'a.txt:7' names 0 documents"),
     (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents .*\"file:line\""),
@@ -459,7 +378,7 @@ def test_own_questions(run, own, tokenizer):
 ])
 def test_malformed_questions(own, line, message):
     """The user would not learn which line of the file of questions is wrong, and why."""
-    documents = read_folder(own / "docs", count_words, 8)
+    documents = documents_of(own)
     write_lines(own / "q.jsonl", [ALPHA, BETA, "", line, ALPHA])
     with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}:4: {message}"):
         read_questions(own / "q.jsonl", documents)
@@ -473,7 +392,7 @@ def test_malformed_questions(own, line, message):
 ])
 def test_files_without_questions(own, write, message):
     """A file of questions that holds too few, or nothing readable, would end in a traceback."""
-    documents = read_folder(own / "docs", count_words, 8)
+    documents = documents_of(own)
     write(own / "q.jsonl")
     with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}: {message}"):
         read_questions(own / "q.jsonl", documents)
@@ -481,7 +400,7 @@ def test_files_without_questions(own, write, message):
 
 def test_questions_as_windows_writes_them(own):
     """A byte order mark, or a line separator inside a string, would make a correct file malformed."""
-    documents = read_folder(own / "docs", count_words, 8)
+    documents = documents_of(own)
     odd = ALPHA | {"question": "Two\u2028lines?"}
     lines = [json.dumps(question, ensure_ascii=False) for question in (ALPHA, odd, BETA)]
     (own / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())

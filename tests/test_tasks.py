@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
+import tasks
 from common import UserError
 from prepare_data import DataConfig
-from tasks import COLOURS, TASKS, Words, make_memory, make_pool
+from tasks import COLOURS, TASKS, Question, Words, grow_memory, make_memory, make_pool
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 LINK = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is the one for ([a-z]+-[a-z]+)\.")
@@ -57,11 +58,12 @@ def check_question(question, documents):
     """Follow the documents of a question by their texts; returns its hops."""
     about, key = QUESTION.fullmatch(question.text).groups()
     assert question.pooled == (about == "colour of")
-    for place in question.gold[:-1]:
+    assert all(len(hop) == 1 for hop in question.gold) and question.documents == [hop[0] for hop in question.gold]
+    for place in question.documents[:-1]:
         found = LINK.fullmatch(documents[place])
         assert found[1] == key
         key = found[2]
-    found = (PROPERTY if question.pooled else NEEDLE).fullmatch(documents[question.gold[-1]])
+    found = (PROPERTY if question.pooled else NEEDLE).fullmatch(documents[question.documents[-1]])
     assert (found[1], found[2]) == (key, question.answer)
     assert not question.pooled or question.answer in COLOURS
     return len(question.gold)
@@ -75,9 +77,30 @@ def test_pools_answer_their_questions(words):
         assert len(set(keys_of(documents))) == 16 + 2 * 14
         assert sum(not (NEEDLE.fullmatch(text) or LINK.fullmatch(text)) for text in documents) == 4
         assert [check_question(question, documents) for question in questions] == [1] * 16 + [2] * 14
-        assert len({place for question in questions for place in question.gold}) == 16 + 2 * 14
-        positions += [question.gold[0] for question in questions[:1]]
+        assert len({place for question in questions for place in question.documents}) == 16 + 2 * 14
+        positions += [question.documents[0] for question in questions[:1]]
     assert len(set(positions)) > 10  # the place of a document says nothing
+
+
+@pytest.mark.parametrize("hops", [1, 3, 4])
+def test_longer_chains(words, monkeypatch, hops):
+    """Chains of another length than two would not lead to their answers, in pools or in memories."""
+    config = DataConfig(needles=2, chains=5, hops=hops, properties=3, noise=1)
+    for documents, questions in pools_of(words, "train", 0, count=3, config=config):
+        assert len(documents) == len(set(documents)) == 2 + 5 * hops + 3 + 1
+        assert [check_question(question, documents) for question in questions] == [1] * 2 + [hops] * 5 + [1] * 3
+        assert len({place for question in questions for place in question.documents}) == 2 + 5 * hops + 3
+    monkeypatch.setitem(tasks.TASKS, "longer", hops)
+    documents, questions = make_memory(words(), "longer", 301, 40, 3)
+    assert len(documents) == len(set(documents)) == 301
+    assert [check_question(question, documents) for question in questions] == [hops] * 40
+    assert make_memory(words(), "longer", 250, 40, 3) == (documents[:250], questions)
+
+
+def test_moved_questions():
+    """A question would keep the old place of a document, or lose which documents one round names."""
+    moved = Question("Which?", ((2,), (0, 1)), "one", True).moved(np.array([5, 7, 3]))
+    assert moved == Question("Which?", ((3,), (5, 7)), "one", True) and moved.documents == [3, 5, 7]
 
 
 @pytest.mark.parametrize("alike, low, high", [(0, 0, 1), (0.5, 4, 25), (1, 15, 60)])
@@ -121,9 +144,9 @@ def test_properties_and_filler(words):
         assert all(before == 1 for fact, before, _ in parts if not fact)  # noise documents stay one sentence
         assert [check_question(question, facts) for question in questions] == [1] * 5 + [2] * 3 + [1] * 7
         assert [question.pooled for question in questions] == [False] * 8 + [True] * 7
-        assert len({place for question in questions for place in question.gold}) == len(set(keys_of(documents))) == 18
+        assert len({place for question in questions for place in question.documents}) == len(set(keys_of(documents))) == 18
         around += [(before, behind) for fact, before, behind in parts if fact]
-        places.append(questions[-1].gold[0])
+        places.append(questions[-1].documents[0])
         colours += [question.answer for question in questions if question.pooled]
     counts = np.bincount([before + behind for before, behind in around], minlength=4) / 360
     assert len(counts) == 4 and counts == pytest.approx([0.25] * 4, abs=4 * (0.1875 / 360) ** 0.5)  # 0, 1, 2 or 3, alike often
@@ -160,7 +183,7 @@ def test_same_data_as_before(name):
     few.split = np.array([0, 2] * 10)
     if name == "pool":
         documents, questions = make_pool(few, DataConfig(needles=2, chains=1, noise=1), "train", np.random.default_rng(5))
-        assert [question.gold for question in questions] == [(0,), (2,), (1, 3)]
+        assert [question.gold for question in questions] == [((0,),), ((2,),), ((1,), (3,))]
     else:
         documents, questions = make_memory(few, name, 4, 1 if name == "two_hop" else 2, 3)
     assert documents == GIVEN[name] and not any(question.pooled for question in questions)
@@ -172,7 +195,7 @@ def test_memories_answer_their_questions(words, task, hops):
     documents, questions = make_memory(words(), task, 301, 40, 3)
     assert len(documents) == len(set(documents)) == 301 and len(questions) == 40
     assert [check_question(question, documents) for question in questions] == [hops] * 40
-    assert sorted(place for question in questions for place in question.gold) == list(range(40 * hops))  # they come first
+    assert sorted(place for question in questions for place in question.documents) == list(range(40 * hops))  # they come first
     needles, properties = (sum(bool(kind.fullmatch(text)) for text in documents) for kind in (NEEDLE, PROPERTY))
     assert (needles, properties) == {"niah_single": (40, 0), "niah_multikey": (301, 0), "two_hop": (150, 0), "read_pooled": (0, 301)}[task]
     assert make_memory(words(), task, 301, 40, 4)[0] != documents
@@ -228,3 +251,35 @@ def test_more_keys_than_there_are(words):
     """A memory that is too large would repeat keys or never end."""
     with pytest.raises(UserError, match="there are .* test pairs"):
         words().pairs("test", 10 ** 9, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+@pytest.mark.parametrize("task", TASKS)
+def test_grown_memories(words, number_tokenizer, task, filler):
+    """A length would hold more or fewer tokens than it says, lack the documents that are asked about, or show in
+    their numbers or places which documents these are."""
+    tokenizer, lengths = number_tokenizer, [1500 * (1 + filler), 6000 * (1 + filler)]
+    grown = grow_memory(words(), tokenizer, task, lengths, 7, 3, filler)
+    count = grown.counts[-1]
+    assert len(grown.texts) == len(grown.numbers) == len(set(grown.numbers)) == len(grown.ends) == count
+    sizes = [len(tokenizer.document(n, tokenizer.encode(text))) for n, text in zip(grown.numbers, grown.texts)]
+    assert grown.ends.tolist() == np.cumsum(sizes).tolist()
+    for length, held in zip(lengths, grown.counts):
+        assert length - 90 * (1 + filler) < grown.ends[held - 1] <= length
+    for i, question in enumerate(grown.questions):
+        texts = [grown.needles[i], *grown.texts[1:]] if task == "niah_single" else grown.texts
+        facts = [" ".join(sentences_of(text)[0]) for text in texts]
+        check_question(question, facts)
+        assert max(question.documents) < grown.counts[0]
+    gold = [place for question in grown.questions for place in question.documents]
+    if task == "niah_single":
+        assert set(gold) == {0} and len(set(grown.needles)) == 7
+    else:
+        assert gold != sorted(gold) and not grown.needles
+    assert grown.numbers != sorted(grown.numbers) and max(grown.numbers) >= count - 1
+
+
+def test_too_many_questions(words, tokenizer):
+    """Documents that are asked about would lie outside of the shortest memory."""
+    with pytest.raises(UserError, match="500 tokens hold .* documents, 90 questions need 180; ask fewer"):
+        grow_memory(words(), tokenizer, "two_hop", [500, 9000], 90, 1)

@@ -20,8 +20,8 @@ import prepare_data
 import sample
 import train
 from model import MSA, ModelConfig
-from prepare_data import Pools, collate
-from train import TrainConfig, contexts_of, learning_rate, next_pool
+from prepare_data import Pools
+from train import TrainConfig, learning_rate, next_pool
 
 REPOSITORY = Path(train.__file__).parent
 CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "training_state.pt", "log.jsonl"}
@@ -129,53 +129,6 @@ def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, flag
     for name in ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance"):  # each under its own name
         assert row[name] == pytest.approx(losses[name].item(), abs=1e-5)
     assert row["recall"] == pytest.approx(losses["recall"].tolist(), abs=1e-5)
-
-
-def test_full_attention(fit, tiny, tmp_path, draw, tokenizer, files_of):
-    """The baseline would be trained on other samples than its answers, or could not be logged, drawn, validated, saved or resumed."""
-    flags = ["--model.full-attention", "--router-steps", 0, "--final-learning-rate", 2e-3]  # a rate that the number of steps leaves alone
-    result = fit("--out", tmp_path / "a", *flags, "--max-steps", 4)
-    assert result.code == 0 and "memory layers []" in result.out, result.err
-    rows = read_log(files_of(tmp_path / "a"))
-    assert [(row["step"], row["split"]) for row in rows] == [
-        (1, "train"), (2, "train"), (3, "train"), (3, "validation"), (4, "train"), (4, "validation")]
-    for row in rows:
-        assert row["recall"] == [0] and row["aux"] == row["naming"] == row["named"] == row["top1"] == 0 and row["lm"] == row["answer"] > 0
-    model = MSA.from_pretrained(tmp_path / "a")
-    assert model.config.full_attention and not any("router" in name for name in model.state_dict())
-    torch.manual_seed(1337)
-    model, pools = MSA(model.config), Pools(tiny / "data" / "train", 608)
-    rng = np.random.default_rng([1337, 0])
-    texts, numbers, batches = collate(pools[0], tokenizer, 10_000_000, rng, contexts=8)
-    losses = []  # of the first pool's answers: each question alone behind the text that holds its documents, from the start
-    for batch in batches:
-        for tokens, target, positive in zip(batch["tokens"], batch["target_mask"], batch["positive"]):
-            text = texts[int(positive.nonzero()[0]) * len(texts) // len(numbers)]
-            logits = model.read(torch.cat([text, tokens])[None]).logits[0, len(text) - 1:-1]
-            losses += torch.nn.functional.cross_entropy(logits[target], tokens[target], reduction="none").tolist()
-    assert rows[0]["lm"] == pytest.approx(np.mean(losses), abs=1e-4)
-    assert fit("--out", tmp_path / "b", *flags, "--max-steps", 3).code == 0
-    draw()
-    assert fit("--out", tmp_path / "b", *flags, "--max-steps", 4, "--resume").code == 0
-    assert (tmp_path / "b" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    trained, resumed = (files_of(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
-    assert trained == resumed
-    result = fit("--out", tmp_path / "a", "--resume", "--max-steps", 5)  # without the flag
-    assert result.code == 2 and "router" in result.error
-
-
-def test_few_documents_first(fit, tmp_path, monkeypatch):
-    """The baseline would meet all documents at once, or be validated on a few; a model with a memory would get joined texts."""
-    config = TrainConfig(max_steps=16, model=ModelConfig(full_attention=True))
-    assert [contexts_of(step, config) for step in range(17)] == [8, 8, 4, 4, 2, 2] + 11 * [1]
-    assert contexts_of(0, TrainConfig()) == 0
-    seen = []
-    monkeypatch.setattr(train, "collate", lambda *rest, contexts: seen.append(contexts) or collate(*rest, contexts=contexts))
-    assert fit("--out", tmp_path / "full", "--model.full-attention", "--router-steps", 0, "--max-steps", 4).code == 0
-    assert seen[:3] == [8, 2, 1] and set(seen[3:]) == {1}
-    seen.clear()
-    assert fit("--out", tmp_path / "memory", "--max-steps", 2).code == 0
-    assert set(seen) == {0}
 
 
 def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):

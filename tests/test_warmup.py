@@ -9,10 +9,9 @@ import sample
 import train
 import warmup
 from checkpoint import Weights
-from common import UserError
+from documents import read_beir
 from interleave import rank_documents
 from model import MSA, ModelConfig
-from prepare_data import read_beir, read_squad
 from prompts import load_tokenizer
 from warmup import (
     Inputs,
@@ -238,56 +237,6 @@ def test_whitening_does_not_look_at_what_is_tested():
     found = [whiten(Inputs([torch.cat([rows, last])], torch.arange(0, 121, 10)), 10)[0] for last in tested]
     assert torch.allclose(*found, atol=1e-5)
     assert not torch.allclose(found[0], whiten(Inputs([torch.cat([rows, tested[1]])], torch.arange(0, 121, 10)))[0], atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets
-
-def test_read_beir(tmp_path):
-    """Splits would be mixed, or a document that does not answer counted."""
-    texts, questions = read_beir(retrieval_set(tmp_path / "set"))
-    assert texts[0] == "AAAAA" and texts[1] == "B" * 12
-    assert {split: len(rows) for split, rows in questions.items()} == {"train": 24, "more": 16, "test": 8}
-    assert questions["test"][1] == ("DDD", (3,))
-    path = tmp_path / "set" / "qrels" / "test.tsv"
-    path.write_text(path.read_text() + "test-0\td5\t1\ntest-0\td5\t1\n\ntest-0\td6\t0\n")
-    assert read_beir(tmp_path / "set")[1]["test"][0][1] == (0, 5)
-
-
-@pytest.mark.parametrize("file,text,message", [
-    ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
-    ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
-    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "two documents have the same _id"),
-    ("qrels/test.tsv", "head\ntest-0\tnone\t1\n", "test.tsv:2: 'test-0.*is not a query's _id"),
-    ("qrels/test.tsv", "head\ntest-0\td1\tbest\n", "test.tsv:2"),
-    ("qrels/test.tsv", "head\ntest-0\td1\t²\n", "test.tsv:2"), ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
-    ("qrels/test.tsv", "head\ntest-0\n", "test.tsv:2")])
-def test_bad_sets(tmp_path, file, text, message):
-    """A damaged set would end in a traceback that does not name the line."""
-    folder = retrieval_set(tmp_path / "set")
-    (folder / file).unlink()
-    if text is not None:
-        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=message):
-        read_beir(folder)
-
-
-def test_read_squad(tmp_path):
-    """Questions would be about another paragraph, or test articles be trained on."""
-    article = lambda name, *asked: {"title": name, "paragraphs": [{"context": f"{name} text.", "qas": [
-        {"question": question, "is_impossible": impossible} for question, impossible in asked]}]}
-    path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"), article("C", ("Who?", False)),
-                                         article("D", ("When?", False))]}))
-    texts, questions = read_squad(path)
-    assert texts == ["A_b text.", "B text.", "C text.", "D text."]
-    assert questions == {"train": [("Why?", (0,)), ("Who?", (2,))], "test": [("When?", (3,))]}
-    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
-        path.write_text(text)
-        with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
-            read_squad(path)
-    with pytest.raises(UserError, match="No such file"):
-        read_squad(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("flags,message", [
