@@ -1,6 +1,7 @@
 """Accuracy of a checkpoint as its memory grows.
 
-    python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --questions 200 --seed 1 --json FILE --plot FILE.png
+    python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --questions 200 --seed 1 --json FILE --plot
+    FILE.png
 
 Tasks (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -10,20 +11,23 @@ Tasks (keys that were never seen in training as a pair; documents as in tasks.py
     read_pooled     every document states one of 16 colours; asked with --max-rounds 0, nothing is named or appended and the
                     answer can only come from pooled values (chance 1/16)
 
-Baselines, same questions, same table (`--baseline`): no_memory: the question alone; oracle: its documents appended, in order; bm25: as
-many documents as the question needs, found by BM25, each search extended by the text found before; full: a checkpoint trained with
-`--model.full-attention` reads all documents as one text. `--zero-values` zeroes the pooled values: memory attention brings nothing.
+Baselines, same questions, same table (`--baseline`): no_memory: the question alone; oracle: its documents
+appended, in order; bm25: as many documents as the question needs, found by BM25, each search extended by the
+text found before; full: a checkpoint trained with `--model.full-attention` reads all documents as one text.
+`--zero-values` zeroes the pooled values: memory attention brings nothing.
 
-With `--memory BANK` the documents lie in a bank on disk, which is made or completed first; under torchrun they, and their encoding, are
-spread over the ranks:
+With `--memory BANK` the documents lie in a bank on disk, which is made or completed first; under torchrun
+they, and their encoding, are spread over the ranks:
 
     torchrun --nproc_per_node=2 eval.py --memory bank --task niah_multikey --lengths 16k,1m,10m
 
-Lengths are nested prefixes of one memory (k = 1,024 tokens, numbers and punctuation of documents counted), encoded once;
-the same questions are asked at every length. recall@k: gold documents among the first k of the ranking by mean routing
-score, nothing forced, union over rounds. top-1: gold documents that ranked first, among those not yet appended, in some round.
-named: gold documents that the model named first in the round that wants them.
+Lengths are nested prefixes of one memory (k = 1,024 tokens, numbers and punctuation of documents counted),
+encoded once; the same questions are asked at every length. recall@k: gold documents among the first k of the
+ranking by mean routing score, nothing forced, union over rounds. top-1: gold documents that ranked first,
+among those not yet appended, in some round. named: gold documents that the model named first in the round
+that wants them.
 """
+
 import json
 import os
 import re
@@ -38,32 +42,43 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, return_freed_memory, write_json
+from common import (
+    UserError,
+    atomic_file,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    return_freed_memory,
+    write_json,
+)
 from documents import Document, bm25_search
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
 from sample import check_fingerprint, encode_texts, hash64, load_checkpoint, sync
-from tasks import TASKS, Words, grow_memory
+from tasks import TASKS, Words, grow_memory, parse_lengths
 
 
 @dataclass
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"    # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
-    filler: int = 0                         # noise sentences around every document's own; 2 make documents of about 64 tokens
+    filler: int = 0  # noise sentences around every document's own; 2 make documents of about 64 tokens
     baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory
-    zero_values: bool = False               # pooled values become zero
-    routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # what the memory holds routing keys in; int8: one scale per chunk
+    zero_values: bool = False  # pooled values become zero
+    routing_keys: Literal["float32", "bfloat16", "int8"] = (
+        "float32"  # what the memory holds routing keys in; int8: one scale per chunk
+    )
     lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
-    questions: int = 200                    # asked at every length; their documents lie in the shortest memory
+    questions: int = 200  # asked at every length; their documents lie in the shortest memory
     seed: int = 1                           # of documents and questions
-    memory: str = ""                        # folder of a bank that holds the documents; without one they are encoded into RAM
+    memory: str = ""  # folder of a bank that holds the documents; without one they are encoded into RAM
     timeout: float = 600                    # seconds that ranks wait for each other
     json: str = ""                          # write the rows to this file
     plot: str = ""                          # draw them to this .png
-    beside: str = ""                        # files of other runs' rows, comma-separated, whose exact match is drawn with them
+    beside: str = ""  # files of other runs' rows, comma-separated, whose exact match is drawn with them
     top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
@@ -78,31 +93,24 @@ class EvalConfig:
         if self.filler < 0:
             raise UserError(f"--filler is {self.filler}; it must be at least 0")
         if self.zero_values and self.baseline != "none":
-            raise UserError(f"--zero-values is about the memory, --baseline {self.baseline} has none; leave one of them out")
+            raise UserError(f"--zero-values is about the memory, --baseline {self.baseline} has none; leave "
+                            "one of them out")
         if self.baseline == "bm25" and self.task == "niah_single":
-            raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a memory of its own; "
+            raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a "
+                            "memory of its own; "
                             "choose another --task")
         if self.memory and (self.task == "niah_single" or self.zero_values or self.baseline != "none"):
-            raise UserError("--memory: a bank holds one memory as it is; leave out niah_single, --zero-values and --baseline")
+            raise UserError("--memory: a bank holds one memory as it is; leave out niah_single, "
+                            "--zero-values and --baseline")
         if self.memory and self.routing_keys == "float32":
             self.routing_keys = "bfloat16"  # as a bank stores them
         if not self.timeout > 0:
             raise UserError(f"--timeout is {self.timeout}; it must be positive")
         if self.routing_keys != "float32" and self.baseline != "none":
-            raise UserError(f"--routing-keys is about the memory, --baseline {self.baseline} has none; leave one of them out")
+            raise UserError(f"--routing-keys is about the memory, --baseline {self.baseline} has none; leave "
+                            "one of them out")
         if self.top_k < 0:
             raise UserError(f"--top-k is {self.top_k}; it must be at least 1 (or 0 for the checkpoint's own)")
-
-
-def parse_lengths(text):
-    """"16k,1m" -> [16384, 1048576]. Raises UserError."""
-    lengths = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)([km]?)", part.strip().lower())
-        if not match or int(match[1]) == 0:
-            raise UserError(f"--lengths {text}: '{part}' is not a length; write tokens as 500, 16k or 1m, with commas between")
-        lengths.append(int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2]])
-    return sorted(set(lengths))
 
 
 def score(question, gold, rounds, answer, top_k):
@@ -120,16 +128,23 @@ def score(question, gold, rounds, answer, top_k):
         named += len(set(hop) & set(r.named[:len(hop)]))
     documents = {n for hop in gold for n in hop}
     exact = float(answer.strip() == question.answer)
-    return len(documents & ranked) / len(documents), len(documents & first) / len(documents), named / len(documents), exact
+    return (
+        len(documents & ranked) / len(documents),
+        len(documents & first) / len(documents),
+        named / len(documents),
+        exact,
+    )
 
 
 def ask_all(ask, numbers, questions, top_k, label):
-    """Ask every question; returns mean (recall@k, top-1, named, exact match), seconds per question, and those of the first.
+    """Ask every question; returns mean (recall@k, top-1, named, exact match), seconds per question, and those
+    of the first.
 
     ask(i, question) -> (answer, rounds); numbers: of the documents that gold indices mean.
     """
     scores, seconds = [], []
-    for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1, disable=not label)):
+    for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1,
+                                      disable=not label)):
         began = time.perf_counter()
         answer, rounds = ask(i, question)
         seconds.append(time.perf_counter() - began)
@@ -138,8 +153,9 @@ def ask_all(ask, numbers, questions, top_k, label):
     return *np.mean(scores, 0).tolist(), float(np.mean(seconds)), seconds[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Who is asked: each returns at_length(count), which returns ask(i, question) -> (answer, rounds) over the first `count` documents
+# ------------------------------------------------------------------------------------------------------------
+# Who is asked: each returns at_length(count), which returns ask(i, question) -> (answer, rounds) over the
+# first `count` documents
 
 def memory_asker(model, tokenizer, texts, numbers, needles, config):
     """The model with its memory, encoded once. Also returns the tokens encoded per second."""
@@ -159,10 +175,12 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
         if needles:  # a question's memory is the noise with its own needle in place of document 0
             at = part.numbers.index(numbers[0])
             before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
-            memory_of = lambda i: (Memory.cat([before, own[i], behind]), part_texts[:at] + [needles[i]] + part_texts[at + 1:])
+            memory_of = lambda i: (Memory.cat([before, own[i], behind]),
+                                   part_texts[:at] + [needles[i]] + part_texts[at + 1:])
         else:
             memory_of = lambda i: (part, part_texts)
-        return lambda i, question: answer_question(model, tokenizer, *memory_of(i), question.text, config.interleave)
+        return lambda i, question: answer_question(model, tokenizer, *memory_of(i), question.text,
+                                                   config.interleave)
     return at_length, speed
 
 
@@ -172,14 +190,18 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
     if (Path(config.memory) / "manifest.json").exists():
         held = Bank(config.memory).keys
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
-            raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another --memory")
-    documents = (Document(text, id=id_of(i), number=number) for i, (text, number) in enumerate(zip(texts, numbers)))
-    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=sum(map(len, texts))))
+            raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another "
+                            "--memory")
+    documents = (Document(text, id=id_of(i), number=number) for i,
+                 (text, number) in enumerate(zip(texts, numbers)))
+    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks,
+                                    size=sum(map(len, texts))))
     bank = ranks.same(Bank(config.memory))
 
     def at_length(count):
         memory = ParallelMemory(bank.only(numbers[:count]), model.device, ranks, config.routing_keys)
-        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text, config.interleave)
+        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text,
+                                                   config.interleave)
     return at_length
 
 
@@ -195,7 +217,8 @@ def resident_bytes():
 def baseline_asker(model, tokenizer, texts, numbers, needles, config):
     """What answers in place of the memory; see the module's docstring."""
     def no_memory(count):
-        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave), [])
+        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave),
+                                    [])
 
     def oracle(count):
         def ask(i, question):
@@ -231,11 +254,13 @@ def plot(rows, path, beside=()):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     tokens, k = [row["memory_tokens"] for row in rows], rows[0]["top_k"]
-    for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"), ("router_top1", "router top-1")):
+    for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"),
+                        ("router_top1", "router top-1")):
         axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
     axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
     for name, others in dict(beside).items():
-        axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--", lw=1, ms=4,
+        axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
+                  lw=1, ms=4,
                   label=f"exact match, {name}")
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
              title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
@@ -260,12 +285,14 @@ def script():
     config = command_line(EvalConfig, __doc__)
     keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
-    for path in filter(None, (config.json, config.plot)):  # an unusable folder is better known before the first question
+    # An unusable folder is better known before the first question
+    for path in filter(None, (config.json, config.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
-    if config.memory and (Path(config.memory) / "manifest.json").exists():  # better known before minutes of counting tokens
+    # Better known before minutes of counting tokens
+    if config.memory and (Path(config.memory) / "manifest.json").exists():
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -284,22 +311,31 @@ def script():
             say(f"encoded {speed:,.0f} tokens/s")
         else:
             at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
-        say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}")
+        say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} "
+            f"{'s/question':>10}")
         for count in grown.counts:
-            ask, about, began = None, {}, time.perf_counter()  # the last memory goes before the next one is opened
+            # The last memory goes before the next one is opened
+            ask, about, began = None, {}, time.perf_counter()
             ask, opened = at_length(count), time.perf_counter() - began
             label = "" if ranks.rank else f"{count:,} documents"
             recall, top1, named, exact, seconds, first = ask_all(ask, numbers, questions, k, label)
             if config.memory:
-                about = dict(ranks=ranks.world, open_seconds=round(opened, 5), first_question_seconds=round(first, 4),
+                about = dict(ranks=ranks.world, open_seconds=round(opened, 5),
+                             first_question_seconds=round(first, 4),
                              resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
-            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=int(grown.ends[count - 1]), documents=count,
-                             questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall, router_top1=top1, named=named,
-                             exact_match=exact, seconds_per_question=round(seconds, 5), encode_tokens_per_second=round(speed),
-                             filler=config.filler, routing_keys=config.routing_keys, zero_values=config.zero_values,
-                             max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+            rows.append(dict(task=config.task, baseline=config.baseline,
+                             memory_tokens=int(grown.ends[count - 1]), documents=count,
+                             questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall,
+                             router_top1=top1, named=named,
+                             exact_match=exact, seconds_per_question=round(seconds, 5),
+                             encode_tokens_per_second=round(speed),
+                             filler=config.filler, routing_keys=config.routing_keys,
+                             zero_values=config.zero_values,
+                             max_rounds=config.interleave.max_rounds,
+                             router_weight=config.interleave.router_weight,
                              checkpoint=config.checkpoint, device=str(device), **about))
-            say(f"{grown.ends[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} {seconds:>10.3f}",
+            say(f"{grown.ends[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} "
+                f"{exact:>6.3f} {seconds:>10.3f}",
                 flush=True)
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early

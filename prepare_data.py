@@ -272,6 +272,16 @@ def read_about(folder):
         raise UserError(f"{folder}/about.json: malformed; run python prepare_data.py again") from None
 
 
+def check_prepared(config):
+    """Raises UserError unless the data in `config.out` were prepared with this DataConfig."""
+    asked = dataclasses.asdict(config)
+    held = dataclasses.asdict(DataConfig()) | read_about(config.out)["config"]  # newer options had no effect
+    for name in [*asked, *held]:
+        if held.get(name) != asked.get(name):
+            raise UserError(f"{config.out}: prepared with {name} = {held.get(name)!r}, but this run says "
+                            f"{asked.get(name)!r}; run prepare_data.py with the same configuration")
+
+
 def draw_numbers(count, limit, rng):
     """`count` distinct document numbers below `limit`, increasing; all numbers of digits are alike likely."""
     digits, numbers = len(str(limit - 1)), set()

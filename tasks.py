@@ -13,6 +13,7 @@ document of about 64 tokens. The pairs (adjective, noun) are divided once and fo
 test, 5 % validation, 35 % training, so that test keys are never seen in training as a pair.
 """
 import os
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -204,6 +205,18 @@ def make_memory(words, task, documents, questions, seed, filler=0):
         filling = np.random.default_rng([*stream, 1])
         texts = [fill(words, text, filler, filling) for text in texts]
     return texts, asked
+
+
+def parse_lengths(text):
+    """"16k,1m" -> [16384, 1048576]. Raises UserError."""
+    lengths = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)([km]?)", part.strip().lower())
+        if not match or int(match[1]) == 0:
+            raise UserError(f"--lengths {text}: '{part}' is not a length; write tokens as 500, 16k or 1m, "
+                            "with commas between")
+        lengths.append(int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2]])
+    return sorted(set(lengths))
 
 
 @dataclass

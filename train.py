@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import find
 from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, collate, read_about
+from prepare_data import DataConfig, Pools, check_prepared, collate
 from prompts import load_tokenizer
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 from warmup import start_routers, train_routers
@@ -46,19 +46,19 @@ from warmup import start_routers, train_routers
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
-    init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, that training starts from
-    router_data: str = ""               # retrieval set (BEIR's layout, SQuAD's file): train the routers alone, on it
+    init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
+    router_data: str = ""               # retrieval set (BEIR, SQuAD): train the routers alone, on it
     max_steps: int = 1500               # optimizer steps
-    router_steps: int = 300             # of the first phase, router_lm_weight * LM + aux; until recall@k is near 1
-    router_lm_weight: float = 0.1       # of LM in the first phase (the paper's); 0 leaves what `copy_init` made
+    router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
+    router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
     routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase
-    learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 for 4B parameters)
-    final_learning_rate: float = 2e-5   # at the last step; cosine decay in the second phase (the paper: 6e-6)
+    learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 at 4B)
+    final_learning_rate: float = 2e-5   # at the last step; cosine decay (the paper: 6e-6)
     warmup_steps: int = 50              # linear warm-up
     weight_decay: float = 0.1           # matrices only
     gradient_clip: float = 1.0          # norm
-    accumulate: int = 1                 # pools per rank and step; raise it when memory, not time, is short
-    number_limit: int = 10_000_000      # documents' numbers are drawn below it; as wide as the largest memory's
+    accumulate: int = 1                 # pools per rank and step; raise it when memory is short
+    number_limit: int = 10_000_000      # documents' numbers are drawn below it: as many as will be needed
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
     evaluate_every: int = 250           # steps; the checkpoint is written first
@@ -246,14 +246,7 @@ def script():
         return train_routers(config, folder, changes, device, dtype, say)
 
     # data
-    asked, about = asdict(config.data), read_about(config.data.out)
-    # An option that is newer than the data had no effect on them
-    held = asdict(type(config.data)()) | about["config"]
-    if held != asked:
-        changed = next(name for name in [*asked, *held] if held.get(name) != asked.get(name))
-        raise UserError(f"{config.data.out}: prepared with {changed} = {held.get(changed)!r}, but this run "
-                        "says "
-                        f"{asked.get(changed)!r}; run prepare_data.py with the same configuration")
+    check_prepared(config.data)
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
