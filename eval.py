@@ -127,13 +127,8 @@ def score(question, gold, rounds, answer, top_k):
     for hop, r in zip(gold, rounds):
         named += len(set(hop) & set(r.named[:len(hop)]))
     documents = {n for hop in gold for n in hop}
-    exact = float(answer.strip() == question.answer)
-    return (
-        len(documents & ranked) / len(documents),
-        len(documents & first) / len(documents),
-        named / len(documents),
-        exact,
-    )
+    count, exact = len(documents), float(answer.strip() == question.answer)
+    return len(documents & ranked) / count, len(documents & first) / count, named / count, exact
 
 
 def ask_all(ask, numbers, questions, top_k, label):
@@ -323,8 +318,9 @@ def script():
                 about = dict(ranks=ranks.world, open_seconds=round(opened, 5),
                              first_question_seconds=round(first, 4),
                              resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
-            rows.append(dict(task=config.task, baseline=config.baseline,
-                             memory_tokens=int(grown.ends[count - 1]), documents=count,
+            tokens = int(grown.ends[count - 1])
+            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=tokens,
+                             documents=count,
                              questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall,
                              router_top1=top1, named=named,
                              exact_match=exact, seconds_per_question=round(seconds, 5),
@@ -334,9 +330,8 @@ def script():
                              max_rounds=config.interleave.max_rounds,
                              router_weight=config.interleave.router_weight,
                              checkpoint=config.checkpoint, device=str(device), **about))
-            say(f"{grown.ends[count - 1]:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} "
-                f"{exact:>6.3f} {seconds:>10.3f}",
-                flush=True)
+            say(f"{tokens:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} "
+                f"{seconds:>10.3f}", flush=True)
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early
     ranks.end()

@@ -108,7 +108,8 @@ def read_questions(path, documents):
             raise UserError(f'{path}:{number}: not an object with "question", "answer" (text) and '
                             '"documents" (a list)') from None
     if len(questions) < 2:
-        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one validates")
+        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train "
+                        "on and one to validate with")
     return questions
 
 

@@ -25,7 +25,8 @@ def as_tuples(documents):
 
 
 def test_read_all(tmp_path):
-    """Files would be left out, in another order on another machine, with a byte order mark, or with wrong lines."""
+    """Files would be left out, in another order on another machine, with a byte order mark, or with wrong
+    lines."""
     (tmp_path / "sub" / "deeper").mkdir(parents=True)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfWith a mark.\n")
     (tmp_path / "a.md").write_bytes("\r\n\r\nWindows lines\r\nare two.\r\n\r\nGrüße.\r\n".encode())
@@ -34,7 +35,8 @@ def test_read_all(tmp_path):
     (tmp_path / "sub" / "blank.md").write_text("\n \n\t\n")
     (tmp_path / "image.png").write_bytes(b"\xff\xfe")
     documents = read_all(tmp_path, count_words, 100)
-    assert as_tuples(documents) == [("a.md", 3, 6, "Windows lines\nare two.\n\nGrüße."), ("b.txt", 1, 1, "With a mark."),
+    assert as_tuples(documents) == [("a.md", 3, 6, "Windows lines\nare two.\n\nGrüße."),
+                                    ("b.txt", 1, 1, "With a mark."),
                                     (os.path.join("sub", "deeper", "c.txt"), 1, 1, "Deep.")]
     assert documents[0].where() == "a.md:3-6"
 
@@ -43,21 +45,24 @@ def test_long_files_are_split_at_paragraphs(tmp_path):
     """A long file would be cut inside paragraphs that fit, or its pieces would cite wrong lines."""
     (tmp_path / "a.txt").write_text("one two\nthree\n\n\nfour five\n\nsix seven eight nine ten\n\neleven\n")
     assert as_tuples(read_all(tmp_path, count_words, 5)) == [
-        ("a.txt", 1, 5, "one two\nthree\n\n\nfour five"), ("a.txt", 7, 7, "six seven eight nine ten"), ("a.txt", 9, 9, "eleven")]
+        ("a.txt", 1, 5, "one two\nthree\n\n\nfour five"), ("a.txt", 7, 7, "six seven eight nine ten"),
+        ("a.txt", 9, 9, "eleven")]
 
 
 def test_long_paragraphs_are_split_at_lines(tmp_path):
     """A paragraph that is too long would be one piece, or lose lines."""
     (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\nseven eight\n\nnine\n")
     assert as_tuples(read_all(tmp_path, count_words, 4)) == [
-        ("a.txt", 1, 2, "one two\nthree four"), ("a.txt", 3, 4, "five six\nseven eight"), ("a.txt", 6, 6, "nine")]
+        ("a.txt", 1, 2, "one two\nthree four"), ("a.txt", 3, 4, "five six\nseven eight"),
+        ("a.txt", 6, 6, "nine")]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_line_is_in_one_piece(tmp_path, seed):
     """Lines would be lost, doubled, reordered or cited wrongly, or a piece would be longer than allowed."""
     rng = np.random.default_rng(seed)
-    words = [[f"w{i}.{j}" for j in range(rng.integers(1, 8))] if rng.random() < 0.7 else [] for i in range(60)]
+    words = [[f"w{i}.{j}" for j in range(rng.integers(1, 8))] if rng.random() < 0.7 else []
+             for i in range(60)]
     lines = [" " * int(rng.integers(3)) * bool(line) + " ".join(line) for line in words]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     most = int(rng.integers(8, 20))
@@ -68,7 +73,8 @@ def test_every_line_is_in_one_piece(tmp_path, seed):
         assert lines[document.first_line - 1].strip() and lines[document.last_line - 1].strip()
         assert count_words(document.text) <= most
         covered += range(document.first_line, document.last_line + 1)
-    assert len(covered) == len(set(covered)) and {i + 1 for i, line in enumerate(lines) if line.strip()} <= set(covered)
+    assert len(covered) == len(set(covered))
+    assert {i + 1 for i, line in enumerate(lines) if line.strip()} <= set(covered)
     assert covered == sorted(covered)
 
 
@@ -79,7 +85,8 @@ def test_long_lines_are_split(tmp_path, text, count):
     (tmp_path / "a.txt").write_text(f"first\n\n{text}\nlast\n")
     documents = read_all(tmp_path, count, 16)
     assert all(count(document.text) <= 16 for document in documents) and len(documents) >= 4
-    assert "".join("".join(document.text.split()) for document in documents) == "first" + text.replace(" ", "") + "last"
+    assert "".join("".join(document.text.split())
+                   for document in documents) == "first" + text.replace(" ", "") + "last"
     assert {line for d in documents for line in (d.first_line, d.last_line)} == {1, 3, 4}
     if " " in text and "y" not in text:
         assert " ".join(document.text for document in documents).split() == ["first", *text.split(), "last"]
@@ -120,7 +127,8 @@ def test_a_file_that_cannot_be_read(tmp_path):
 # Retrieval sets
 
 def beir_set(folder):
-    """A set of four documents, of which the first question needs one and the second, in another split, two."""
+    """A set of four documents, of which the first question needs one and the second, in another split,
+    two."""
     (folder / "qrels").mkdir(parents=True)
     documents = [{"_id": f"d{i}", "title": "Title" if i == 1 else "", "text": f"Text {i}."} for i in range(4)]
     queries = [{"_id": "q0", "text": "Which is third?"}, {"_id": "q1", "text": "Which are first?"}]
@@ -128,7 +136,8 @@ def beir_set(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     head = "query-id\tcorpus-id\tscore\n"
     (folder / "qrels" / "train.tsv").write_text(f"{head}q0\td2\t1\n")
-    (folder / "qrels" / "test.tsv").write_text(f"{head}q1\td1\t1\n\nq0\td3\t2\nq1\td0\t1\nq1\td1\t1\nq1\td3\t0\n")
+    lines = ("q1\td1\t1", "", "q0\td3\t2", "q1\td0\t1", "q1\td1\t1", "q1\td3\t0")
+    (folder / "qrels" / "test.tsv").write_text(head + "\n".join(lines))
     return folder
 
 
@@ -143,10 +152,13 @@ def test_read_beir(tmp_path):
 @pytest.mark.parametrize("file,text,message", [
     ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
     ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
-    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "two documents have the same _id"),
+    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
+     "two documents have the same _id"),
     ("qrels/test.tsv", "head\nq0\tnone\t1\n", "test.tsv:2: 'q0.*is not a query's _id"),
     ("qrels/test.tsv", "head\nq0\td1\tbest\n", "test.tsv:2"),
-    ("qrels/test.tsv", "head\nq0\td1\t²\n", "test.tsv:2"), ("qrels/test.tsv", "head\nq0\td1\t--1\n", "test.tsv:2"), ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
+    ("qrels/test.tsv", "head\nq0\td1\t²\n", "test.tsv:2"),
+    ("qrels/test.tsv", "head\nq0\td1\t--1\n", "test.tsv:2"),
+    ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
     ("qrels/test.tsv", "head\nq0\n", "test.tsv:2")])
 def test_bad_sets(tmp_path, file, text, message):
     """A damaged set would end in a traceback that does not name the line."""
@@ -163,7 +175,8 @@ def test_read_squad(tmp_path):
     article = lambda name, *asked: {"title": name, "paragraphs": [{"context": f"{name} text.", "qas": [
         {"question": question, "is_impossible": impossible} for question, impossible in asked]}]}
     path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"), article("C", ("Who?", False)),
+    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"),
+                                         article("C", ("Who?", False)),
                                          article("D", ("When?", False))]}))
     texts, questions = read_squad(path)
     assert texts == ["A_b text.", "B text.", "C text.", "D text."]
@@ -180,7 +193,8 @@ def test_read_squad(tmp_path):
 # BM25
 
 def bm25(query, texts):
-    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.5, b = 0.75, words of at least two letters."""
+    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.5, b = 0.75, words of
+    at least two letters."""
     documents = [re.findall(r"\w\w+", text.lower()) for text in texts]
     mean, scores = sum(map(len, documents)) / len(documents), []
     for document in documents:
@@ -194,9 +208,11 @@ def bm25(query, texts):
 
 
 def test_bm25_search():
-    """The baseline would be another ranking than BM25, cut off too early, or fail where fewer documents are left than are asked for."""
+    """The baseline would be another ranking than BM25, cut off too early, or fail where fewer documents are
+    left than are asked for."""
     pytest.importorskip("bm25s")
-    texts = ["The colour of quiet-river is teal.", "The quiet river can follow the amber castle near the river.", "A river.",
+    texts = ["The colour of quiet-river is teal.",
+             "The quiet river can follow the amber castle near the river.", "A river.",
              "Nothing is so.", "The colour of amber-river is khaki, and nothing is so quiet."]
     search, query = bm25_search(texts), "What is the colour of amber-river?"
     scores = bm25(query, texts)

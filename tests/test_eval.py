@@ -25,7 +25,8 @@ TASKS = ("niah_single", "niah_multikey", "two_hop", "read_pooled")
 
 
 @pytest.mark.parametrize("text,lengths", [
-    ("500", [500]), ("16k,1m", [16_384, 1_048_576]), (" 2K, 1k ,1024,3", [3, 1024, 2048]), ("100m", [104_857_600])])
+    ("500", [500]), ("16k,1m", [16_384, 1_048_576]), (" 2K, 1k ,1024,3", [3, 1024, 2048]),
+    ("100m", [104_857_600])])
 def test_parse_lengths(text, lengths):
     """Memory lengths would be other numbers of tokens than they say, in a wrong order, or doubled."""
     assert parse_lengths(text) == lengths
@@ -44,20 +45,25 @@ def rounds(*routed_and_named):
 
 @pytest.mark.parametrize("gold,found,answer,expected", [
     ([[5]], rounds(([5, 1], [5]), ([5, 1], [])), " 12\n", (1, 1, 1, 1)),
-    ([[5]], rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0, 0)),      # first among those not yet appended
+    # first among those not yet appended
+    ([[5]], rounds(([1, 5], [1]), ([1, 5], [])), "123", (1, 1, 0, 0)),
     ([[5]], rounds(([1, 5], [])), "12", (1, 0, 0, 1)),
     ([[5]], rounds(([1, 5], [5])), "12", (1, 0, 1, 1)),                     # named against the ranking
     ([[5]], rounds(([5, 1], [1, 5])), "12", (1, 1, 0, 1)),                  # named, but not first
     ([[5]], rounds(([1, 2, 5], [1])), "", (0, 0, 0, 0)),                    # not among the first two
     ([[5]], rounds(([1, 5], [1]), ([5, 1], [5])), "12", (1, 1, 0, 1)),      # named a round too late
     ([[5], [8]], rounds(([8, 1], [8]), ([1, 8], [])), "12", (0.5, 0.5, 0, 1)),
-    ([[8], [5]], rounds(([8, 1], [8]), ([8, 5], [5]), ([[5], [8]], [])), "2", (1, 1, 1, 0)),
-    ([[5], [8]], rounds(([8, 1], [8]), ([8, 5], [5]), ([[5], [8]], [])), "2", (1, 1, 0, 0)),  # in the wrong order of hops
+    ([[8], [5]], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 1, 0)),
+    # in the wrong order of hops
+    ([[5], [8]], rounds(([8, 1], [8]), ([8, 5], [5]), ([5, 8], [])), "2", (1, 1, 0, 0)),
     ([[8], [5]], rounds(([8, 5], [8, 5]), ([8, 5], [])), "12", (1, 0.5, 0.5, 1)),         # both at once
     ([[5], [8]], [], "12", (0, 0, 0, 1)),
-    ([[5, 8]], rounds(([8, 5], [8, 5]), ([5, 8], [])), "12", (1, 0.5, 1, 1)),      # a hop of two, in any order
-    ([[5, 8]], rounds(([8, 5], [8, 1, 5]), ([1, 2], [])), "12", (1, 0.5, 0.5, 1)),  # one of them not in the first two
-    ([[5, 8]], rounds(([8, 5], [8]), ([5, 1], [5])), "12", (1, 1, 0.5, 1)),         # one of them a round too late
+    # a hop of two, in any order
+    ([[5, 8]], rounds(([8, 5], [8, 5]), ([5, 8], [])), "12", (1, 0.5, 1, 1)),
+    # one of them not in the first two
+    ([[5, 8]], rounds(([8, 5], [8, 1, 5]), ([1, 2], [])), "12", (1, 0.5, 0.5, 1)),
+    # one of them a round too late
+    ([[5, 8]], rounds(([8, 5], [8]), ([5, 1], [5])), "12", (1, 1, 0.5, 1)),
     ([[7], [5, 8, 9]], rounds(([7], [7, 9]), ([9, 8], [8, 5, 7])), "", (0.75, 0.5, 0.75, 0)),
 ])
 def test_score(gold, found, answer, expected):
@@ -72,24 +78,28 @@ def evaluate(run, checkpoint, tmp_path, monkeypatch):
         asked = []
 
         def observed(model, tokenizer, memory, texts, question, config):
-            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(texts[d]) for d in range(len(memory or texts))],
+            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(texts[d])
+                                                               for d in range(len(memory or texts))],
                                          question=question, model=model,
                                          config=config))
             return answer(memory, asked[-1].texts, question)
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, "answer_question", observed)
-            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
+            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
+                         tmp_path / "rows.json", *flags)
         assert result.code == 0, result.err
         return json.loads((tmp_path / "rows.json").read_text()), asked
     return evaluate
 
 
 def gold_of(texts, question):
-    """Places of the documents that answer a question, in the order of the hops, and the answer; found by their texts."""
+    """Places of the documents that answer a question, in the order of the hops, and the answer; found by
+    their texts."""
     key, places = re.fullmatch(r"What is the (?:special magic number for|colour of) (\S+)\?", question)[1], []
     while True:
         places += [i for i, text in enumerate(texts)
-                   if re.search(f"(One of the special magic numbers for|The colour of) {re.escape(key)} is", text)]
+                   if re.search(f"(One of the special magic numbers for|The colour of) {re.escape(key)} is",
+                                text)]
         found = NEEDLE.search(texts[places[-1]]) or PROPERTY.search(texts[places[-1]])
         if found:
             return places, found[2]
@@ -99,19 +109,26 @@ def gold_of(texts, question):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("filler", [0, 2])
 def test_memories(evaluate, tokenizer, task, filler):
-    """A question would be asked of a memory that is not the one counted, encoded or answered from; lengths would not be nested; documents
-    would have other filler than was asked for."""
-    lengths, needed, most = [400 * (1 + filler), 900 * (1 + filler)], 2 if task == "two_hop" else 1, 60 * (1 + filler)
-    rows, asked = evaluate("--task", task, "--lengths", "{},{}".format(*lengths), "--questions", 3, "--filler", filler)
+    """A question would be asked of a memory that is not the one counted, encoded or answered from; lengths
+    would not be nested; documents would have other filler than was asked for."""
+    lengths, needed, most = [400 * (1 + filler),
+                             900 * (1 + filler)], 2 if task == "two_hop" else 1, 60 * (1 + filler)
+    rows, asked = evaluate("--task", task, "--lengths", "{},{}".format(*lengths), "--questions", 3,
+                           "--filler", filler)
     assert [row["filler"] for row in rows] == [filler] * 2
     assert [row["questions"] for row in rows] == [3, 3] and len(asked) == 6
-    assert [a.question for a in asked[:3]] == [a.question for a in asked[3:]] and len({a.question for a in asked}) == 3
+    assert [a.question for a in asked[:3]] == [a.question for a in asked[3:]]
+    assert len({a.question for a in asked}) == 3
     for i, one in enumerate(asked):
         row, length, numbers = rows[i // 3], lengths[i // 3], one.memory.numbers
         assert len(one.texts) == len(numbers) == len(set(one.texts)) == row["documents"]
-        spelled = [torch.tensor(tokenizer.document(n, tokenizer.encode(text))) for n, text in zip(numbers, one.texts)]
+        spelled = [torch.tensor(tokenizer.document(n, tokenizer.encode(text)))
+                   for n, text in zip(numbers, one.texts)]
         size = sum(map(len, spelled))
-        assert length - most < size <= length if task != "niah_single" else abs(size - row["memory_tokens"]) < 12 + 25 * filler
+        if task == "niah_single":
+            assert abs(size - row["memory_tokens"]) < 12 + 25 * filler
+        else:
+            assert length - most < size <= length
         assert length - most < row["memory_tokens"] <= length
         with torch.no_grad():
             fresh = one.model.encode(spelled, numbers)  # raises where numbers do not increase
@@ -122,7 +139,8 @@ def test_memories(evaluate, tokenizer, task, filler):
         assert len(gold_of(one.texts, one.question)[0]) == needed
         facts = [len(kind.findall(text)) for text in one.texts for kind in (NEEDLE, LINK, PROPERTY)]
         assert sum(facts) == (1 if task == "niah_single" else len(one.texts))
-        assert sum(facts) + sum(len(NOISE.findall(text)) for text in one.texts) == len(one.texts) * (1 + filler)
+        noise = sum(len(NOISE.findall(text)) for text in one.texts)
+        assert sum(facts) + noise == len(one.texts) * (1 + filler)
     for short, long in zip(asked[:3], asked[3:]):
         assert set(zip(short.memory.numbers, short.texts)) < set(zip(long.memory.numbers, long.texts))
 
@@ -142,7 +160,8 @@ def test_counting(evaluate, task, kind, expected):
     rows, _ = evaluate("--task", task, "--lengths", "400", "--questions", 3, answer=answer)
     share = (0.0 if kind == "backwards" else 0.5) if task == "two_hop" else 1.0
     expected = tuple(share if value is None else value for value in expected)
-    assert (rows[0]["recall_at_k"], rows[0]["router_top1"], rows[0]["named"], rows[0]["exact_match"]) == expected
+    assert (rows[0]["recall_at_k"], rows[0]["router_top1"], rows[0]["named"],
+            rows[0]["exact_match"]) == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -161,11 +180,15 @@ def test_top_k(evaluate, checkpoint):
 
 def test_rows(evaluate, checkpoint):
     """A table would not say what it was measured with, or say something else."""
-    flags = ["--task", "read_pooled", "--filler", 1, "--zero-values", "--max-rounds", 0, "--router-weight", 2.5, "--seed", 9]
+    flags = ["--task", "read_pooled", "--filler", 1, "--zero-values", "--max-rounds", 0, "--router-weight",
+             2.5, "--seed", 9]
     rows, asked = evaluate("--lengths", "300", "--questions", 2, *flags)
-    measured = {name: rows[0].pop(name) for name in ("memory_tokens", "documents", "seconds_per_question", "encode_tokens_per_second")}
-    assert rows == [dict(task="read_pooled", baseline="none", questions=2, seed=9, top_k=2, recall_at_k=0, router_top1=0, named=0,
-                         exact_match=0, filler=1, routing_keys="float32", zero_values=True, max_rounds=0, router_weight=2.5,
+    measured = {name: rows[0].pop(name) for name in ("memory_tokens", "documents", "seconds_per_question",
+                                                     "encode_tokens_per_second")}
+    assert rows == [dict(task="read_pooled", baseline="none", questions=2, seed=9, top_k=2, recall_at_k=0,
+                         router_top1=0, named=0,
+                         exact_match=0, filler=1, routing_keys="float32", zero_values=True, max_rounds=0,
+                         router_weight=2.5,
                          checkpoint=str(checkpoint), device="cpu")]
     assert 240 < measured["memory_tokens"] <= 300 and measured["documents"] == len(asked[0].texts)
     assert measured["seconds_per_question"] >= 0 and measured["encode_tokens_per_second"] > 0
@@ -177,18 +200,21 @@ def test_zero_values(evaluate, task):
     """What --zero-values measures would still read the memory, or no longer find in it."""
     flags = ["--task", task, "--lengths", "400", "--questions", 3]
     for plain, zeroed in zip(evaluate(*flags)[1], evaluate(*flags, "--zero-values")[1]):
-        assert plain.question == zeroed.question and plain.texts == zeroed.texts and plain.memory.numbers == zeroed.memory.numbers
+        assert plain.question == zeroed.question and plain.texts == zeroed.texts
+        assert plain.memory.numbers == zeroed.memory.numbers
         assert all(values.ne(0).any(-1).all() for values in plain.memory.values)
         for a, b in zip(plain.memory.values, zeroed.memory.values):
             assert a.shape == b.shape and b.eq(0).all()
         for name in ("keys", "routing_keys"):
-            assert all(torch.equal(a, b) for a, b in zip(getattr(plain.memory, name), getattr(zeroed.memory, name)))
+            assert all(torch.equal(a, b)
+                       for a, b in zip(getattr(plain.memory, name), getattr(zeroed.memory, name)))
 
 
 @pytest.mark.parametrize("kind, dtype", [("bfloat16", torch.bfloat16), ("int8", torch.int8)])
 @pytest.mark.parametrize("task", ["niah_single", "niah_multikey"])
 def test_routing_keys(evaluate, task, kind, dtype):
-    """Every figure of rounded routing keys would be one of float32 keys, or a chunk would have another's scale."""
+    """Every figure of rounded routing keys would be one of float32 keys, or a chunk would have another's
+    scale."""
     flags = ["--task", task, "--lengths", "400", "--questions", 2]
     rows, asked = evaluate(*flags, "--routing-keys", kind)
     assert rows[0]["routing_keys"] == kind
@@ -202,11 +228,13 @@ def test_routing_keys(evaluate, task, kind, dtype):
 
 @pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])
 def test_bank(evaluate, task, tmp_path):
-    """A table over a bank would ask other documents than one over a memory in RAM, or say nothing of what opening costs."""
+    """A table over a bank would ask other documents than one over a memory in RAM, or say nothing of what
+    opening costs."""
     flags = ["--task", task, "--lengths", "400,800", "--questions", 2]
     rows, asked = evaluate(*flags, "--memory", tmp_path / "bank")
     for row, length in zip(rows, (400, 800)):
-        assert row["ranks"] == 1 and row["open_seconds"] > 0 and row["first_question_seconds"] >= 0 and row["routing_keys"] == "bfloat16"
+        assert row["ranks"] == 1 and row["open_seconds"] > 0 and row["first_question_seconds"] >= 0
+        assert row["routing_keys"] == "bfloat16"
         assert len(row["resident_bytes_per_rank"]) == 1 and row["resident_bytes_per_rank"][0] > 1e7
         assert length - 60 < row["memory_tokens"] <= length
     for plain, found in zip(evaluate(*flags, "--routing-keys", "bfloat16")[1], asked):
@@ -222,16 +250,21 @@ def test_bank(evaluate, task, tmp_path):
 
 
 def test_a_bank_of_something_else(run, evaluate, checkpoint, tmp_path, monkeypatch):
-    """Evaluating would delete a user's documents from their bank, or ask over an older, shorter memory's numbers."""
+    """Evaluating would delete a user's documents from their bank, or ask over an older, shorter memory's
+    numbers."""
     evaluate("--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank")
     for other, message in ((["--seed", 5], "holds other documents than this evaluation's"),
-                           (["--lengths", "2k"], r"holds 'niah_multikey seed 1 filler 0 #\d+' as \[\d+\], not \[\d+\]; give another")):
+                           (["--lengths", "2k"],
+                            r"holds 'niah_multikey seed 1 filler 0 #\d+' as \[\d+\], not \[\d+\]; give")):
         state = (tmp_path / "bank" / "manifest.json").read_bytes()
-        result = run(evaluation, "--checkpoint", checkpoint, "--lengths", "400", "--questions", 1, "--memory", tmp_path / "bank", *other)
+        result = run(evaluation, "--checkpoint", checkpoint, "--lengths", "400", "--questions", 1, "--memory",
+                     tmp_path / "bank", *other)
         assert result.code == 2 and re.search(message, result.error), result.error
         assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
-    monkeypatch.setattr(evaluation, "grow_memory", None)  # another model's bank is known before the minutes that a long memory takes to build
-    result = run(evaluation, "--checkpoint", Path(evaluation.__file__).parent / "checkpoints/demo", "--memory", tmp_path / "bank")
+    # another model's bank is known before the minutes that a long memory takes to build
+    monkeypatch.setattr(evaluation, "grow_memory", None)
+    result = run(evaluation, "--checkpoint", Path(evaluation.__file__).parent / "checkpoints/demo",
+                 "--memory", tmp_path / "bank")
     assert result.code == 2 and "made by another model" in result.error, result.error
 
 
@@ -246,13 +279,15 @@ def answer_in(prompt):
 
 @pytest.fixture
 def watch(run, checkpoint, tmp_path, monkeypatch):
-    """Run eval.py with a baseline that answers by `answer_in`; returns the rows and what it read, of each question."""
+    """Run eval.py with a baseline that answers by `answer_in`; returns the rows and what it read, of each
+    question."""
     def watch(*flags, checkpoint=checkpoint):
         seen, own = [], Tokenizer.load(checkpoint)
 
         def said(model, tokens, cache, stop, limit, pick, **first):
             before, logits = cache.length, interleave.read(model, tokens, cache=cache, **first)
-            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits, memory=first.get("memory"), model=model))
+            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits,
+                                        memory=first.get("memory"), model=model))
             assert cache.length == before + len(tokens)
             yield from own.encode(answer_in(own.decode(tokens)))
 
@@ -262,7 +297,8 @@ def watch(run, checkpoint, tmp_path, monkeypatch):
             patch.setattr(interleave, "generate", said)
             for name in ("answer_question", "encode_texts"):
                 patch.setattr(evaluation, name, no_memory_asked)
-            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json", tmp_path / "rows.json", *flags)
+            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
+                         tmp_path / "rows.json", *flags)
         assert result.code == 0, result.err
         assert all(one.memory is None for one in seen)
         return json.loads((tmp_path / "rows.json").read_text()), seen
@@ -279,39 +315,70 @@ def with_documents(tokenizer, one, places):
     return f"<|question|>{one.question}\n{documents}<|retrieve|><|end_of_retrieval|>"
 
 
-@pytest.mark.parametrize("task,filler", [("niah_single", 1), ("niah_multikey", 0), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
+@pytest.mark.parametrize("task,filler", [("niah_single", 1), ("niah_multikey", 0), ("two_hop", 0),
+                                         ("two_hop", 1), ("read_pooled", 0)])
 def test_oracle(evaluate, watch, tokenizer, task, filler):
-    """The oracle would read other texts than a question's own documents in the order of the hops, or under other numbers; and no_memory
-    more than the question."""
+    """The oracle would read other texts than a question's own documents in the order of the hops, or under
+    other numbers; and no_memory more than the question."""
     flags = ["--task", task, "--lengths", "800,1600", "--questions", 3, "--filler", filler, "--seed", 2]
     _, asked = evaluate(*flags)
     rows, seen = watch(*flags, "--baseline", "oracle")
     assert [tokenizer.decode(one.tokens) for one in seen] == [
         with_documents(tokenizer, one, gold_of(one.texts, one.question)[0]) for one in asked]
     assert all(one.before == 0 for one in seen)
-    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row)) for row in rows] == [("oracle", 0, 0, 0, 0, 1)] * 2
+    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row))
+            for row in rows] == [("oracle", 0, 0, 0, 0, 1)] * 2
     rows, seen = watch(*flags, "--baseline", "no_memory")
-    assert [tokenizer.decode(one.tokens) for one in seen] == [with_documents(tokenizer, one, []) for one in asked]
+    assert [tokenizer.decode(one.tokens) for one in seen] == [with_documents(tokenizer, one, [])
+                                                              for one in asked]
     assert [(row["baseline"], *scores_of(row)) for row in rows] == [("no_memory", 0, 0, 0, 0)] * 2
 
 
-@pytest.mark.parametrize("task,filler", [("niah_multikey", 0), ("niah_multikey", 2), ("two_hop", 0), ("two_hop", 1), ("read_pooled", 0)])
+@pytest.mark.parametrize("baseline", ["oracle", "bm25"])
+def test_baselines_of_several_documents_a_hop(monkeypatch, tokenizer, baseline):
+    """A comparison's documents would be searched for in two rounds, or not stand in the order of their
+    numbers."""
+    pytest.importorskip("bm25s")
+    texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.", "A heron eats."]
+    numbers, read = [9, 30, 4, 2], []
+    monkeypatch.setattr(evaluation, "answer_from_text", lambda *args: read.append(args[3]) or "short")
+    config = SimpleNamespace(baseline=baseline, interleave=None)
+    model = SimpleNamespace(config=SimpleNamespace(top_k=1))
+    question = Question("quiet river or amber river?", ((1, 2), (0,)), "short")
+    ask = evaluation.baseline_asker(model, tokenizer, texts, numbers, [], config)(4)
+    answer, found = ask(0, question)
+    assert [n for n, _ in read[0]] == [4, 30, 9]
+    assert [tokenizer.decode(tokens) for _, tokens in read[0]] == [texts[2], texts[1], texts[0]]
+    if baseline == "bm25":
+        assert [(set(r.named), r.appended) for r in found] == [({4, 30}, [4, 30]), ({9}, [9])]
+        # what the rounds before it found, and k
+        assert len(found[0].routed) == 2 and len(found[1].routed) == 3
+        assert score(question, [[30, 4], [9]], found, answer, 2)[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("task,filler", [("niah_multikey", 0), ("niah_multikey", 2), ("two_hop", 0),
+                                         ("two_hop", 1), ("read_pooled", 0)])
 def test_bm25(evaluate, watch, tokenizer, monkeypatch, task, filler):
-    """BM25 would search another memory, not go on from the text it found, find a document twice, or be counted otherwise than the model."""
+    """BM25 would search another memory, not go on from the text it found, find a document twice, or be
+    counted otherwise than the model."""
     pytest.importorskip("bm25s")
     flags = ["--task", task, "--lengths", "1000,3000", "--questions", 3, "--filler", filler]
     _, asked = evaluate(*flags)
     searched = []
-    monkeypatch.setattr(evaluation, "bm25_search", lambda texts: searched.append(sorted(texts)) or bm25_search(texts))
+    monkeypatch.setattr(evaluation, "bm25_search",
+                        lambda texts: searched.append(sorted(texts)) or bm25_search(texts))
     rows, seen = watch(*flags, "--baseline", "bm25")
     assert searched == [sorted(asked[0].texts), sorted(asked[3].texts)]  # each length once
-    assert [tokenizer.decode(one.tokens) for one in seen] == [  # no other document holds both words of a key: all is found
+    # no other document holds both words of a key: all is found
+    assert [tokenizer.decode(one.tokens) for one in seen] == [
         with_documents(tokenizer, one, gold_of(one.texts, one.question)[0]) for one in asked]
-    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row)) for row in rows] == [("bm25", 0, 1, 1, 1, 1)] * 2
+    assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row))
+            for row in rows] == [("bm25", 0, 1, 1, 1, 1)] * 2
 
 
 def test_bm25_that_finds_nothing(watch, monkeypatch):
-    """Documents that BM25 did not find would count as found, or one that it finds in every round would be appended in every round."""
+    """Documents that BM25 did not find would count as found, or one that it finds in every round would be
+    appended in every round."""
     asked, counted = [], []
 
     def nothing(texts):
@@ -331,17 +398,21 @@ def test_bm25_that_finds_nothing(watch, monkeypatch):
         patch.setattr(evaluation, "score", count)
         rows, seen = watch("--task", "two_hop", "--lengths", "600", "--questions", 2, "--baseline", "bm25")
     assert scores_of(rows[0]) == (0, 0, 0, 0) and len(seen) == 2
-    assert [k for _, k in asked] == [2, 3, 2, 3]  # the checkpoint's top-k, and one for the document that was found
+    # the checkpoint's top-k, and one for the document that was found
+    assert [k for _, k in asked] == [2, 3, 2, 3]
     for i, found in enumerate(counted):
-        assert [len(r.named) for r in found] == [1, 1] and found[0].named == found[0].appended != found[1].named == found[1].appended
-        assert found[0].routed[0][0] == found[1].routed[0][0] == found[0].named[0] and found[1].routed[1][0] == found[1].named[0]
+        assert [len(r.named) for r in found] == [1, 1]
+        assert found[0].named == found[0].appended != found[1].named == found[1].appended
+        assert found[0].routed[0][0] == found[1].routed[0][0] == found[0].named[0]
+        assert found[1].routed[1][0] == found[1].named[0]
         (first, _), (second, _) = asked[2 * i:2 * i + 2]
         assert second.startswith(f"{first} One of the special magic numbers for ")
 
 
 @pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])
 def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
-    """The baseline would read other documents than the memory holds, in another order, or behind another question."""
+    """The baseline would read other documents than the memory holds, in another order, or behind another
+    question."""
     flags, contexts, make = ["--task", task, "--lengths", "500,1100", "--questions", 3], [], MSA.context
     _, asked = evaluate(*flags)
     with monkeypatch.context() as patch:
@@ -349,11 +420,14 @@ def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
         rows, seen = watch(*flags, "--baseline", "full", checkpoint=full_checkpoint)
     assert len(contexts) == 2 and len(asked) == len(seen) == 6
     for i, (one, read) in enumerate(zip(asked, seen)):
-        documents = "".join(text for _, text in sorted(zip(one.memory.numbers, one.texts)))  # it has no use for numbers
+        # it has no use for numbers
+        documents = "".join(text for _, text in sorted(zip(one.memory.numbers, one.texts)))
         assert tokenizer.decode(contexts[i // 3].tolist()) == documents
-        assert tokenizer.decode(read.tokens) == f"<|question|>{one.question}\n<|retrieve|><|end_of_retrieval|>"
+        prompt = f"<|question|>{one.question}\n<|retrieve|><|end_of_retrieval|>"
+        assert tokenizer.decode(read.tokens) == prompt
         assert read.before == len(contexts[i // 3]) < rows[i // 3]["memory_tokens"]
         with torch.no_grad():
-            whole = read.model.read(torch.cat([contexts[i // 3], torch.tensor(read.tokens)])[None]).logits[0, -1]
+            text = torch.cat([contexts[i // 3], torch.tensor(read.tokens)])
+            whole = read.model.read(text[None]).logits[0, -1]
         assert torch.allclose(read.logits, whole, atol=1e-4)
     assert [(row["baseline"], *scores_of(row)) for row in rows] == [("full", 0, 0, 0, 0)] * 2

@@ -30,16 +30,19 @@ def test_same_seed_same_bytes(run, tiny, tmp_path, files_of, monkeypatch):
     assert made["a"].keys() == {"about.json", "tokenizer.tiktoken", "tokenizer_msa.json"} | {
         f"{name}.{kind}" for name in names for kind in ("bin", "offsets")}
     assert made["a"] == made["b"]
-    for name in ("train/documents.bin", "train/questions.bin", "train/answers.bin", "validation/documents.bin"):
+    for name in ("train/documents.bin", "train/questions.bin", "train/answers.bin",
+                 "validation/documents.bin"):
         assert made["a"][name] != made["c"][name]
 
 
 @pytest.mark.parametrize("flags,settings", [
     ([], {}),
-    (["--properties", 3, "--filler", 2, "--number-tokens", "--vocab-size", 1100], dict(properties=3, filler=2)),
+    (["--properties", 3, "--filler", 2, "--number-tokens", "--vocab-size", 1100],
+     dict(properties=3, filler=2)),
     (["--needles", 0, "--chains", 0, "--properties", 1], dict(needles=0, chains=0, properties=1))])
 def test_prepared_pools_are_the_generated_ones(words, run, tiny, tmp_path, flags, settings):
-    """What is read back from disk would not be what was generated, or validation pools would hold training keys."""
+    """What is read back from disk would not be what was generated, or validation pools would hold training
+    keys."""
     config, folder = DataConfig(**dict(needles=2, chains=1, noise=1) | settings), tiny / "data"
     if flags:
         folder = tmp_path / "data"
@@ -53,7 +56,8 @@ def test_prepared_pools_are_the_generated_ones(words, run, tiny, tmp_path, flags
             texts, questions = make_pool(words(), config, split, np.random.default_rng([1337, stream, i]))
             documents, asked = pools[i]
             assert [tokenizer.decode(document.tolist()) for document in documents] == texts
-            found = [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(map(tuple, gold)), pooled)
+            found = [(tokenizer.decode(q.tolist()), tokenizer.decode(a.tolist()), tuple(map(tuple, gold)),
+                      pooled)
                      for q, a, gold, pooled in asked]
             assert found == [(q.text, q.answer, q.gold, q.pooled) for q in questions]
             assert sum(pooled is True for *_, pooled in asked) == config.properties
@@ -69,7 +73,8 @@ def make_small_pool(tokenizer, questions):
     """The TEXTS, and questions (text, answer, gold, pooled) whose samples are written by hand below."""
     def array(text):
         return np.array(tokenizer.encode(text), dtype=np.uint16)
-    return [array(text) for text in TEXTS], [(array(question), array(answer), gold, pooled) for question, answer, gold, pooled in questions]
+    return [array(text) for text in TEXTS], [(array(question), array(answer), gold, pooled)
+                                             for question, answer, gold, pooled in questions]
 
 
 HOPS = [("b?", "12", [[1]], False), ("And a?", "12", [[2], [1]], False)]
@@ -78,7 +83,9 @@ COLOUR = ("c?", "teal", [[4]], True)
 
 def spell(tokenizer, number):
     """A document's number as it is written, worked out here."""
-    return f"[<|0:{number % 256}|><|1:{number // 256 % 256}|><|2:{number // 65536}|>]" if tokenizer.number_length else f"[{number}]"
+    if not tokenizer.number_length:
+        return f"[{number}]"
+    return f"[<|0:{number % 256}|><|1:{number // 256 % 256}|><|2:{number // 65536}|>]"
 
 
 def expected_samples(tokenizer, numbers):
@@ -97,40 +104,53 @@ def expected_samples(tokenizer, numbers):
 
 
 def samples_in(tokenizer, batches, batch_tokens=2048):
-    """(what routes, targets, positive, appended) of each sample of the batches, sorted; checks everything else in them."""
+    """(what routes, targets, positive, appended) of each sample of the batches, sorted; checks everything
+    else in them."""
     found = []
     for batch in batches:
         tokens, routing, target = batch["tokens"], batch["routing_mask"], batch["target_mask"]
         assert tokens.shape == routing.shape == target.shape
-        assert batch["positive"].shape == batch["appended"].shape == (len(tokens), len(TEXTS)) and batch["answers"].shape == (len(tokens),)
+        assert batch["positive"].shape == batch["appended"].shape == (len(tokens), len(TEXTS))
+        assert batch["answers"].shape == (len(tokens),)
         assert {batch[name].dtype for name in batch if name != "tokens"} == {torch.bool}
         assert len(tokens) == 1 or tokens.numel() <= batch_tokens
         for i in range(len(tokens)):
             begin, end = int(routing[i].sum()), int(target[i].nonzero().max()) + 1
-            assert routing[i, :begin].all() and tokens[i, begin] == tokenizer.retrieve and not target[i, begin]
-            assert target[i, begin + 1:end].all() and not target[i, :begin].any() and not tokens[i, end:].any()
-            found.append((tokenizer.decode(tokens[i, :begin].tolist()), tokenizer.decode(tokens[i, begin + 1:end].tolist()),
-                          batch["positive"][i].nonzero().flatten().tolist(), batch["appended"][i].nonzero().flatten().tolist()))
-            assert batch["answers"][i] == found[-1][1].startswith("<|end_of_retrieval|>") != found[-1][1].endswith("<|stop|>")
-        assert max(int(row.nonzero().max()) for row in target) == tokens.size(1) - 1  # no more padding than needed
+            assert routing[i, :begin].all() and tokens[i, begin] == tokenizer.retrieve
+            assert not target[i, begin]
+            assert target[i, begin + 1:end].all() and not target[i, :begin].any()
+            assert not tokens[i, end:].any()
+            found.append((tokenizer.decode(tokens[i, :begin].tolist()),
+                          tokenizer.decode(tokens[i, begin + 1:end].tolist()),
+                          batch["positive"][i].nonzero().flatten().tolist(),
+                          batch["appended"][i].nonzero().flatten().tolist()))
+            wanted = found[-1][1]
+            assert batch["answers"][i] == wanted.startswith("<|end_of_retrieval|>")
+            assert batch["answers"][i] != wanted.endswith("<|stop|>")
+        # no more padding than needed
+        assert max(int(row.nonzero().max()) for row in target) == tokens.size(1) - 1
     return sorted(found)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "number_tokenizer"])
 @pytest.mark.parametrize("batch_tokens,batches", [(2048, 1), (120, None), (1, 5)])
 def test_collate_spells_samples(request, kind, batch_tokens, batches):
-    """The model would be trained on other spellings, targets, routing tokens or positives than inference uses."""
+    """The model would be trained on other spellings, targets, routing tokens or positives than inference
+    uses."""
     tokenizer = request.getfixturevalue(kind)
-    spelled, numbers, made = collate(make_small_pool(tokenizer, HOPS), tokenizer, 10_000_000, np.random.default_rng(5), batch_tokens)
+    spelled, numbers, made = collate(make_small_pool(tokenizer, HOPS), tokenizer, 10_000_000,
+                                     np.random.default_rng(5), batch_tokens)
     expected = [f"{spell(tokenizer, n)}. {text}{spell(tokenizer, n)}" for n, text in zip(numbers, TEXTS)]
     assert [tokenizer.decode(document.tolist()) for document in spelled] == expected
     assert all(document.dtype.is_signed and document.ndim == 1 for document in spelled)
-    assert samples_in(tokenizer, made, batch_tokens) == expected_samples(tokenizer, numbers)  # every sample once
+    # every sample once
+    assert samples_in(tokenizer, made, batch_tokens) == expected_samples(tokenizer, numbers)
     assert len(made) == batches if batches else 1 < len(made) < 5
 
 
 def test_collate_of_pooled_questions(tokenizer):
-    """A question that the memory itself answers would be taught to name, to answer from its text always or never, or to route nowhere."""
+    """A question that the memory itself answers would be taught to name, to answer from its text always or
+    never, or to route nowhere."""
     pool, again = make_small_pool(tokenizer, [HOPS[0], COLOUR, HOPS[1]]), 0
     for seed in range(400):
         _, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(seed))
@@ -148,7 +168,8 @@ def test_collate_of_several_documents_a_hop(request, kind):
     """A comparison would be taught to name one of its documents, to name them in another order than inference
     appends them in, to route to those that were named before, or to read them in the order of the file."""
     tokenizer = request.getfixturevalue(kind)
-    pool = make_small_pool(tokenizer, [("b or c?", "b", [[4, 1]], False), ("All?", "12", [[2], [4, 1], [0]], False)])
+    pool = make_small_pool(tokenizer,
+                           [("b or c?", "b", [[4, 1]], False), ("All?", "12", [[2], [4, 1], [0]], False)])
     _, numbers, batches = collate(pool, tokenizer, 10_000_000, np.random.default_rng(3))
     n0, n1, n2, _, n4 = (spell(tokenizer, n) for n in numbers)
     both, a = f"{n1}. The one for b is 12.\n{n4}. c is teal.\n", f"{n2}. a is the one for b.\n"
@@ -167,7 +188,8 @@ def test_a_number_limit_beyond_the_number_tokens(number_tokenizer):
     """Documents of a step could get numbers that cannot be spelled, and training end in a traceback."""
     with pytest.raises(UserError, match="spells numbers below 16,777,216"):
         for seed in range(50):
-            collate(make_small_pool(number_tokenizer, HOPS), number_tokenizer, 10 ** 9, np.random.default_rng(seed))
+            collate(make_small_pool(number_tokenizer, HOPS), number_tokenizer, 10 ** 9,
+                    np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("count,limit", [(48, 10_000_000), (9, 10), (10, 10), (1, 1), (40, 101)])
@@ -180,9 +202,11 @@ def test_document_numbers(count, limit):
 
 
 def test_numbers_of_all_widths():
-    """Small memories have short numbers: a model trained on seven digits only could not name their documents."""
+    """Small memories have short numbers: a model trained on seven digits only could not name their
+    documents."""
     rng = np.random.default_rng(0)
-    widths = np.bincount([len(str(draw_numbers(1, 10_000_000, rng)[0])) for _ in range(3000)], minlength=8)[1:] / 3000
+    widths = np.bincount([len(str(draw_numbers(1, 10_000_000, rng)[0])) for _ in range(3000)],
+                         minlength=8)[1:] / 3000
     assert len(widths) == 7 and widths.min() > 0.10 and widths.max() < 0.19
 
 
@@ -220,10 +244,12 @@ def test_ragged(tmp_path, dtype, rows):
 @pytest.mark.parametrize("vocab_size,dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_token_types(vocab_size, dtype):
     """Ids above 65,535 would wrap around."""
-    assert [prepare_data.array_types(vocab_size)[name] for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 5
+    assert [prepare_data.array_types(vocab_size)[name]
+            for name in prepare_data.ARRAYS] == [dtype] * 3 + [np.int64] * 5
 
 
-@pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8), ("rows.offsets", 24)])
+@pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8),
+                                      ("rows.offsets", 24)])
 def test_truncated_files(tmp_path, name, cut):
     """A copy that was cut short would be trained on, or end in a traceback."""
     writer = RaggedWriter(tmp_path / "rows", np.uint32)
@@ -256,12 +282,14 @@ def test_data_of_an_older_version(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["documents", "questions", "answers"])
 def test_token_id_out_of_range(tiny, tokenizer, name):
-    """An id outside the vocabulary would end in an index error inside the model (or, on a GPU, in a failed assertion)."""
+    """An id outside the vocabulary would end in an index error inside the model (or, on a GPU, in a failed
+    assertion)."""
     pools = Pools(tiny / "data" / "train", tokenizer.vocab_size)
     largest = int(max(getattr(pools, part).values.max() for part in ("documents", "questions", "answers")))
     setattr(pools, name, [np.array([largest + 1])] * 100)
     pools.vocab_size = largest + 1
-    with pytest.raises(UserError, match=f"{re.escape(str(tiny / 'data' / 'train'))}: pool 1 holds token id {largest + 1}, .* {largest};"):
+    folder = re.escape(str(tiny / "data" / "train"))
+    with pytest.raises(UserError, match=f"{folder}: pool 1 holds token id {largest + 1}, .* {largest};"):
         pools[1]
     pools.vocab_size = largest + 2
     pools[1]
@@ -280,7 +308,8 @@ def test_failure_keeps_the_old_data(run, tiny, tmp_path, files_of, monkeypatch):
     out = tmp_path / "data"
     assert run(prepare_data, tiny / "tiny.toml", "--out", out).code == 0
     before = files_of(out)
-    for args in (("--vocab-size", 200), ("--encoding", "nope"), ("--documents", tmp_path / "none", "--questions", "none.jsonl")):
+    for args in (("--vocab-size", 200), ("--encoding", "nope"),
+                 ("--documents", tmp_path / "none", "--questions", "none.jsonl")):
         assert run(prepare_data, tiny / "tiny.toml", "--out", out, *args).code == 2
         assert files_of(out) == before and [path.name for path in tmp_path.iterdir()] == ["data"]
     assert run(prepare_data, tiny / "tiny.toml", "--out", out, "--pools", 5).code == 0
@@ -309,7 +338,8 @@ def own(tmp_path):
     folder = tmp_path / "docs"
     (folder / "sub").mkdir(parents=True)
     (folder / "a.txt").write_text("Alpha is one.\n")
-    (folder / "sub" / "b.md").write_text("A river is long and wide here.\n\nBeta is the one after alpha there.\n")
+    text = "A river is long and wide here.\n\nBeta is the one after alpha there.\n"
+    (folder / "sub" / "b.md").write_text(text)
     for i in range(5):
         (folder / f"other{i}.txt").write_text(f"Nothing is said in {i}.\n")
     return tmp_path
@@ -320,15 +350,17 @@ def documents_of(own):
 
 
 def write_lines(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+                    encoding="utf-8")
 
 
 def test_own_questions(run, own, tokenizer):
-    """Your own data would be prepared with wrong documents or hops, without a question's documents, or with nothing
-    to validate."""
+    """Your own data would be prepared with wrong documents or hops, without a question's documents, or with
+    nothing to validate."""
     more = [ALPHA | {"question": f"Alpha, {i} times?", "pooled": i % 3 == 0} for i in range(30)]
     write_lines(own / "q.jsonl", [ALPHA, "", BETA, BOTH, *more])
-    result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out", own / "data",
+    result = run(prepare_data, "--documents", own / "docs", "--questions", own / "q.jsonl", "--out",
+                 own / "data",
                  "--vocab-size", 300, "--pools", 6, "--validation-pools", 2, "--max-document-tokens", 20,
                  "--documents-per-pool", 4, "--questions-per-pool", 16)
     assert result.code == 0, result.err
@@ -359,22 +391,27 @@ def test_own_questions(run, own, tokenizer):
 
 
 @pytest.mark.parametrize("line,message", [
-    ("{", "not an object"), ("3", "not an object"), ("[]", "not an object"), ('"text"', "not an object"), ("null", "not an object"),
+    ("{", "not an object"), ("3", "not an object"), ("[]", "not an object"), ('"text"', "not an object"),
+    ("null", "not an object"),
     ({"question": "What?", "answer": "one"}, "not an object with"),
     ({"question": "What?", "documents": ["a.txt"]}, "not an object with"),
     ({"answer": "one", "documents": ["a.txt"]}, "not an object with"),
     (ALPHA | {"documents": None}, "not an object with"),
     (ALPHA | {"documents": [3]}, ""),
-    (ALPHA | {"documents": []}, "'documents' is empty"), (ALPHA | {"documents": ["a.txt", []]}, "'documents' is empty, or"),
+    (ALPHA | {"documents": []}, "'documents' is empty"),
+    (ALPHA | {"documents": ["a.txt", []]}, "'documents' is empty, or"),
     (ALPHA | {"documents": [[["a.txt"]]]}, r"'\['a.txt'\]' names 0 documents"),
     (ALPHA | {"documents": ["a.txt", ["sub/b.md:1", "a.txt"]]}, "'documents' names a document twice"),
-    (ALPHA | {"documents": [["a.txt", "sub/b.md:1"]], "pooled": True}, "'pooled' is True; .*only with one document"),
+    (ALPHA | {"documents": [["a.txt", "sub/b.md:1"]], "pooled": True},
+     "'pooled' is True; .*only with one document"),
     (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names 0 documents"),
     (ALPHA | {"documents": ["a.txt:7"]}, "'a.txt:7' names 0 documents"),
     (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents .*\"file:line\""),
     (BETA | {"pooled": True}, "'pooled' is True; true or false, and true only with one document"),
-    (ALPHA | {"pooled": 1}, "'pooled' is 1; true or false"), (ALPHA | {"pooled": 0}, "'pooled' is 0; true or false"),
-    (ALPHA | {"pooled": "true"}, "'pooled' is 'true'; true or false"), (ALPHA | {"pooled": None}, "'pooled' is None; true or false"),
+    (ALPHA | {"pooled": 1}, "'pooled' is 1; true or false"),
+    (ALPHA | {"pooled": 0}, "'pooled' is 0; true or false"),
+    (ALPHA | {"pooled": "true"}, "'pooled' is 'true'; true or false"),
+    (ALPHA | {"pooled": None}, "'pooled' is None; true or false"),
 ])
 def test_malformed_questions(own, line, message):
     """The user would not learn which line of the file of questions is wrong, and why."""
