@@ -1,12 +1,13 @@
-"""What every script needs and none is about: the command line, the device, files that are never half-written.
+"""What every script needs and none is about: the command line, the device, processes, whole files.
 
 A script's configuration is one dataclass. Its defaults are overridden by a TOML file, and that by flags:
 
     config = command_line(TrainConfig, __doc__)      # python train.py config/demo.toml --max-steps 500
 
-A user's mistake is a `UserError`: one sentence that names the flag, file or line, what was found, what is allowed.
+A user's mistake is a `UserError`: it names the flag, file or line, what was found, what is allowed.
 `main(script)` prints it and exits with code 2.
 """
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -17,9 +18,11 @@ import sys
 import tempfile
 import tomllib
 import typing
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 class UserError(ValueError):
@@ -48,12 +51,13 @@ def main(script):
 
 
 def command_line(config_class, description, args=None, table=None, takes_file=True):
-    """Build `config_class` from its defaults, an optional TOML file (first argument) and flags, in that order.
+    """Build `config_class` from its defaults, an optional TOML file (first argument), flags, in that order.
 
-    `table`: read this table of the file only; the rest belongs to another script. `takes_file`: whether there is a file at all.
+    table: read this table of the file only; the rest belongs to another script. takes_file: whether the first
+    argument may be a file at all.
 
-    Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of the wrong type.
-    tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
+    Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of a wrong
+    type. tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
     """
     import tyro  # here: the kernels and their benchmark run where only torch, triton and numpy are installed
 
@@ -90,7 +94,8 @@ def merge(config, table, path, prefix=""):
             raise UserError(f"{path}: {prefix}{key} = {value!r} is of type {type(value).__name__}; "
                             f"it must be of type {type(old).__name__}, such as {old!r}")
         elif typing.get_origin(known[key]) is typing.Literal and value not in typing.get_args(known[key]):
-            raise UserError(f"{path}: {prefix}{key} = {value!r}; it must be one of {', '.join(typing.get_args(known[key]))}")
+            allowed = ", ".join(typing.get_args(known[key]))
+            raise UserError(f"{path}: {prefix}{key} = {value!r}; it must be one of {allowed}")
         changes[key] = value
     try:
         return dataclasses.replace(config, **changes)
@@ -103,20 +108,20 @@ def detect_device(device="auto", dtype="auto"):
 
     Returns (torch.device, torch.dtype, reason). Raises UserError for a device that is not there.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind, reason = device, "as asked"
     if device == "auto":
-        kind = next(name for name in ("cuda", "mps", "cpu") if found[name])
+        kind = next(name for name in available if available[name])
         reason = {"cuda": "CUDA is available", "mps": "no CUDA, but Apple's MPS is available",
                   "cpu": "neither CUDA nor MPS is available"}[kind]
-    else:
-        kind, reason = device, "as asked"
-        if not found.get(kind, False):
-            raise UserError(f"--device {device}: not available here; available: {', '.join(k for k in found if found[k])}")
+    elif not available.get(device, False):
+        names = ", ".join(name for name in available if available[name])
+        raise UserError(f"--device {device}: not available here; available: {names}")
     index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
-    if dtype == "auto":
-        bf16 = kind == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if bf16 else "float32"
-        reason += f"; {dtype}" + (" is fast here" if bf16 else " is the safe choice here")
+    if dtype == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
+        dtype, reason = "bfloat16", f"{reason}; bfloat16 is fast here"
+    elif dtype == "auto":
+        dtype, reason = "float32", f"{reason}; float32 is the safe choice here"
     return torch.device(kind, index), getattr(torch, dtype), reason
 
 
@@ -125,12 +130,39 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
+def start_process_group(device, timeout):
+    """Join the processes that torchrun has started; returns the store that they share.
+
+    timeout: seconds that a collective waits for the slowest. On a CPU the group ends with the interpreter,
+    after an error too: gloo's threads abort if they free a tensor later. On a GPU call `end_process_group`.
+    """
+    # First of all: what imports this while a group exists (DDP does) keeps the group in default arguments.
+    # Its threads then outlive `end_process_group` and may abort at exit.
+    import torch.distributed.nn  # noqa: F401
+
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        atexit.register(end_process_group)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(seconds=timeout))
+    return store
+
+
+def end_process_group():
+    """Leave the group that `start_process_group` joined, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def keep_freed_memory():
-    """Tell glibc to keep what is freed: a CPU training step of a small model, or routing, is otherwise spent in page faults."""
+    """Tell glibc to keep what is freed: on CPUs, small models would else spend their time in page faults."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-3, 1 << 25), (-1, 2_000_000_000), (-2, 1 << 28)):  # mmap and trim thresholds, top pad
-            mallopt(option, value)
+        mallopt(-3, 1 << 25)        # threshold of mmap, bytes
+        mallopt(-1, 2_000_000_000)  # threshold of trimming
+        mallopt(-2, 1 << 28)        # padding at the top
 
 
 def return_freed_memory():

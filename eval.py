@@ -30,7 +30,6 @@ that wants them.
 
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -57,7 +56,8 @@ from interleave import InterleaveConfig, Round, answer_from_text, answer_questio
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import Memory
-from sample import check_fingerprint, encode_texts, hash64, load_checkpoint, sync
+from prompts import load_checkpoint
+from sync import check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
 
@@ -183,7 +183,7 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
     """The model with a bank on disk, over the ranks, which holds the documents when this returns."""
     id_of = lambda i: f"{config.task} seed {config.seed} filler {config.filler} #{i}"
     if (Path(config.memory) / "manifest.json").exists():
-        held = Bank(config.memory).keys
+        held = Bank(config.memory).id_hashes
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
             raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another "
                             "--memory")

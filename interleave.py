@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from common import UserError
-from memory_parallel import ParallelMemory
 from memory import Cache, rank_documents
+from memory_parallel import ParallelMemory
 from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256  # that MSA-4B writes in one round at most

@@ -1,15 +1,15 @@
-"""A memory bank in use: routing keys on the device, content on the host or on disk, documents spread over ranks.
+"""A memory bank in use: routing keys on the device, content on the host or on disk, documents over ranks.
 
     memory = ParallelMemory(Bank(folder), device, ranks)     # what `model.read` reads, like model.Memory
     memory.refresh()                                         # after documents have come or gone
 
-Every rank runs the model on the same tokens and holds the routing keys of its own documents, about C / world chunks of them. Per memory
-layer: it scores its shard; first collective: the (score, number) of every rank's best k; all agree on the best k of these; second
-collective: their content, each row from the rank that owns it. One process is the plain case, without a process group.
+Every rank runs the model on the same tokens and holds the routing keys of its own documents, about C / world
+chunks of them. Per memory layer it scores them. A first collective brings the (score, number) of every rank's
+best k, of which all ranks choose the same best k. A second one brings their content, each row from the rank
+that owns it. One process is the plain case, without a process group.
 
-    B questions   K documents selected   C chunks   G key/value heads   D head size
+    B questions   K documents selected   M documents   C chunks   G key/value heads   D head size
 """
-import atexit
 import contextlib
 import json
 import os
@@ -19,11 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Whatever imports this while a group exists keeps that group in default arguments: its threads outlive `Ranks.end` and may abort at exit
-import torch.distributed.nn
-
 import memory_bank
-from common import UserError
+from common import UserError, end_process_group, start_process_group
 from memory import Selection
 from msa_kernel import document_slots, quantize, select_documents
 
@@ -39,46 +36,43 @@ def to_tensor(array):
     return x.view(torch.bfloat16) if x.dtype == torch.uint16 else x
 
 
-def to_records(memory, texts, sources, ids, content):
-    """What `model.encode` made of documents, rounded as a bank stores it (memory_bank.Layout); see memory_bank's `records`.
+def to_records(memory, texts, sources, id_hashes, digests, content):
+    """What `model.encode` made of documents, rounded as a bank stores it (memory_bank.Layout): its `records`.
 
-    texts: token ids of each document's text; sources: where each comes from; ids: unsigned 64-bit (key, digest) of each.
+    texts: token ids of each document's text; sources: where each comes from, as text; id_hashes, digests:
+    unsigned 64-bit numbers; content: bfloat16 or int8.
     """
-    pairs = torch.stack([torch.stack([k, v], 1) for k, v in zip(memory.keys, memory.values)])      # (layers, C, 2, G, D)
+    layers = [torch.stack([keys, values], 1) for keys, values in zip(memory.keys, memory.values)]
+    pairs = torch.stack(layers)  # (L, C, 2, G, D)
+    scales = torch.zeros(len(pairs), 0, 2)
     if content == "int8":
-        whole, scales = quantize(pairs.flatten(0, 2))
-        pairs, scales = whole.view(pairs.shape), scales.view(pairs.shape[:3])
-    else:
-        scales = torch.zeros(len(pairs), 0, 2)
-    spelled = [source.encode() for source in sources]
-    keys, digests = np.array(ids, np.uint64).reshape(-1, 2).T
-    return dict(numbers=np.array(memory.numbers, np.int64), chunks=memory.offsets.diff().cpu().numpy().astype(np.int32),
-                tokens=np.array([len(text) for text in texts], np.int32), sources=np.array([len(s) for s in spelled], np.int32),
-                keys=np.ascontiguousarray(keys), digests=np.ascontiguousarray(digests),
-                routing_keys=to_numpy(torch.stack(memory.routing_keys), "bfloat16"), content=to_numpy(pairs, content),
-                scales=to_numpy(scales, "float32"), text=np.concatenate([np.array(text, np.int32) for text in texts]),
-                source=np.frombuffer(b"".join(spelled), np.uint8))
+        rounded, scales = quantize(pairs.flatten(0, 2))
+        pairs, scales = rounded.view(pairs.shape), scales.view(pairs.shape[:3])
+    sources = [source.encode() for source in sources]
+    return dict(
+        numbers=np.array(memory.numbers, np.int64), chunks=to_numpy(memory.offsets.diff().int(), "int32"),
+        tokens=np.array([len(text) for text in texts], np.int32),
+        sources=np.array([len(source) for source in sources], np.int32),
+        id_hashes=np.array(id_hashes, np.uint64), digests=np.array(digests, np.uint64),
+        routing_keys=to_numpy(torch.stack(memory.routing_keys), "bfloat16"), content=to_numpy(pairs, content),
+        scales=to_numpy(scales, "float32"), text=np.concatenate([np.array(text, np.int32) for text in texts]),
+        source=np.frombuffer(b"".join(sources), np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Ranks:
     """The processes that share a memory: torchrun's, or this one alone."""
 
     def __init__(self, device, timeout=60):
         """timeout: seconds that a collective waits for the slowest rank."""
-        self.rank, self.world, self.timeout = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), timeout
-        self.device, self.steps, self.turns = device, 0, 0
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.timeout = device, timeout
+        self.steps = self.turns = 0  # collectives and calls of `wait` until now
         if self.world > 1:
-            limit = timedelta(seconds=timeout)
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-            self.store.set_timeout(limit)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
-                                    world_size=self.world, timeout=limit + timedelta(seconds=30 * (device.type == "cuda")))  # ours first
-            if device.type == "cpu":
-                atexit.register(self.end)  # after an error too: gloo's threads abort if they free a tensor in a dying interpreter
+            slack = 30 if device.type == "cuda" else 0  # NCCL's own timeout ends the process: ours is first
+            self.store = start_process_group(device, timeout + slack)
+            self.store.set_timeout(timedelta(seconds=timeout))
 
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come."""
@@ -89,25 +83,28 @@ class Ranks:
             if work is not None:
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "imed out" not in str(error) and "onnection" not in str(error):
+            late_or_dead = "imed out" in str(error) or "onnection" in str(error)
+            if not late_or_dead and not isinstance(error, dist.DistError):
                 raise
-            late = [r for r in range(self.world) if r != self.rank and self.steps_of(r) < self.steps]
-            who = f"rank {', '.join(map(str, late))}" if late else "a rank"
-            raise UserError(f"rank {self.rank}: {who} did not answer within --timeout {self.timeout} s or has ended; "
-                            "the memory bank is whole") from None
+            late = [str(r) for r in range(self.world) if r != self.rank and self.steps_of(r) < self.steps]
+            who = f"rank {', '.join(late)}" if late else "a rank"
+            raise UserError(f"rank {self.rank}: {who} did not answer within --timeout {self.timeout} s "
+                            "or has ended; the memory bank is whole") from None
 
     def steps_of(self, rank):
+        """How many collectives a rank has begun."""
+        key = f"memory/{rank}"
         with contextlib.suppress(RuntimeError, ValueError):
-            return int(self.store.get(f"memory/{rank}")) if self.store.check([f"memory/{rank}"]) else 0
+            return int(self.store.get(key)) if self.store.check([key]) else 0
         return 0
 
     def gather(self, x):
         """(world, ...) of every rank's x."""
         if self.world == 1:
             return x[None]
-        found = [torch.empty_like(x) for _ in range(self.world)]
-        self.collective(dist.all_gather, found, x, async_op=True)
-        return torch.stack(found)
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        self.collective(dist.all_gather, parts, x, async_op=True)
+        return torch.stack(parts)
 
     def sum(self, x):
         """Every rank's x added up, in place."""
@@ -130,7 +127,7 @@ class Ranks:
             if (states == states[0]).all():
                 return bank
             bank = bank.refresh()
-        raise UserError(f"{bank.folder}: the ranks see different banks there; it must be one folder for all of them")
+        raise UserError(f"{bank.folder}: the ranks see different banks there; it must be one folder for all")
 
     def tell(self, key, text):
         """Rank 0's text, or None, on every rank, however long it takes: this is no collective."""
@@ -151,55 +148,63 @@ class Ranks:
         """Every rank's x, anything that can be pickled between processes that trust each other, as a list."""
         if self.world == 1:
             return [x]
-        found = [None] * self.world
-        self.collective(dist.all_gather_object, found, x)
-        return found
+        parts = [None] * self.world
+        self.collective(dist.all_gather_object, parts, x)
+        return parts
 
     def end(self):
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        end_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def deal(chunks, world):
-    """Which rank holds each document: (M,) chunk counts -> (M,); consecutive documents, about as many chunks for each rank."""
-    ends = np.cumsum(chunks, dtype=np.int64)
-    return np.minimum((ends - (chunks + 1) // 2) * world // max(int(ends[-1]) if len(ends) else 0, 1), world - 1)
+    """Which rank holds each document: chunk counts (M,) -> (M,).
+
+    Consecutive documents, about as many chunks for each rank.
+    """
+    ends = memory_bank.ends_of(chunks)
+    middles = ends[1:] - (chunks + 1) // 2
+    return np.minimum(middles * world // max(ends[-1], 1), world - 1)
 
 
 class Block:
-    """Routing keys of some of this rank's documents, in the order of their numbers; content too where the host holds it."""
+    """Routing keys of some of this rank's documents, by number; and their content where the host holds it."""
 
     def __init__(self, bank, positions, device, routing_keys, host, progress=None):
+        """positions: (m,) increasing; routing_keys: bfloat16 or int8; progress: called with bytes read."""
         self.numbers, self.digests = bank.numbers[positions], bank.digests[positions]
-        self.alive, self.alive_on_device = np.ones(len(positions), bool), None          # None: all
-        self.ends, plan = memory_bank.ends_of(bank.chunks[positions]), bank.plan(positions)
-        self.offsets, self.numbers_on_device = (torch.from_numpy(x).to(device) for x in (self.ends, self.numbers))
-        self.keys, self.scales, self.content = [], [], []
-        G, D = bank.layout.kv_heads, bank.layout.head_dim
+        self.alive = np.ones(len(positions), bool)      # False: no longer in the bank
+        self.alive_on_device = None                     # None: all are
+        self.ends = memory_bank.ends_of(bank.chunks[positions])
+        self.offsets = torch.from_numpy(self.ends).to(device)
+        self.numbers_on_device = torch.from_numpy(self.numbers).to(device)
+        self.routing_keys, self.scales, self.content = [], [], []  # by layer
+        G, D, C = bank.layout.kv_heads, bank.layout.head_dim, self.ends[-1]
+        plan, int8 = bank.plan(positions), routing_keys == "int8"
         for layer in range(bank.layout.layers):
-            keys = torch.empty(self.ends[-1], G, D, dtype=getattr(torch, routing_keys))
-            scales = torch.empty(self.ends[-1] if routing_keys == "int8" else 0)
-            for rows, found in bank.routing_keys(layer, plan):
-                if routing_keys == "int8":
-                    keys[rows], scales[rows] = quantize(to_tensor(found))
+            keys = torch.empty(C, G, D, dtype=getattr(torch, routing_keys))
+            scales = torch.empty(C) if int8 else None
+            for rows, tile in bank.routing_keys(layer, plan):
+                if int8:
+                    keys[rows], scales[rows] = quantize(to_tensor(tile))
                 else:
-                    keys[rows] = to_tensor(found)
+                    keys[rows] = to_tensor(tile)
                 if progress:
-                    progress(found.nbytes)
-            self.keys.append(keys.to(device))
-            self.scales.append(scales.to(device) if routing_keys == "int8" else None)
+                    progress(tile.nbytes)
+            self.routing_keys.append(keys.to(device))
+            self.scales.append(scales.to(device) if int8 else None)
             if host:
-                parts = [bank.content(layer, position) for position in positions]
-                content = to_tensor(np.concatenate([part for part, _ in parts]))
-                scales = torch.from_numpy(np.concatenate([scale for _, scale in parts])) if parts[0][1] is not None else None
-                self.content.append((content, scales))
+                content, scales = zip(*(bank.content(layer, position) for position in positions))
+                scales = None if scales[0] is None else torch.from_numpy(np.concatenate(scales))
+                self.content.append((to_tensor(np.concatenate(content)), scales))
 
     def keep(self, bank):
         """Let the documents go that are no longer in the bank, or have another text there."""
         self.alive &= held_by(bank, self.numbers, self.digests)
-        self.alive_on_device = None if self.alive.all() else torch.from_numpy(self.alive).to(self.offsets.device)
+        self.alive_on_device = None
+        if not self.alive.all():
+            self.alive_on_device = torch.from_numpy(self.alive).to(self.offsets.device)
 
 
 def held_by(bank, numbers, digests):
@@ -211,16 +216,21 @@ def held_by(bank, numbers, digests):
 
 
 class ParallelMemory:
-    """A bank as a model reads it: the counterpart of model.Memory for memories that are too large for one tensor, or one device.
+    """A bank as a model reads it: what model.Memory is for memories that fit into one tensor and one device.
 
-    Documents are positions in the order of their numbers, as in Memory; `numbers` and `texts` say what they are.
-    Memory: on the device C / world * W bytes of routing keys a layer (int8; twice that in bfloat16), on the host the bank's table (about 60
-    bytes a document) and, with content="host", the content of the rank's own documents. Scoring adds 4 * B bytes a chunk, and a tile.
+    Documents are positions in the order of numbers, as in Memory; `numbers` and `texts` say what they are.
+    The device holds C / world * G * D bytes of routing keys a layer (int8; twice that in bfloat16), the host
+    the bank's table (about 60 bytes a document) and, with content="host", content of the rank's documents.
+    Scoring adds 4 * B bytes a chunk, and a tile.
     """
 
     def __init__(self, bank, device, ranks, routing_keys="bfloat16", content="disk", progress=None):
-        """routing_keys: bfloat16 or int8, on the device; content: "disk", read when a document is selected, or "host", held in RAM."""
-        self.device, self.ranks, self.kind, self.host, self.progress = device, ranks, routing_keys, content == "host", progress
+        """routing_keys: bfloat16 or int8, on the device; progress: called with bytes read.
+
+        content: "disk", read when a document is selected, or "host", held in RAM.
+        """
+        self.device, self.ranks, self.progress = device, ranks, progress
+        self.routing_keys, self.host = routing_keys, content == "host"
         self.bank, self.blocks = ranks.same(bank), []
         self.load(np.arange(len(self.bank)))
 
@@ -238,13 +248,16 @@ class ParallelMemory:
 
     def load(self, positions):
         """Hold this rank's share of the documents at `positions`: one more block."""
-        stored = positions[np.lexsort((self.bank.row_of[positions], self.bank.segment_of[positions]))]  # neighbours on disk stay together
-        owner = (deal(self.bank.chunks[stored], self.ranks.world) + len(self.bank)) % self.ranks.world  # else rank 0 gets every single one
+        order = np.lexsort((self.bank.row_of[positions], self.bank.segment_of[positions]))
+        stored = positions[order]  # neighbours on disk stay together
+        turn = len(self.bank)  # documents that come one at a time go to one rank after another
+        owner = (deal(self.bank.chunks[stored], self.ranks.world) + turn) % self.ranks.world
         self.hold(np.sort(stored[owner == self.ranks.rank]))
 
     def hold(self, positions):
         if len(positions):
-            self.blocks.append(Block(self.bank, positions, self.device, self.kind, self.host, self.progress))
+            block = Block(self.bank, positions, self.device, self.routing_keys, self.host, self.progress)
+            self.blocks.append(block)
         self.index()
 
     def index(self):
@@ -256,7 +269,7 @@ class ParallelMemory:
         self.numbers_on_device = torch.from_numpy(self.bank.numbers).to(self.device)
 
     def refresh(self):
-        """Follow the bank: documents that came are loaded, those that went are no longer found. Collective."""
+        """Follow the bank: load documents that came, find those that went no longer. Collective."""
         before, bank = self.bank, self.ranks.same(self.bank.refresh())
         if bank is before:
             return
@@ -264,33 +277,38 @@ class ParallelMemory:
             block.keep(bank)
         self.bank = bank
         self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
-        alive = [int(block.alive.sum()) for block in self.blocks]
-        first = 0 if alive and alive[0] < len(self.blocks[0].alive) // 2 else 1         # the first is the large one
-        if first == 0 or len(self.blocks) > 8:  # mostly dead, or in many pieces: join them
-            joined = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
+        first = 1  # the first block is the large one: it stays unless it is mostly dead
+        if self.blocks and self.blocks[0].alive.sum() < len(self.blocks[0].alive) // 2:
+            first = 0
+        if first == 0 or len(self.blocks) > 8:  # join the others
+            numbers = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
             self.blocks = self.blocks[:first]
-            self.hold(np.searchsorted(bank.numbers, np.sort(joined)))
+            self.hold(np.searchsorted(bank.numbers, np.sort(numbers)))
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def select(self, layer, routing_query, routing_mask, top_k, force=None):
-        """As Memory.select: the layer's own best documents of every question, and their content. Collective; no gradients."""
+        """As Memory.select: the layer's best documents of every question, and their content. Collective."""
         B = len(routing_query)
-        scores, numbers = [torch.full((B, top_k), float("-inf"), device=self.device)], [torch.full((B, top_k), -1, device=self.device)]
+        scores = [torch.full((B, top_k), float("-inf"), device=self.device)]
+        numbers = [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
-            documents, best = select_documents(routing_query, routing_mask, block.keys[layer], block.offsets, top_k, block.scales[layer],
-                                               block.alive_on_device, self.bank.layout.unit_keys)
+            documents, best = select_documents(
+                routing_query, routing_mask, block.routing_keys[layer], block.offsets, top_k,
+                block.scales[layer], block.alive_on_device, self.bank.layout.unit_keys)
             scores.append(best)
             numbers.append(block.numbers_on_device[documents].masked_fill(documents < 0, -1))
         scores, numbers = best_of(torch.cat(scores, 1), torch.cat(numbers, 1), top_k)
         if self.ranks.world > 1:
-            found = self.ranks.gather(torch.stack([scores.double(), numbers.double()]))                 # exact: numbers are below 2^53
-            scores, numbers = best_of(*found.permute(1, 2, 0, 3).flatten(2), top_k)
+            both = torch.stack([scores.double(), numbers.double()])         # exact: numbers are below 2^53
+            everyone = self.ranks.gather(both).permute(1, 2, 0, 3).flatten(2)   # (2, B, world * top_k)
+            scores, numbers = best_of(*everyone, top_k)
             scores, numbers = scores.float(), numbers.long()
         documents = torch.searchsorted(self.numbers_on_device, numbers).masked_fill(numbers < 0, -1)
-        union = documents[documents >= 0].unique()                                      # in the order of numbers
+        union = documents[documents >= 0].unique()                          # in the order of numbers
         positions = union.cpu().numpy()
-        ends = memory_bank.ends_of(self.bank.chunks[positions] if len(positions) else np.zeros(1, np.int64))  # none: one without chunks
+        chunks = self.bank.chunks[positions] if len(positions) else [0]     # none: one without chunks
+        ends = memory_bank.ends_of(chunks)
         local = torch.searchsorted(union, documents).masked_fill(documents < 0, -1)
         index, slots, owner = document_slots(local, torch.from_numpy(ends).to(self.device))
         keys, values = self.fetch(layer, positions, ends)
@@ -298,17 +316,19 @@ class ParallelMemory:
 
     def fetch(self, layer, positions, ends):
         """Keys and values of these documents, (C', G, D) each: every rank brings its own."""
-        G, D = self.bank.layout.kv_heads, self.bank.layout.head_dim
-        found = torch.zeros(ends[-1], 2, G, D, dtype=torch.bfloat16 if self.bank.layout.content == "bfloat16" else torch.float32,
-                            pin_memory=self.device.type == "cuda")
-        for i, position in enumerate(positions):
+        layout = self.bank.layout
+        dtype = torch.bfloat16 if layout.content == "bfloat16" else torch.float32
+        rows = torch.zeros(ends[-1], 2, layout.kv_heads, layout.head_dim, dtype=dtype,
+                           pin_memory=self.device.type == "cuda")
+        for start, stop, position in zip(ends, ends[1:], positions):
             if self.block_of[position] >= 0:
                 content, scales = self.content(layer, position)
-                found[ends[i]:ends[i + 1]] = content if scales is None else content * scales[:, :, None, None]
-        found = self.ranks.sum(found.to(self.device))                                   # others' rows are zero: the sum is exact
-        return found[:, 0].contiguous(), found[:, 1].contiguous()
+                rows[start:stop] = content if scales is None else content * scales[:, :, None, None]
+        rows = self.ranks.sum(rows.to(self.device))  # what other ranks own is zero here: the sum is exact
+        return rows[:, 0].contiguous(), rows[:, 1].contiguous()
 
     def content(self, layer, position):
+        """A document's keys and values (chunks, 2, G, D), and scales or None, from the host or the disk."""
         block = self.blocks[self.block_of[position]]
         if not block.content:
             content, scales = self.bank.content(layer, position)

@@ -18,8 +18,11 @@ parsed for special tokens.
 import re
 from pathlib import Path
 
-from checkpoint import read_json
+import torch
+
+from checkpoint import find, read_json
 from common import UserError, atomic_file
+from model import MSA
 from tokenizer import Tokenizer
 from tokenizer_json import read_tokenizer_json
 
@@ -150,3 +153,13 @@ class MSATokenizer(ChatTokenizer):
 
     def end_of_retrieval_prompt(self, text):
         return [*self.im_start, *self.encode(f"The user's question is: {text}\n"), *self.ref_end]
+
+
+def load_checkpoint(name, device, dtype=torch.float32):
+    """(model, tokenizer) of a checkpoint, a folder or a name on the Hugging Face Hub; weights in `dtype`.
+
+    Raises UserError when they do not belong together.
+    """
+    folder = find(name)
+    model = MSA.from_pretrained(folder, device, dtype)
+    return model, load_tokenizer(folder, model.config)

@@ -24,8 +24,15 @@ from common import UserError, autocast, write_json
 from documents import bm25_search, read_beir, read_squad
 from memory import Cache, hit_rate
 from model import MSA, contrastive_loss, rope_angles
-from msa_kernel import (chunk_means, chunk_offsets, group_queries, ranges, route, sparse_attention,
-                        top_documents)
+from msa_kernel import (
+    chunk_means,
+    chunk_offsets,
+    group_queries,
+    ranges,
+    route,
+    sparse_attention,
+    top_documents,
+)
 from prompts import load_tokenizer
 
 RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted

@@ -1,9 +1,10 @@
-"""Compile every Triton kernel for sm_80 or sm_90 as a GPU would be asked to, without one: registers, spills, stack, shared memory.
+"""Compile every Triton kernel for sm_80 or sm_90 without a GPU: registers, spills, stack, shared memory.
 
-    python tests/compile_kernels.py [80|90]   # a table; exit code 1 where one does not compile, spills, or does not fit
+    python tests/compile_kernels.py [80|90]   # a table; exit code 1 if one fails, spills or does not fit
 
-The launchers of msa_kernel.py run as they are, forward and backward, on small CPU tensors of the real head sizes; `compile_kernel`
-stands in for the GPU. A process of its own: Triton's interpreter and its compiler do not go together.
+The launchers of msa_kernel.py run as they are, forward and backward, on small CPU tensors of the real head
+sizes; `compile_kernel` stands in for the GPU. A process of its own: Triton's interpreter and its compiler do
+not go together.
 """
 import json
 import re
@@ -21,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msa_kernel as K  # noqa: E402
 
 SHARED = {80: 166912, 90: 232448}  # bytes of shared memory that one block may have: A100, H100
-SHAPES = {"Qwen3-4B": (32, 8, 128, torch.bfloat16), "demo": (4, 2, 32, torch.float32)}  # H, G, D and the type of everything
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int32: "i32",
-         torch.int64: "i64", torch.bool: "i1"}
+# H, G, D and the type of everything
+SHAPES = {"Qwen3-4B": (32, 8, 128, torch.bfloat16), "demo": (4, 2, 32, torch.float32)}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
+         torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 
@@ -56,14 +58,17 @@ class Compiler:
                 signature[p.name] = "i32"
                 if value % 16 == 0:
                     aligned[(p.num,)] = [["tt.divisibility", 16]]
-        built = triton.compile(ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=aligned),
-                               target=GPUTarget("cuda", ARCH, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=aligned)
+        options = dict(num_warps=num_warps, num_stages=num_stages)
+        built = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True,
+                                   check=True).stdout
         number = lambda word: int(re.search(rf"{word}:(\d+)", usage)[1])
-        row = dict(kernel=self.kernel.__name__, shape=self.label, arch=ARCH, registers=number("REG"), stack=number("STACK"),
+        row = dict(kernel=self.kernel.__name__, shape=self.label, arch=ARCH, registers=number("REG"),
+                   stack=number("STACK"),
                    local=number("LOCAL"), shared=built.metadata.shared, shared_limit=SHARED[ARCH])
         if row not in self.rows:
             self.rows.append(row)
@@ -74,13 +79,15 @@ def launch_all(H, G, D, dtype):
     M, L, B, T, past, C = 4, 128, 2, 64, 32, 8
     new = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=True)
     lengths, offsets = torch.full((M,), L), torch.arange(M + 1) * 2
-    sum(x.sum() for x in K.pool_chunks(new(M, L, G, D), new(M, L, G, D), new(M, L, G, D), lengths, 64)).backward()
+    pooled = K.pool_chunks(new(M, L, G, D), new(M, L, G, D), new(M, L, G, D), lengths, 64)
+    sum(x.sum() for x in pooled).backward()
     query, mask = torch.randn(B, T, G * D, requires_grad=True), torch.ones(B, T, dtype=torch.bool)
     K.route(query, mask, new(C, G, D), offsets).sum().backward()
     with torch.no_grad():
         for t in (16, T):
             K.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), new(C, G, D), offsets)
-            K.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))
+            K.route(query[:, :t].contiguous(), mask[:, :t].contiguous(),
+                    torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))
     index, slots = torch.arange(C).expand(B, -1), torch.full((B,), C)
     local, memory = (new(B, T, G, D), new(B, T, G, D)), (new(C, G, D), new(C, G, D))
     for bias in (None, torch.zeros(B, C)):
@@ -93,7 +100,8 @@ def launch_all(H, G, D, dtype):
 def script():
     K.KERNEL, rows = "triton", []
     kernels = [name for name, value in vars(K).items() if isinstance(value, triton.JITFunction)]
-    launched = [Compiler(getattr(K, name), rows) for name in kernels if getattr(K, name).__doc__.startswith("Program")]
+    launched = [Compiler(getattr(K, name), rows)
+                for name in kernels if getattr(K, name).__doc__.startswith("Program")]
     for compiler in launched:
         setattr(K, compiler.kernel.__name__, compiler)
     for label, shape in SHAPES.items():
@@ -101,12 +109,14 @@ def script():
             compiler.label = label
         launch_all(*shape)
     wrong = [row for row in rows if row["stack"] or row["local"] or row["shared"] > row["shared_limit"]]
-    print(json.dumps(rows) if "--json" in sys.argv else "\n".join(
-        f"{r['kernel']:22} {r['shape']:9} sm_{r['arch']}  {r['registers']:3} registers, stack {r['stack']}, "
-        f"shared {r['shared']:6} of {r['shared_limit']}{' <- too large' if r in wrong else ''}" for r in rows))
+    line = lambda r: (f"{r['kernel']:22} {r['shape']:9} sm_{r['arch']}  {r['registers']:3} registers, "
+                      f"stack {r['stack']}, shared {r['shared']:6} of {r['shared_limit']}"
+                      f"{' <- too large' if r in wrong else ''}")
+    print(json.dumps(rows) if "--json" in sys.argv else "\n".join(map(line, rows)))
     missing = {c.kernel.__name__ for c in launched} - {r["kernel"] for r in rows}
     if missing or wrong:
-        sys.exit(f"never launched: {sorted(missing)}; spilled or too large: {[(r['kernel'], r['shape'], r['arch']) for r in wrong]}")
+        failed = [(r["kernel"], r["shape"], r["arch"]) for r in wrong]
+        sys.exit(f"never launched: {sorted(missing)}; spilled or too large: {failed}")
 
 
 if __name__ == "__main__":

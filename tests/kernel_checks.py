@@ -1,9 +1,10 @@
-"""The Triton kernels against an oracle in double precision, forward and gradients: the cases and the comparison.
+"""The Triton kernels against an oracle in double precision, forward and gradients: cases and comparison.
 
-    python tests/kernel_checks.py      # on a GPU: every case in float32, float16 and bfloat16; exit code 1 where one is wrong
+    python tests/kernel_checks.py      # on a GPU: all cases and types; exit code 1 if one is wrong
 
-tests/test_msa_kernel.py runs the same cases in Triton's interpreter on a CPU (float32 and float16: it has no bfloat16). Imports torch and
-triton only. Oracle and kernel get the same inputs, rounded to the type under test; errors are ||found - expected|| / ||expected||.
+tests/test_msa_kernel.py runs the same cases in Triton's interpreter on a CPU (float32 and float16: it has no
+bfloat16). Imports torch and triton only. Oracle and kernel get the same inputs, rounded to the type under
+test; errors are ||found - expected|| / ||expected||.
 """
 import sys
 from pathlib import Path
@@ -15,20 +16,23 @@ import reference  # noqa: E402
 
 import msa_kernel as K  # noqa: E402
 
-TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-3, 1e-2), torch.bfloat16: (1e-2, 4e-2)}  # forward, gradients
+# forward, gradients
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-3, 1e-2), torch.bfloat16: (1e-2, 4e-2)}
 HEADS = [(1, 1, 16), (3, 1, 64), (8, 2, 96), (6, 2, 16), (4, 4, 128)]  # H, G, D: ratios 1, 3 and 4
 
 # lengths, chunk size, closing tokens, G, D
-POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65, 129], 64, 0, 1, 128), ([7, 2, 5], 1, 0, 3, 10),
-        ([5, 2, 6, 3, 8, 9], 4, 2, 2, 64), ([5, 68, 69, 70], 64, 5, 1, 16)]
+POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65, 129], 64, 0, 1, 128),
+        ([7, 2, 5], 1, 0, 3, 10), ([5, 2, 6, 3, 8, 9], 4, 2, 2, 64), ([5, 68, 69, 70], 64, 5, 1, 16)]
 # chunks of each document, tokens, which of 3 questions' tokens route, (H, G, D)
 ROUTE = [([1], 1, "all", HEADS[0]), ([1, 1, 1], 3, "all", HEADS[1]), ([2, 1, 4, 3, 1], 5, "some", HEADS[2]),
-         ([3, 70, 1, 129, 2], 5, "some", HEADS[3]), ([1] * 300, 2, "some", HEADS[0]), ([2, 2], 70, "late", HEADS[4]),
-         ([1, 2], 20, "none", HEADS[3])]
+         ([3, 70, 1, 129, 2], 5, "some", HEADS[3]), ([1] * 300, 2, "some", HEADS[0]),
+         ([2, 2], 70, "late", HEADS[4]), ([1, 2], 20, "none", HEADS[3])]
 # tokens, past, slots of 3 questions (None: no memory), prefix, bias, (H, G, D)
-ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEADS[1]), (5, 0, [0, 0, 0], 0, False, HEADS[2]),
-          (5, 2, [3, 3, 2], 4, True, HEADS[3]), (3, 2, [1, 3, 2], 9, True, HEADS[4]), (70, 3, [70, 1, 65], 0, True, HEADS[0]),
-          (23, 50, [3, 67, 0], 60, False, HEADS[3]), (6, 3, None, 0, False, HEADS[1]), (2, 70, [40, 33, 32], 0, False, HEADS[4])]
+ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEADS[1]),
+          (5, 0, [0, 0, 0], 0, False, HEADS[2]), (5, 2, [3, 3, 2], 4, True, HEADS[3]),
+          (3, 2, [1, 3, 2], 9, True, HEADS[4]), (70, 3, [70, 1, 65], 0, True, HEADS[0]),
+          (23, 50, [3, 67, 0], 60, False, HEADS[3]), (6, 3, None, 0, False, HEADS[1]),
+          (2, 70, [40, 33, 32], 0, False, HEADS[4])]
 
 
 def random(*shape, seed, dtype, device):
@@ -36,14 +40,18 @@ def random(*shape, seed, dtype, device):
 
 
 def compare(kernel, oracle, inputs):
-    """Errors of a kernel's outputs and of its gradients of a fixed random projection, the worst of each: (forward, gradient)."""
-    fast, slow = ([x.detach().clone().requires_grad_() for x in inputs], [x.detach().cpu().double().requires_grad_() for x in inputs])
+    """Errors of a kernel's outputs and of its gradients of a fixed random projection, the worst of each:
+    (forward, gradient)."""
+    fast = [x.detach().clone().requires_grad_() for x in inputs]
+    slow = [x.detach().cpu().double().requires_grad_() for x in inputs]
     found, expected = kernel(*fast), oracle(*slow)
     gradients, worst = [], []
-    for outputs in (found, expected):
-        total = sum((x.double().cpu() * torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)).sum()
-                    for i, x in enumerate(outputs))
-        gradients.append(torch.autograd.grad(total, fast if outputs is found else slow, allow_unused=True) if total.requires_grad else ())
+    for outputs, inputs in ((found, fast), (expected, slow)):
+        total = 0
+        for i, x in enumerate(outputs):
+            weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            total = total + (x.double().cpu() * weights).sum()
+        gradients.append(torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else ())
     for pairs in (zip(found, expected), zip(*gradients)):
         errors = torch.tensor([error(a, b) for a, b in pairs] or [0.0])
         worst.append(float(errors.max()))  # not Python's max, which can lose a NaN
@@ -52,7 +60,8 @@ def compare(kernel, oracle, inputs):
 
 def error(found, expected):
     """||found - expected|| / ||expected||; an input that does not matter has no gradient or zero."""
-    found, expected = (torch.zeros(1, dtype=torch.float64) if x is None else x.detach().double().cpu() for x in (found, expected))
+    found, expected = (torch.zeros(1, dtype=torch.float64) if x is None else x.detach().double().cpu()
+                       for x in (found, expected))
     norm = float(expected.norm())
     return float((found - expected).norm()) / (norm or 1.0)
 
@@ -64,7 +73,8 @@ def pool_by_hand(inputs, lengths, size, last):
     return *pooled[:2], pooled[2] / pooled[2].norm(dim=-1, keepdim=True)
 
 
-def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None, prefix_length=0, bias=None):
+def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None, index=None, slots=None,
+                      prefix_length=0, bias=None):
     """What sparse_attention returns, token by token."""
     rows, past = [], keys.size(1) - query.size(1)
     for b in range(len(query)):
@@ -72,13 +82,15 @@ def attention_by_hand(query, keys, values, memory_keys=None, memory_values=None,
             chunks = [] if index is None or past + t < prefix_length else index[b, :slots[b]].tolist()
             seen_keys = [memory_keys[c] for c in chunks] + list(keys[b, :past + t + 1])
             seen_values = [memory_values[c] for c in chunks] + list(values[b, :past + t + 1])
-            rows.append(reference.attend(query[b, t], seen_keys, seen_values, [] if bias is None else bias[b, :len(chunks)].tolist()))
+            rows.append(reference.attend(query[b, t], seen_keys, seen_values,
+                                         [] if bias is None else bias[b, :len(chunks)].tolist()))
     return torch.stack(rows).view(query.shape)
 
 
 def check_pool(case, dtype, device="cpu"):
     lengths, size, last, G, D = case
-    inputs = [random(len(lengths), max(lengths) + 1, G, D, seed=i, dtype=dtype, device=device) for i in range(3)]
+    inputs = [random(len(lengths), max(lengths) + 1, G, D, seed=i, dtype=dtype, device=device)
+              for i in range(3)]
     for x in inputs:
         for m, length in enumerate(lengths):
             x[m, length:] = 100  # padding must not matter
@@ -87,7 +99,8 @@ def check_pool(case, dtype, device="cpu"):
 
 
 def routes(kind, T):
-    """(3, T): the tokens that route; the second question of "none" has none, and those of "late" lie in the second tile."""
+    """(3, T): the tokens that route; the second question of "none" has none, and those of "late" lie in the
+    second tile."""
     mask = torch.rand(3, T, generator=torch.Generator().manual_seed(T)) < 0.6
     mask[:, -1] = True
     if kind == "late":
@@ -100,14 +113,17 @@ def routes(kind, T):
 def check_route(case, dtype, device="cpu", int8=False):
     counts, T, kind, (_, G, D) = case
     offsets, mask = torch.tensor([0, *counts]).cumsum(0), routes(kind, T)
-    query = random(3, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()  # the kernels round it
+    # the kernels round it
+    query = random(3, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()
     keys, scales = random(sum(counts), G, D, seed=2, dtype=dtype, device=device), None
     if int8:
         keys, scales = K.quantize(keys.float())
 
     def oracle(query, keys):
-        return [torch.stack([torch.stack([(query[b, mask[b]] @ keys[offsets[m]:offsets[m + 1]].flatten(1).T).amax()
-                                          for m in range(len(counts))]) for b in range(3) if mask[b].any()])]
+        spans = [slice(*offsets[m:m + 2]) for m in range(len(counts))]
+        best = lambda b, span: (query[b, mask[b]] @ keys[span].flatten(1).T).amax()
+        return [torch.stack([torch.stack([best(b, span) for span in spans])
+                             for b in range(3) if mask[b].any()])]
 
     def kernel(query, keys=keys):
         scores = K.route(query, mask.to(device), keys, offsets.to(device), scales)
@@ -123,19 +139,23 @@ def check_route(case, dtype, device="cpu", int8=False):
 def check_attention(case, dtype, device="cpu"):
     T, past, slots, prefix, biased, (H, G, D) = case
     shapes = [(3, T, H, D), (3, T + past, G, D), (3, T + past, G, D)] + [(80, G, D)] * 2 * (slots is not None)
-    inputs, chosen = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)], []
+    inputs = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
+    chosen = []
     if slots is not None:
-        index = torch.stack([torch.randperm(79, generator=torch.Generator().manual_seed(b))[:max(slots)] + 1 for b in range(3)])
+        index = torch.stack([torch.randperm(79, generator=torch.Generator().manual_seed(b))[:max(slots)] + 1
+                             for b in range(3)])
         beyond = torch.arange(max(slots)) >= torch.tensor(slots)[:, None]
         index = index.masked_fill(beyond, 0)
         bias = None
         if biased:
-            bias = (4 * torch.randn(3, max(slots), generator=torch.Generator().manual_seed(9))).masked_fill(beyond, torch.nan)
+            bias = 4 * torch.randn(3, max(slots), generator=torch.Generator().manual_seed(9))
+            bias = bias.masked_fill(beyond, torch.nan)
         with torch.no_grad():
             inputs[3][0] += 10  # what unused slots point at: it must not be read through them
         chosen = [index, torch.tensor(slots), prefix, bias]
     on_device = [x.to(device) if isinstance(x, torch.Tensor) else x for x in chosen]
-    return compare(lambda *xs: [K.sparse_attention(*xs, *on_device)], lambda *xs: [attention_by_hand(*xs, *chosen)], inputs)
+    return compare(lambda *xs: [K.sparse_attention(*xs, *on_device)],
+                   lambda *xs: [attention_by_hand(*xs, *chosen)], inputs)
 
 
 def script():
@@ -148,7 +168,8 @@ def script():
                 errors = check(case, dtype, device)
                 wrong = not all(e <= limit for e, limit in zip(errors, limits))  # NaN is wrong
                 failures += wrong
-                print(f"{'WRONG' if wrong else 'right'} {check.__name__} {case} {dtype}: {errors[0]:.1e}, gradients {errors[1]:.1e}")
+                print(f"{'WRONG' if wrong else 'right'} {check.__name__} {case} {dtype}: "
+                      f"{errors[0]:.1e}, gradients {errors[1]:.1e}")
     for case in ROUTE:
         errors = check_route(case, torch.float32, device, int8=True)
         wrong = not errors[0] <= 1e-4

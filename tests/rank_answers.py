@@ -1,9 +1,10 @@
-"""Answers of a bank as several ranks give them: what tests/test_memory_parallel.py and a longer run by hand compare.
+"""Answers of a bank as several ranks give them, for tests/test_memory_parallel.py and longer runs by hand.
 
-    torchrun --nproc_per_node=4 tests/rank_answers.py CHECKPOINT BANK QUESTIONS.json OUT.json [--routing-keys int8]
+    torchrun --nproc_per_node=4 tests/rank_answers.py CHECKPOINT BANK QUESTIONS.json OUT.json
 
-QUESTIONS is a list of strings. Rank 0 writes for each: the answer; of every round what was routed to (number, score), named, appended.
---stall R: rank R sleeps before the second question. --kill R: it ends there.
+QUESTIONS is a list of strings. Rank 0 writes for each the answer and what every round routed to (number,
+score), named and appended. --routing-keys int8: as the devices hold them. --stall R: rank R sleeps before the
+second question. --kill R: it ends there.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ from common import main  # noqa: E402
 from interleave import InterleaveConfig, answer_question  # noqa: E402
 from memory_bank import Bank  # noqa: E402
 from memory_parallel import ParallelMemory, Ranks  # noqa: E402
-from sample import load_checkpoint  # noqa: E402
+from prompts import load_checkpoint  # noqa: E402
 
 
 def script():

@@ -1,4 +1,5 @@
-"""The benchmarks at toy sizes, on the reference and on the kernels: that they run, count what they claim and need few packages."""
+"""The benchmarks at toy sizes, on the reference and on the kernels: that they run, count what they claim and
+need few packages."""
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch
 import bench
 import msa_kernel
 
-TRAIN = ("toy", dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+TRAIN = ("toy",
+         dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
                      num_key_value_heads=1, head_dim=8, chunk_size=4, top_k=2, score_bias=True), 4, 6, 3, 8)
 
 
@@ -26,20 +28,27 @@ def toy(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_all_benchmarks(toy, kernel, monkeypatch):
-    """A GPU's half hour would end in a typing error; the kernels would race against themselves; training would follow another curve."""
+    """A GPU's half hour would end in a typing error; the kernels would race against themselves; training
+    would follow another curve."""
     if kernel == "triton":
         pytest.importorskip("triton")
     monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
     bench.bench_route(toy, 100, (5,))
-    bench.bench_attend(toy, [("prefill", 2, 3, 1, False), ("decode", 2, 1, 4, False), ("training", 2, 5, 0, True)], slots=3, chunks=8)
+    bench.bench_attend(toy,
+                       [("prefill", 2, 3, 1, False), ("decode", 2, 1, 4, False), ("training", 2, 5, 0, True)],
+                       slots=3, chunks=8)
     bench.bench_pool(toy, 2, 70)
     bench.bench_train(toy, [TRAIN], steps=3)
     rows = list(toy.rows)
-    assert len(rows) == 3 + 3 + 2 + 1 and all(row["seconds"] > 0 and row["floor_over_time"] > 0 for row in rows)
+    assert len(rows) == 3 + 3 + 2 + 1
+    assert all(row["seconds"] > 0 and row["floor_over_time"] > 0 for row in rows)
     assert rows[0]["note"] == "same 16: 16"
-    assert [row["bytes"] for row in rows[:3]] == [100 * 32 * size for size in (4, 2, 1)] and rows[0]["operations"] == 2 * 5 * 32 * 100
-    assert rows[4]["operations"] == 4 * 16 * 4 * 2 * (3 + 5)  # one token each sees 3 slots, 4 of the past and itself
-    assert [set(row["peers_over_ours"]) for row in rows[3:]] == [{"reference"} if kernel == "triton" else set()] * 6
+    assert [row["bytes"] for row in rows[:3]] == [100 * 32 * size for size in (4, 2, 1)]
+    assert rows[0]["operations"] == 2 * 5 * 32 * 100
+    # one token each sees 3 slots, 4 of the past and itself
+    assert rows[4]["operations"] == 4 * 16 * 4 * 2 * (3 + 5)
+    peers = {"reference"} if kernel == "triton" else set()
+    assert [set(row["peers_over_ours"]) for row in rows[3:]] == [peers] * 6
     assert msa_kernel.KERNEL == kernel
     if kernel == "triton":
         assert float(rows[-1]["note"].split()[2]) < 1e-5, rows[-1]["note"]
@@ -47,17 +56,23 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
 
 def test_memory_benchmarks(toy, monkeypatch):
     """Bytes of 100M tokens would be counted wrongly; a bank's times would be those of another."""
-    monkeypatch.setattr(bench, "SHAPE", bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
+    monkeypatch.setattr(bench, "SHAPE",
+                        bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
     bench.bench_random_memory(toy, fraction=1e6 / bench.free_bytes())
-    assert [row["what"].split(",")[0].split()[1] for row in toy.rows] == ["bfloat16", "bfloat16", "int8", "int8"]
-    for row, (keys, content) in zip(toy.rows, ((128, 256), (128, 256), (72, 144), (72, 144))):  # bytes of a chunk; int8 with scales
+    kinds = [row["what"].split(",")[0].split()[1] for row in toy.rows]
+    assert kinds == ["bfloat16", "bfloat16", "int8", "int8"]
+    # bytes of a chunk; int8 with scales
+    for row, (keys, content) in zip(toy.rows, ((128, 256), (128, 256), (72, 144), (72, 144))):
         full = "full" in row["what"]
         assert row["bytes"] % keys == 0 and (row["bytes"] / keys + full) * (keys + content) >= 0.9e6 / 2
         each = 1 / 64 if full else 2 / 75
-        assert f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB" in row["note"]
+        sizes = f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB"
+        assert sizes in row["note"]
     bench.bench_bank(toy, lengths=(2000, 4000), questions=2)
     for row, tokens in zip(toy.rows[4:], (2000, 4000)):
-        assert tokens - 60 < row["tokens"] <= tokens and set(row["seconds"]) == set(bench.TIMES) and min(row["seconds"].values()) > 0
+        assert tokens - 60 < row["tokens"] <= tokens
+        assert set(row["seconds"]) == set(bench.TIMES)
+        assert min(row["seconds"].values()) > 0
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -66,15 +81,23 @@ def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "pool", "--device", "cpu", "--json", str(tmp_path)])
     bench.script()
     file, = tmp_path.iterdir()
-    assert file.name == f"bench-{torch.get_num_threads()}-cpu-threads.json" and json.loads(file.read_text())["rows"] == [{"what": "pool"}]
+    assert file.name == f"bench-{torch.get_num_threads()}-cpu-threads.json"
+    assert json.loads(file.read_text())["rows"] == [{"what": "pool"}]
     assert f"wrote {file}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["bench", "tests/kernel_checks"])
 def test_needs_only_torch(module):
     """`make gpu` would fail on a machine that has torch, triton and numpy only."""
-    blocked = ("tyro", "safetensors", "tqdm", "tiktoken", "rustbpe", "wonderwords", "matplotlib", "bm25s", "pytest")
+    blocked = ("tyro", "safetensors", "tqdm", "tiktoken", "rustbpe", "wonderwords", "matplotlib", "bm25s",
+               "pytest")
     path, name = ("tests", module.split("/")[1]) if "/" in module else (".", module)
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path.insert(0, {path!r}); import {name}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=bench.__file__.rsplit("/", 1)[0], capture_output=True, text=True)
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+sys.path.insert(0, {path!r})
+import {name}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=bench.__file__.rsplit("/", 1)[0],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

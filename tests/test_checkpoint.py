@@ -14,7 +14,7 @@ import checkpoint as layout
 from checkpoint import INDEX, WEIGHTS, Weights, find
 from common import UserError
 from model import MSA, Cache, ModelConfig
-from sample import load_checkpoint
+from prompts import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(vocab_size=97, intermediate_size=48, num_hidden_layers=4, head_dim=16)

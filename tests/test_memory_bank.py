@@ -1,4 +1,4 @@
-"""The bank on disk against an oracle, a dict of what it must hold; tests/torture.py kills it and damages it."""
+"""The bank on disk against an oracle, a dict of what it must hold; tests/torture.py kills and damages it."""
 import dataclasses
 import json
 import os
@@ -37,7 +37,8 @@ HELD = {0: 0, 1: 0, 3: 0, 4: 1, 5: 0}
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("seed", range(6))
 def test_any_order_of_changes(tmp_path, kind, seed):
-    """What was added would be missing, changed or found after it went; numbers would move; a rewritten bank would hold something else."""
+    """What was added would be missing, changed or found after it went; numbers would move; a rewritten bank
+    would hold something else."""
     rng, versions, following = random.Random(seed), {}, 0
     with torture.small_segments(), Writer(tmp_path / "bank", LAYOUTS[kind]) as writer:
         before = None
@@ -53,7 +54,8 @@ def test_any_order_of_changes(tmp_path, kind, seed):
 
 
 def test_merge_leaves_few_segments(tmp_path):
-    """A bank of many small changes would need a file for each for ever; or every change would rewrite a large bank."""
+    """A bank of many small changes would need a file for each for ever; or every change would rewrite a large
+    bank."""
     with Writer(tmp_path / "bank", LAYOUT) as writer:
         for number in range(memory_bank.MANY):
             writer.add(make(number, 0, LAYOUT))
@@ -81,7 +83,8 @@ def test_full_segments(tmp_path):
         start(tmp_path / "bank", LAYOUT, segments=30)
         with Writer(tmp_path / "bank") as writer:
             writer.compact()
-            sizes = [memory_bank.size_of(s.load(np.ones(s.entry["documents"], bool))) for s in writer.bank.segments]
+            sizes = [memory_bank.size_of(s.load(np.ones(s.entry["documents"], bool)))
+                     for s in writer.bank.segments]
     assert len(sizes) > 2 and all(2048 <= size < 4096 for size in sizes[:-1])
 
 
@@ -98,7 +101,8 @@ def test_a_reader_keeps_its_snapshot(bank):
 
 
 def test_readers_of_a_busy_bank(bank):
-    """Opening would fail when a writer replaces the segments between the reading of the manifest and of its segments."""
+    """Opening would fail when a writer replaces the segments between the reading of the manifest and of its
+    segments."""
     def write():
         with Writer(bank) as writer:
             for number in range(100, 140):
@@ -117,11 +121,19 @@ def test_readers_of_a_busy_bank(bank):
 
 def test_one_writer(bank):
     """Two writers would lose each other's documents; or a writer that died would lock the bank for ever."""
-    code = f"import sys; sys.path[:0] = ['.']\nfrom memory_bank import Writer\nwith Writer({str(bank)!r}):\n print(flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(memory_bank.__file__), stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
+    code = f"""
+import sys
+sys.path[:0] = ["."]
+from memory_bank import Writer
+with Writer({str(bank)!r}):
+    print(flush=True)
+    input()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(memory_bank.__file__),
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    with pytest.raises(UserError, match=rf"bank: another process is writing to this bank \(process {holder.pid}\); wait"):
+    message = rf"bank: another process is writing to this bank \(process {holder.pid}\); wait"
+    with pytest.raises(UserError, match=message):
         with Writer(bank):
             pass
     assert contents(Bank(bank)) == expected(HELD, LAYOUT)  # readers do not wait
@@ -136,12 +148,13 @@ def test_one_writer(bank):
 def test_numbers(bank):
     """A number would be given twice, or a document removed that is not there."""
     with Writer(bank) as writer:
-        with pytest.raises(UserError, match=r"two documents would have the same number \[3\]; nothing was added"):
+        with pytest.raises(UserError,
+                           match=r"two documents would have the same number \[3\]; nothing was added"):
             writer.add(make(3, 0, LAYOUT))
         with pytest.raises(UserError, match=r"two documents would have the same number \[7\]"):
             writer.add(join([make(7, 0, LAYOUT), make(7, 1, LAYOUT)]))
         with pytest.raises(UserError, match="two documents would have the same id"):
-            writer.add({**make(8, 0, LAYOUT), "keys": make(3, 0, LAYOUT)["keys"]})
+            writer.add({**make(8, 0, LAYOUT), "id_hashes": make(3, 0, LAYOUT)["id_hashes"]})
         with pytest.raises(UserError, match=r"bank: no document \[2\]"):
             writer.remove([2])
         writer.add(make(2, 5, LAYOUT))
@@ -151,8 +164,9 @@ def test_numbers(bank):
     assert contents(Bank(bank)) == expected({0: 0, 1: 0, 2: 5, 3: 0, 4: 1}, LAYOUT)
 
 
-@pytest.mark.parametrize("change", [dict(routing_keys=np.zeros((2, 1, 1, 4), np.float32)), dict(chunks=np.array([9], np.int32)),
-                                    dict(content=np.zeros((2, 7, 2, 1, 4), np.uint16)), dict(text=np.zeros(40, np.int32))])
+@pytest.mark.parametrize("change", [
+    dict(routing_keys=np.zeros((2, 1, 1, 4), np.float32)), dict(chunks=np.array([9], np.int32)),
+    dict(content=np.zeros((2, 7, 2, 1, 4), np.uint16)), dict(text=np.zeros(40, np.int32))])
 def test_wrong_records(tmp_path, change):
     """Records that do not fit the bank would be written and not be readable."""
     (tmp_path / "segments").mkdir()
@@ -189,7 +203,8 @@ def test_sums_cover_every_byte():
     ("source", lambda s: s.document(1), "the text of document [1] has a wrong checksum"),
     ("content", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
     ("scales", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
-    ("routing_keys", lambda s: list(s.routing_keys(0)), "its routing keys have a wrong checksum (layer 0, chunks from 0)"),
+    ("routing_keys", lambda s: list(s.routing_keys(0)),
+     "its routing keys have a wrong checksum (layer 0, chunks from 0)"),
     ("digests", None, "the checksum of its header and table is wrong"),
 ])
 def test_every_reader_checks(tmp_path, name, read, message):
@@ -202,7 +217,7 @@ def test_every_reader_checks(tmp_path, name, read, message):
     item = segment.read(name, slice(0, 1), *[0] * (name in ("content", "scales", "routing_keys"))).nbytes
     assert shape[0] and item
     data = bytearray(segment.path.read_bytes())
-    data[segment.at[name] + row * item] ^= 1
+    data[segment.begins[name] + row * item] ^= 1
     segment.path.write_bytes(data)
     with pytest.raises(UserError) as error:
         found, = Bank(tmp_path / "bank").segments
@@ -259,7 +274,8 @@ def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").unlink()
     (tmp_path / "segments").mkdir()
     (tmp_path / "segments" / "song.wav").write_text("x")
-    with pytest.raises(UserError, match="exists and is not a memory bank, or one that has lost its manifest.json"):
+    with pytest.raises(UserError,
+                       match="exists and is not a memory bank, or one that has lost its manifest.json"):
         Writer(tmp_path, LAYOUT).__enter__()
     assert (tmp_path / "segments" / "song.wav").exists()
 
@@ -299,7 +315,8 @@ def test_another_bank_in_its_place(bank):
 
 
 def test_state(bank):
-    """Ranks would take different snapshots for the same one: the state belongs to what was read, not to what lies there now."""
+    """Ranks would take different snapshots for the same one: the state belongs to what was read, not to what
+    lies there now."""
     reader = Bank(bank)
     assert reader.state == Bank(bank).state
     with Writer(bank) as writer:
@@ -313,32 +330,36 @@ def edit_manifest(folder, edit):
     """Change a manifest under a checksum that is right."""
     body = json.loads((folder / "manifest.json").read_text())["bank"]
     edit(body)
-    (folder / "manifest.json").write_text(json.dumps({"sum": zlib.crc32(json.dumps(body).encode()), "bank": body}))
+    file = {"sum": zlib.crc32(json.dumps(body).encode()), "bank": body}
+    (folder / "manifest.json").write_text(json.dumps(file))
 
 
 def test_another_format(bank):
     """A bank of a later version would be misread."""
     edit_manifest(bank, lambda body: body.update(format=2))
-    with pytest.raises(UserError, match="manifest.json: damaged .*format 2 is not 1; this is another version's bank"):
+    with pytest.raises(UserError,
+                       match="manifest.json: damaged .*format 2 is not 1; this is another version's bank"):
         read_manifest(bank)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(documents=0), dict(documents=-1), dict(documents=1 << 40), dict(documents=True), dict(documents="3"), dict(chunks=1 << 62),
-    dict(chunks=1), dict(bytes=1), dict(bytes=1 << 70), dict(sum=-5), dict(tokens=None), dict(source_bytes=1.0), dict(deleted=""),
-    dict(deleted="!!!"), dict(deleted="AAAA"), dict(deleted=[]), dict(file="../manifest.json"), dict(file="x"), dict(file=7), "twice",
-    "not an object", dict(layers=0), dict(layers=1 << 20), dict(head_dim="x"), dict(kv_heads=2.0), dict(content="float32"),
-    dict(content=[]), dict(fingerprint=None), dict(more=1)])
+    dict(documents=0), dict(documents=-1), dict(documents=1 << 40), dict(documents=True), dict(documents="3"),
+    dict(chunks=1 << 62), dict(chunks=1), dict(bytes=1), dict(bytes=1 << 70), dict(sum=-5), dict(tokens=None),
+    dict(source_bytes=1.0), dict(deleted=""), dict(deleted="!!!"), dict(deleted="AAAA"), dict(deleted=[]),
+    dict(file="../manifest.json"), dict(file="x"), dict(file=7), "twice", "not an object", dict(layers=0),
+    dict(layers=1 << 20), dict(head_dim="x"), dict(kv_heads=2.0), dict(content="float32"), dict(content=[]),
+    dict(fingerprint=None), dict(more=1)])
 def test_a_hostile_manifest(bank, changes):
-    """Sizes in a manifest would be believed because its checksum is right: huge allocations, files elsewhere, documents twice."""
+    """Sizes in a manifest would be believed because its checksum is right: huge allocations, files elsewhere,
+    documents twice."""
     def edit(body):
         if changes == "twice":
             body["segments"].append(body["segments"][0])
         elif changes == "not an object":
             body["segments"][0] = 5
         else:
-            (body["layout"] if set(changes) & {"layers", "head_dim", "kv_heads", "content", "fingerprint", "more"} else
-             body["segments"][0]).update(changes)
+            of_layout = set(changes) & {"layers", "head_dim", "kv_heads", "content", "fingerprint", "more"}
+            (body["layout"] if of_layout else body["segments"][0]).update(changes)
     edit_manifest(bank, edit)
     with pytest.raises(UserError, match=r"manifest.json: damaged|safetensors: (damaged|missing)"):
         Bank(bank)
@@ -358,8 +379,9 @@ def test_every_byte_of_the_manifest(bank):
     assert refused > len(data) // 2
 
 
-@pytest.mark.parametrize("change, message", [(lambda data: data + b"x", "the manifest says"), (lambda data: data[:-1], "the manifest says"),
-                                             (lambda data: b"", "0 bytes")])
+@pytest.mark.parametrize("change, message", [
+    (lambda data: data + b"x", "the manifest says"), (lambda data: data[:-1], "the manifest says"),
+    (lambda data: b"", "0 bytes")])
 def test_a_segment_of_another_size(bank, change, message):
     """A segment that was cut or has grown would be read as it is."""
     path = sorted((bank / "segments").iterdir())[0]
@@ -371,7 +393,8 @@ def test_a_segment_of_another_size(bank, change, message):
 def test_a_missing_segment(bank):
     """A segment that is gone would be looked for for ever, or left out."""
     next((bank / "segments").iterdir()).unlink()
-    with pytest.raises(UserError, match="safetensors: missing; restore it from a copy or encode the bank anew"):
+    with pytest.raises(UserError,
+                       match="safetensors: missing; restore it from a copy or encode the bank anew"):
         Bank(bank)
 
 
@@ -382,12 +405,14 @@ def test_a_hostile_header(bank, length):
     data = bytearray(path.read_bytes())
     data[:8] = length.to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path.name}: damaged, its header says that it has {length:,} bytes"):
+    with pytest.raises(UserError,
+                       match=f"{path.name}: damaged, its header says that it has {length:,} bytes"):
         Bank(bank)
 
 
 def test_the_order_of_calls(tmp_path, monkeypatch):
-    """After a power cut a name could stand for a file whose bytes never reached the disk: fsync comes before rename, the folder's after."""
+    """After a power cut a name could stand for a file whose bytes never reached the disk: fsync comes before
+    rename, the folder's after."""
     calls = []
     for name in ("write", "fsync", "replace"):
         real = getattr(os, name)
@@ -397,15 +422,17 @@ def test_the_order_of_calls(tmp_path, monkeypatch):
             return real(*args)
         monkeypatch.setattr(os, name, call)
     memory_bank.write_file(tmp_path / "file", b"x" * 10)
-    assert calls == ["write", "fsync", "replace", "fsync of the folder"] and (tmp_path / "file").read_bytes() == b"x" * 10
+    assert calls == ["write", "fsync", "replace", "fsync of the folder"]
+    assert (tmp_path / "file").read_bytes() == b"x" * 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A sample of tests/torture.py
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_killed_at_every_call(change):
-    """A SIGKILL at some write, fsync or rename would lose documents, half of a change would be found, or stray files would stay."""
+    """A SIGKILL at some write, fsync or rename would lose documents, half of a change would be found, or
+    stray files would stay."""
     calls, new = torture.kill_at_every_call(change, "halfway", LAYOUT)
     assert calls > 15 and (0 < new < calls or change in ("merge", "compact"))
 

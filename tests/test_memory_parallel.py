@@ -1,4 +1,4 @@
-"""A bank in use: against the same documents in one Memory, over ranks, while it changes; and sample.py --memory."""
+"""A bank in use: against the same documents in one Memory, over ranks, while it changes; and sample.py."""
 import dataclasses
 import json
 import os
@@ -14,6 +14,7 @@ import memory_bank
 import memory_parallel
 import msa_kernel
 import sample
+import sync as syncing
 from common import UserError
 from documents import Document
 from interleave import InterleaveConfig, answer_question
@@ -21,7 +22,8 @@ from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
 from msa_kernel import top_documents
-from sample import bank_layout, load_checkpoint, sync
+from prompts import load_checkpoint
+from sync import bank_layout, fingerprint, hash64, sync
 from tasks import make_memory
 
 TESTS = Path(__file__).parent
@@ -44,7 +46,8 @@ TEXTS = [f"The number of {name} is {i}." * (1 + i % 3) for i, name in enumerate(
 
 @pytest.mark.parametrize("changes", [dict(normalize_routing=False), dict(decouple_router=False)])
 def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
-    """A bank of a model whose routing keys have no unit length would be asked as if they had; or the bank would not say so."""
+    """A bank of a model whose routing keys have no unit length would be asked as if they had; or the bank
+    would not say so."""
     model, tokenizer = MSA(dataclasses.replace(loaded[0].config, **changes)).eval(), loaded[1]
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
     bank = Bank(tmp_path / "bank")
@@ -52,11 +55,13 @@ def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
     memory, (expected, _) = ParallelMemory(bank, CPU, ALONE), in_memory((model, tokenizer), bank, "bfloat16")
     tokens = torch.tensor([tokenizer.encode("The number of fir is")])
     with torch.no_grad():
-        found, wanted = (model.read(tokens, m, torch.ones_like(tokens, dtype=torch.bool)).selections for m in (memory, expected))
+        found, wanted = (model.read(tokens, m, torch.ones_like(tokens, dtype=torch.bool)).selections
+                         for m in (memory, expected))
     for a, b in zip(found, wanted):
         same_selection(a, b, atol=1e-5)
     asked, select = [], memory_parallel.select_documents
-    monkeypatch.setattr(memory_parallel, "select_documents", lambda *args: asked.append(args[-1]) or select(*args))
+    monkeypatch.setattr(memory_parallel, "select_documents",
+                        lambda *args: asked.append(args[-1]) or select(*args))
     memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 2)
     assert asked == [bank.layout.unit_keys]
 
@@ -66,12 +71,14 @@ def in_memory(loaded, bank, kind):
     model, tokenizer = loaded
     texts = [bank.document(position)[0].tolist() for position in range(len(bank))]
     numbers = bank.numbers.tolist()
-    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers)
+    memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)],
+                          numbers)
     rounded = memory.round_routing_keys(torch.bfloat16)
     if kind == "int8":
         rounded = rounded.round_routing_keys(torch.int8)
     if bank.layout.content == "bfloat16":
-        rounded.keys, rounded.values = ([x.bfloat16().float() for x in xs] for xs in (memory.keys, memory.values))
+        rounded.keys, rounded.values = ([x.bfloat16().float() for x in xs]
+                                        for xs in (memory.keys, memory.values))
     return rounded, texts
 
 
@@ -80,7 +87,8 @@ def same_selection(found, expected, atol=1e-6):
     assert found.documents.equal(expected.documents) and found.slots.equal(expected.slots)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=atol)
     for b, slots in enumerate(found.slots.tolist()):
-        torch.testing.assert_close(found.slot_scores[b, :slots], expected.slot_scores[b, :slots], rtol=0, atol=atol)
+        torch.testing.assert_close(found.slot_scores[b, :slots], expected.slot_scores[b, :slots], rtol=0,
+                                   atol=atol)
         for name in ("keys", "values"):
             rows = [getattr(s, name)[s.index[b, :slots]].float() for s in (found, expected)]
             torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
@@ -90,13 +98,15 @@ def same_selection(found, expected, atol=1e-6):
 @pytest.mark.parametrize("place", ["disk", "host"])
 @pytest.mark.parametrize("documents", [1, 3, 11])
 def test_select(loaded, tmp_path, kind, place, documents):
-    """A bank would find other documents than a memory does, or bring the content of others; with fewer than k, or with blind questions."""
+    """A bank would find other documents than a memory does, or bring the content of others; with fewer than
+    k, or with blind questions."""
     model, tokenizer = loaded
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:documents]), ALONE)
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
     wanted, _ = in_memory(loaded, memory.bank, kind)
     query = msa_kernel.group_queries(torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(1)), 1)
-    for mask in (torch.ones(3, 5, dtype=torch.bool), torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
+    for mask in (torch.ones(3, 5, dtype=torch.bool),
+                 torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
                  torch.zeros(3, 5, dtype=torch.bool)):
         for k in (1, 2, 20):
             same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
@@ -116,7 +126,8 @@ def test_int8_content(loaded, tmp_path):
             assert a.dtype == torch.float32 and ((a - b).abs() <= step * 0.501).all() and not a.equal(b)
 
 
-@pytest.mark.parametrize("chunks, world", [([1] * 8, 2), ([5, 1, 1, 1], 2), ([1], 4), ([], 3), ([1, 9, 1], 3), ([2] * 7, 4)])
+@pytest.mark.parametrize("chunks, world",
+                         [([1] * 8, 2), ([5, 1, 1, 1], 2), ([1], 4), ([], 3), ([1, 9, 1], 3), ([2] * 7, 4)])
 def test_deal(chunks, world):
     """A rank would hold much more than its share, or a document lie nowhere."""
     owner = deal(np.array(chunks, np.int32), world)
@@ -131,7 +142,8 @@ def test_best_of():
     """The order of equal scores would depend on the rank that brings them."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 4, (5, 30), generator=generator).float()
-    found, numbers = best_of(scores, torch.arange(30).expand(5, -1)[:, torch.randperm(30, generator=generator)], 7)
+    shuffled = torch.randperm(30, generator=generator).expand(5, -1)
+    found, numbers = best_of(scores, shuffled, 7)
     for b in range(5):
         assert (found[b].diff() <= 0).all() and ((found[b].diff() < 0) | (numbers[b].diff() > 0)).all()
     order = torch.randperm(30, generator=generator)
@@ -141,13 +153,15 @@ def test_best_of():
 
 
 def test_tie(loaded, tmp_path):
-    """Of equal documents one of a higher number would be found first, because it was added first or lies elsewhere."""
+    """Of equal documents one of a higher number would be found first, because it was added first or lies
+    elsewhere."""
     layout = Layout("x", 1, 1, 4)
     one = torch.ones(1, 1, 4) / 2
     def records(numbers):
         n = len(numbers)
-        memory = Memory([one.expand(n, -1, -1)], [one.expand(n, -1, -1)], [one.expand(n, -1, -1)], torch.arange(n + 1), numbers)
-        return to_records(memory, [[1]] * n, [""] * n, [(number, 0) for number in numbers], "bfloat16")
+        memory = Memory([one.expand(n, -1, -1)], [one.expand(n, -1, -1)], [one.expand(n, -1, -1)],
+                        torch.arange(n + 1), numbers)
+        return to_records(memory, [[1]] * n, [""] * n, numbers, [0] * n, "bfloat16")
     with Writer(tmp_path / "bank", layout) as writer:
         for numbers in ([40, 50], [3, 9], [7], [1, 60]):
             writer.add(join([records(numbers)]))
@@ -157,11 +171,15 @@ def test_tie(loaded, tmp_path):
 
 
 def test_refresh(loaded, tmp_path):
-    """A question would not see what came, or still see what went, or an old text under a number that stayed."""
+    """A question would not see what came, or still see what went, or an old text under a number that
+    stayed."""
     model, tokenizer = loaded
-    folder, query, mask = tmp_path / "bank", torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5)), torch.ones(2, 4).bool()
+    folder = tmp_path / "bank"
+    query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.ones(2, 4).bool()
     sync(model, tokenizer, folder, documents_of(TEXTS[:5]), ALONE)
-    memories = [ParallelMemory(Bank(folder), CPU, ALONE, kind, place) for kind, place in (("bfloat16", "disk"), ("int8", "host"))]
+    memories = [ParallelMemory(Bank(folder), CPU, ALONE, kind, place)
+                for kind, place in (("bfloat16", "disk"), ("int8", "host"))]
 
     def check(*blocks):
         for memory, kind in zip(memories, ("bfloat16", "int8")):
@@ -190,7 +208,8 @@ def test_refresh(loaded, tmp_path):
     assert [id(block) for block in memories[0].blocks][:2] == blocks  # nothing was loaded twice
     blocks = []
     for i in range(7):  # one more at a time
-        sync(model, tokenizer, folder, changed + documents_of([f"More of {j}." for j in range(i + 1)], "m"), ALONE)
+        sync(model, tokenizer, folder, changed + documents_of([f"More of {j}." for j in range(i + 1)], "m"),
+             ALONE)
         check()
         blocks.append(len(memories[0].blocks))
     assert blocks == [4, 5, 6, 7, 8, 2, 3]  # too many: the small ones are joined
@@ -204,7 +223,8 @@ def test_refresh(loaded, tmp_path):
 
 
 def test_independence(loaded, tmp_path):
-    """What a bank stores of a document would depend on what was added with it, before it or after it; or on merging."""
+    """What a bank stores of a document would depend on what was added with it, before it or after it; or on
+    merging."""
     model, tokenizer = loaded
     documents, rng = documents_of(TEXTS), np.random.default_rng(0)
     for trial in range(3):
@@ -217,11 +237,13 @@ def test_independence(loaded, tmp_path):
             with Writer(folder) as writer:
                 writer.compact()
         bank = Bank(folder)
-        ids = {sample.hash64(document.id): document for document in documents}
-        order = [dataclasses.replace(ids[int(key)], number=int(number)) for key, number in zip(bank.keys, bank.numbers)]
+        ids = {hash64(document.id): document for document in documents}
+        order = [dataclasses.replace(ids[int(id_hash)], number=int(number))
+                 for id_hash, number in zip(bank.id_hashes, bank.numbers)]
         sync(model, tokenizer, tmp_path / f"once{trial}", order[::-1], ALONE)
         once = Bank(tmp_path / f"once{trial}")
-        assert once.numbers.tolist() == bank.numbers.tolist() and once.keys.tolist() == bank.keys.tolist()
+        assert once.numbers.tolist() == bank.numbers.tolist()
+        assert once.id_hashes.tolist() == bank.id_hashes.tolist()
         for position in range(len(bank)):
             assert all(np.array_equal(a, b) for a, b in zip(bank.document(position), once.document(position)))
             assert ulps(bank.content(0, position)[0], once.content(0, position)[0]) <= 1
@@ -229,13 +251,14 @@ def test_independence(loaded, tmp_path):
 
 
 def ulps(a, b):
-    """The largest distance of bfloat16 numbers, held as uint16, in units in the last place; tiny ones count as equal."""
+    """The largest distance of bfloat16 numbers, held as uint16, in units in the last place; tiny ones count
+    as equal."""
     ordered = lambda x: np.where(x & 0x8000, 0x8000 - (x & 0x7fff).astype(int), 0x8000 + x.astype(int))
     values = [(x.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
     return int((np.abs(ordered(a) - ordered(b)) * (np.abs(values[0] - values[1]) > 1e-5)).max(initial=0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bringing a bank in line
 
 def held(folder):
@@ -247,23 +270,28 @@ def held(folder):
 def encoded(loaded, monkeypatch):
     """The numbers of the documents that were encoded, in the order of encoding."""
     numbers, real = [], loaded[0].encode
-    monkeypatch.setattr(loaded[0], "encode", lambda documents, given: numbers.extend(given) or real(documents, given), raising=False)
+    encode = lambda documents, given: numbers.extend(given) or real(documents, given)
+    monkeypatch.setattr(loaded[0], "encode", encode, raising=False)
     return numbers
 
 
 def test_sync(loaded, tmp_path, encoded):
-    """A change of one file would encode others again, move their numbers, or leave the old text; a number would be given twice."""
+    """A change of one file would encode others again, move their numbers, or leave the old text; a number
+    would be given twice."""
     model, tokenizer = loaded
     folder, documents = tmp_path / "bank", documents_of(TEXTS[:5])
-    assert sync(model, tokenizer, folder, documents, ALONE).startswith("5 added; ") and encoded == [0, 1, 2, 3, 4]
+    assert sync(model, tokenizer, folder, documents, ALONE).startswith("5 added; ")
+    assert encoded == [0, 1, 2, 3, 4]
     state = Bank(folder).state
-    assert sync(model, tokenizer, folder, documents, ALONE) == "0 added, 5 unchanged" and Bank(folder).state == state
+    assert sync(model, tokenizer, folder, documents, ALONE) == "0 added, 5 unchanged"
+    assert Bank(folder).state == state
     encoded.clear()
     documents[2] = Document("It has changed.", "d2.txt", 1, 1, "d2#0")
     gone = documents.pop(0)
     assert sync(model, tokenizer, folder, [documents_of(["new"], "n")[0], *documents], ALONE).startswith(
         "1 added, 1 updated, 1 removed, 3 unchanged; ")
-    assert encoded == [2, 5] and held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"n0.txt:1-1": 5}
+    assert encoded == [2, 5]
+    assert held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"n0.txt:1-1": 5}
     assert tokenizer.decode(Bank(folder).document(1)[0].tolist()) == "It has changed."
     sync(model, tokenizer, folder, [*documents, gone], ALONE)
     assert held(folder) == {f"d{i}.txt:1-1": i for i in (1, 2, 3, 4)} | {"d0.txt:1-1": 6}
@@ -272,7 +300,8 @@ def test_sync(loaded, tmp_path, encoded):
 def test_numbers_of_their_own(loaded, tmp_path):
     """A document would not get the number that it must have, or another than it has."""
     model, tokenizer = loaded
-    documents = [dataclasses.replace(document, number=n) for document, n in zip(documents_of(TEXTS[:3]), (70, 5, 600))]
+    documents = [dataclasses.replace(document, number=n)
+                 for document, n in zip(documents_of(TEXTS[:3]), (70, 5, 600))]
     sync(model, tokenizer, tmp_path / "bank", documents, ALONE)
     assert held(tmp_path / "bank") == {"d0.txt:1-1": 70, "d1.txt:1-1": 5, "d2.txt:1-1": 600}
     sync(model, tokenizer, tmp_path / "bank", [*documents, *documents_of(["new"], "n")], ALONE)
@@ -280,7 +309,8 @@ def test_numbers_of_their_own(loaded, tmp_path):
     with pytest.raises(UserError, match=r"bank: holds 'd1#0' as \[5\], not \[6\]; give another --memory"):
         sync(model, tokenizer, tmp_path / "bank", [dataclasses.replace(documents[1], number=6)], ALONE)
     with pytest.raises(UserError, match="two documents would have the same number"):
-        sync(model, tokenizer, tmp_path / "bank", [*documents, dataclasses.replace(documents_of(["x"], "o")[0], number=5)], ALONE)
+        sync(model, tokenizer, tmp_path / "bank",
+             [*documents, dataclasses.replace(documents_of(["x"], "o")[0], number=5)], ALONE)
 
 
 def test_only(loaded, tmp_path):
@@ -291,8 +321,10 @@ def test_only(loaded, tmp_path):
     part = ParallelMemory(bank.only(kept), CPU, ALONE)
     wanted, texts = in_memory(loaded, part.bank, "bfloat16")
     query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
-    same_selection(part.select(0, query, torch.ones(2, 4).bool(), 3), wanted.select(0, query, torch.ones(2, 4).bool(), 3))
-    assert part.numbers.tolist() == sorted(kept) and [part.texts[d] for d in range(4)] == [tokenizer.encode(TEXTS[n]) for n in sorted(kept)]
+    same_selection(part.select(0, query, torch.ones(2, 4).bool(), 3),
+                   wanted.select(0, query, torch.ones(2, 4).bool(), 3))
+    assert part.numbers.tolist() == sorted(kept)
+    assert [part.texts[d] for d in range(4)] == [tokenizer.encode(TEXTS[n]) for n in sorted(kept)]
     assert len(bank) == 11
 
 
@@ -305,10 +337,11 @@ def test_sync_of_moved_lines(loaded, tmp_path, encoded):
 
 
 def test_interrupted_sync(loaded, tmp_path, encoded, monkeypatch):
-    """An interruption would cost what was encoded before it, or be taken for the end of the documents: the rest would be removed."""
+    """An interruption would cost what was encoded before it, or be taken for the end of the documents: the
+    rest would be removed."""
     model, tokenizer = loaded
-    monkeypatch.setattr(sample, "ENCODE_TOKENS", 10)
-    monkeypatch.setattr(sample, "COMMIT_SECONDS", -1)
+    monkeypatch.setattr(syncing, "ENCODE_TOKENS", 10)
+    monkeypatch.setattr(syncing, "COMMIT_SECONDS", -1)
     documents = documents_of(TEXTS)
     sync(model, tokenizer, tmp_path / "bank", documents[5:7], ALONE)
     encoded.clear()
@@ -334,30 +367,34 @@ def test_killed_while_encoding(checkpoint, loaded, tmp_path):
     code = f"""
 import os, signal, sys
 import torch
-import sample
+import sync
 from memory_parallel import Ranks
+from prompts import load_checkpoint
 from tests.test_memory_parallel import TEXTS, documents_of
-model, tokenizer = sample.load_checkpoint({str(checkpoint)!r}, torch.device("cpu"))
-sample.ENCODE_TOKENS, sample.COMMIT_SECONDS, encode, calls = 10, -1, model.encode, []
+model, tokenizer = load_checkpoint({str(checkpoint)!r}, torch.device("cpu"))
+sync.ENCODE_TOKENS = 10
+sync.COMMIT_SECONDS = -1
+encode, calls = model.encode, []
 def counted(*args):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*args)
 model.encode = counted
-sample.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), Ranks(torch.device("cpu")))
+sync.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), Ranks(torch.device("cpu")))
 """
     found = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, timeout=120,
-                              env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"})
+        done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True,
+                              timeout=120, env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"})
         assert done.returncode == -9, done.stderr
         found.append(len(Bank(tmp_path / "killed")))
     assert 0 < found[0] < found[1] < len(TEXTS)
     for name in ("killed", "whole"):
         sync(model, tokenizer, tmp_path / name, documents_of(TEXTS), ALONE)
     killed, whole = (Bank(tmp_path / name) for name in ("killed", "whole"))
-    assert killed.numbers.tolist() == whole.numbers.tolist() and killed.digests.tolist() == whole.digests.tolist()
+    assert killed.numbers.tolist() == whole.numbers.tolist()
+    assert killed.digests.tolist() == whole.digests.tolist()
     for position in range(len(whole)):
         assert all(np.array_equal(a, b) for a, b in zip(killed.document(position), whole.document(position)))
         assert ulps(killed.content(0, position)[0], whole.content(0, position)[0]) <= 1
@@ -375,7 +412,7 @@ def routing_keys_of(bank):
 def test_full_segments_are_committed(loaded, tmp_path, monkeypatch):
     """A corpus larger than memory would be held until its end."""
     model, tokenizer = loaded
-    monkeypatch.setattr(sample, "ENCODE_TOKENS", 10)
+    monkeypatch.setattr(syncing, "ENCODE_TOKENS", 10)
     monkeypatch.setattr(memory_bank, "SEGMENT_BYTES", 300)
     monkeypatch.setattr(memory_bank, "MANY", 100)
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
@@ -386,13 +423,14 @@ def test_same_id_twice(loaded, tmp_path, monkeypatch):
     """One of two documents of the same id would be lost without a word."""
     model, tokenizer = loaded
     twice = documents_of(TEXTS[:3]) + documents_of(TEXTS[:2])[1:]
-    for folder in ("new", "held"):  # as new documents, as documents that are held, as new ones that are not encoded at once
+    # as new documents, as documents that are held, as new ones that are not encoded at once
+    for folder in ("new", "held"):
         with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
             sync(model, tokenizer, tmp_path / folder, twice, ALONE)
         sync(model, tokenizer, tmp_path / folder, documents_of(TEXTS[:3]), ALONE)
         with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
             sync(model, tokenizer, tmp_path / folder, twice, ALONE)
-    monkeypatch.setattr(sample, "ENCODE_TOKENS", 1)
+    monkeypatch.setattr(syncing, "ENCODE_TOKENS", 1)
     with pytest.raises(UserError, match="two documents would have the same id; nothing was added"):
         sync(model, tokenizer, tmp_path / "other", twice, ALONE)
     same = [dataclasses.replace(document, number=5) for document in documents_of(TEXTS[:2])]
@@ -419,13 +457,15 @@ def test_another_model(loaded, tmp_path, other):
     else:
         changed = model
         encoding = tokenizer.encoding
-        tokenizer = type(tokenizer)(type(encoding)("x", pat_str=r"\S+|\s+", mergeable_ranks=encoding._mergeable_ranks,
+        tokenizer = type(tokenizer)(type(encoding)("x", pat_str=r"\S+|\s+",
+                                                   mergeable_ranks=encoding._mergeable_ranks,
                                                    special_tokens=encoding._special_tokens))
     with pytest.raises(UserError) as error:
         sync(changed, tokenizer, folder, documents_of(TEXTS[:2]), ALONE)
-    own = sample.fingerprint(changed, tokenizer)
+    own = fingerprint(changed, tokenizer)
     part = "tokenizer" if other == "tokenizer" else "model or chunk size"
-    assert f"made by another {part} ({made_by}) than this checkpoint ({own})" in str(error.value) and made_by != own
+    assert f"made by another {part} ({made_by}) than this checkpoint ({own})" in str(error.value)
+    assert made_by != own
 
 
 def test_fingerprint_survives_saving(loaded, tmp_path):
@@ -433,10 +473,10 @@ def test_fingerprint_survives_saving(loaded, tmp_path):
     model, tokenizer = loaded
     model.save(tmp_path)
     tokenizer.save(tmp_path)
-    assert sample.fingerprint(*load_checkpoint(tmp_path, CPU)) == sample.fingerprint(model, tokenizer)
+    assert fingerprint(*load_checkpoint(tmp_path, CPU)) == fingerprint(model, tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sample.py --memory
 
 @pytest.fixture
@@ -494,7 +534,8 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
         return line
 
     monkeypatch.setattr("builtins.input", type_line)
-    monkeypatch.setattr(ParallelMemory, "refresh", lambda memory: refresh(memory) or seen.append(memory.numbers.tolist()))
+    monkeypatch.setattr(ParallelMemory, "refresh",
+                        lambda memory: refresh(memory) or seen.append(memory.numbers.tolist()))
     assert run(sample, "--checkpoint", "good", "--memory", "bank").code == 0
     assert seen == [[0, 1, 2, 3], [1, 3]]
 
@@ -506,7 +547,8 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     ("--memory bank --documents bad.jsonl q", "error: bad.jsonl:2: not an object"),
     ("--memory bank --documents half.jsonl q", "error: half.jsonl:1: not an object"),
     ("--memory bank --documents twice.jsonl q", "error: two documents have the id 'a'; ids must differ"),
-    ("--memory bank --documents none.jsonl q", "error: none.jsonl: no such folder of documents, nor a .jsonl file"),
+    ("--memory bank --documents none.jsonl q",
+     "error: none.jsonl: no such folder of documents, nor a .jsonl file"),
     ("--memory bank --documents empty.jsonl q", "error: empty.jsonl: no text in it"),
     ("--memory bank --timeout 0 q", "timeout is 0.0; it must be positive"),
 ])
@@ -520,15 +562,17 @@ def test_mistakes(run, here, flags, message):
     (here / "half.jsonl").write_text('{"id": "a", "text": "\\ud83d"}')
     result = run(sample, "--checkpoint", "good", *flags.split())
     assert result.code == 2 and message in result.error, result.error
-    assert held("bank") == before and sorted(path.name for path in (here / "docs").iterdir()) == [f"{i}.txt" for i in range(4)]
+    assert held("bank") == before
+    assert sorted(path.name for path in (here / "docs").iterdir()) == [f"{i}.txt" for i in range(4)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ranks
 
 def torchrun(world, *args, timeout=120):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}",
+                           "--master_port=0",
                            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, args)],
                           capture_output=True, text=True, timeout=timeout, env=environment)
 
@@ -545,20 +589,27 @@ def asked(words, tmp_path_factory):
 
 
 def test_ranks_answer_alike(asked):
-    """The answer would depend on how many ranks hold the memory; a bank made by two ranks could not be read by one or by four."""
+    """The answer would depend on how many ranks hold the memory; a bank made by two ranks could not be read
+    by one or by four."""
     demo, folder = asked
-    made = torchrun(2, TESTS.parent / "sample.py", "--checkpoint", demo, "--memory", folder / "bank", "--documents", folder / "lines.jsonl",
-                    "--info")
-    assert made.returncode == 0 and made.stdout.count("60 added") == 1 and "in 2 segments" in made.stdout, made.stderr[-3000:]
+    made = torchrun(2, TESTS.parent / "sample.py", "--checkpoint", demo, "--memory", folder / "bank",
+                    "--documents", folder / "lines.jsonl", "--info")
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert made.stdout.count("60 added") == 1
+    assert "in 2 segments" in made.stdout
     model, tokenizer = load_checkpoint(demo, CPU)
-    memory, questions = ParallelMemory(Bank(folder / "bank"), CPU, ALONE), json.loads((folder / "questions.json").read_text())
-    alone = [answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig()) for question in questions]
+    memory = ParallelMemory(Bank(folder / "bank"), CPU, ALONE)
+    questions = json.loads((folder / "questions.json").read_text())
+    alone = [answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+             for question in questions]
     for world in (2, 4):
         out = folder / f"{world}.json"
-        done = torchrun(world, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json", out)
+        done = torchrun(world, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json",
+                        out)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads(out.read_text()) == [[answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]]
-                                               for answer, rounds in alone]
+        told = [[answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]]
+                for answer, rounds in alone]
+        assert json.loads(out.read_text()) == told
     # and as one Memory answers: the same documents and texts
     whole, texts = in_memory((model, tokenizer), memory.bank, "bfloat16")
     for question, (answer, rounds) in zip(questions, alone):
@@ -566,13 +617,15 @@ def test_ranks_answer_alike(asked):
         assert answer == wanted and [r.appended for r in rounds] == [r.appended for r in wanted_rounds]
 
 
-@pytest.mark.parametrize("trouble, message", [("--kill", "exitcode  : -9"), ("--stall", "rank 1 did not answer within --timeout 5.0 s")])
+@pytest.mark.parametrize("trouble, message",
+                         [("--kill", "exitcode  : -9"),
+                          ("--stall", "rank 1 did not answer within --timeout 5.0 s")])
 def test_a_rank_in_trouble(asked, trouble, message, files_of):
     """A rank that is dead or stuck would leave the others waiting for ever, without a word about which."""
     demo, folder = asked
     before = files_of(folder / "bank")
-    done = torchrun(2, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json", folder / "none.json",
-                    "--timeout", 5, trouble, 1, timeout=60)
+    done = torchrun(2, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json",
+                    folder / "none.json", "--timeout", 5, trouble, 1, timeout=60)
     assert done.returncode == 1 and message in done.stderr, done.stderr[-3000:]
     assert files_of(folder / "bank") == before and not (folder / "none.json").exists()
 
@@ -582,7 +635,8 @@ def test_ranks_that_read_different_documents(loaded, tmp_path):
     model, tokenizer = loaded
     ranks = Ranks(CPU)
     ranks.gather = lambda x: x[None] if len(x) == 1 else torch.stack([x, x + torch.tensor([0, 0, 1])])
-    with pytest.raises(UserError, match="the ranks read different documents; --documents must be the same for all of them"):
+    message = "the ranks read different documents; --documents must be the same for all of them"
+    with pytest.raises(UserError, match=message):
         sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:2]), ranks)
 
 
@@ -606,7 +660,8 @@ def test_scores_under_autocast(loaded, tmp_path):
     """With --dtype bfloat16 scores would be rounded, and documents that differ would tie."""
     model, tokenizer = loaded
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
-    memory, query = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
+    memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
+    query = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
     plain = memory.select(0, query, torch.ones(1, 4).bool(), 5).scores
     with torch.autocast("cpu", torch.bfloat16):
         assert memory.select(0, query, torch.ones(1, 4).bool(), 5).scores.equal(plain)
@@ -629,4 +684,5 @@ def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
     memory = ParallelMemory(bank, CPU, ranks)
     found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 3)
     assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys.shape == (0, 1, 8)
-    assert Block(bank, np.array([1]), CPU, "int8", True).keys[0].dtype == torch.int8 and bank_layout(model, tokenizer) == bank.layout
+    assert Block(bank, np.array([1]), CPU, "int8", True).routing_keys[0].dtype == torch.int8
+    assert bank_layout(model, tokenizer) == bank.layout

@@ -1,10 +1,11 @@
 """What a bank must survive: kills at every step and at random moments, full disks, damaged files.
 
-    python tests/torture.py [--kills 200] [--mutations 2000] [--seed 1]      # `make torture`; a sample of it is in `make test`
+    python tests/torture.py [--kills 200] [--mutations 2000] [--seed 1]
 
-Banks here are small and made of numbers that follow from (number, version), so that an oracle, a dict, says what each must hold. Children
-are forked, killed, and what they leave is opened and read to the last byte. SIGKILL takes a process, not the machine's page cache: what a
-power cut would leave is not tested.
+`make torture` runs it, `make test` a sample of it. Banks here are small and made of numbers that follow from
+(number, version), so that an oracle, a dict, says what each must hold. Children are forked and killed, and
+what they leave is opened and read to the last byte. SIGKILL takes a process, not the machine's page cache:
+what a power cut would leave is not tested.
 """
 import argparse
 import contextlib
@@ -32,14 +33,17 @@ LAYOUTS = {kind: Layout("model-tokenizer", 2, 1, 4, kind) for kind in ("bfloat16
 
 
 def make(number, version, layout):
-    """The records of one document: 1 to 3 chunks, a text of 0 to 4 tokens; all of it follows from its number and version."""
+    """The records of one document: 1 to 3 chunks, a text of 0 to 4 tokens; all of it follows from its number
+    and version."""
     rng = np.random.default_rng([number, version])
     chunks, source = int(rng.integers(1, 4)), f"doc {number}, version {version}".encode()
     shapes = layout.shapes(1, chunks, int(rng.integers(0, 5)), len(source))
-    found = {name: rng.integers(0, 100, shape).astype(dtype) for name, (dtype, shape) in shapes.items() if name in memory_bank.AXIS}
+    found = {name: rng.integers(0, 100, shape).astype(dtype)
+             for name, (dtype, shape) in shapes.items() if name in memory_bank.AXIS}
     one = lambda x, dtype: np.array([x], dtype)
-    return {**found, "numbers": one(number, np.int64), "chunks": one(chunks, np.int32), "tokens": one(len(found["text"]), np.int32),
-            "sources": one(len(source), np.int32), "keys": one(number + 1000, np.uint64), "digests": one(version, np.uint64),
+    return {**found, "numbers": one(number, np.int64), "chunks": one(chunks, np.int32),
+            "tokens": one(len(found["text"]), np.int32), "sources": one(len(source), np.int32),
+            "id_hashes": one(number + 1000, np.uint64), "digests": one(version, np.uint64),
             "source": np.frombuffer(source, np.uint8)}
 
 
@@ -48,8 +52,8 @@ def expected(versions, layout):
     found = {}
     for number, version in versions.items():
         x = make(number, version, layout)
-        found[number] = (version, number + 1000, x["text"].tobytes(), x["source"].tobytes().decode(), x["content"].tobytes(),
-                         x["scales"].tobytes(), x["routing_keys"].tobytes())
+        found[number] = (version, number + 1000, x["text"].tobytes(), x["source"].tobytes().decode(),
+                         x["content"].tobytes(), x["scales"].tobytes(), x["routing_keys"].tobytes())
     return found
 
 
@@ -58,16 +62,19 @@ def contents(bank):
     found = {}
     positions, ends = np.arange(len(bank)), memory_bank.ends_of(bank.chunks)
     plan = bank.plan(positions)
-    keys = np.full((bank.layout.layers, ends[-1], bank.layout.kv_heads, bank.layout.head_dim), 9999, np.uint16)
+    keys = np.full((bank.layout.layers, ends[-1], bank.layout.kv_heads, bank.layout.head_dim), 9999,
+                   np.uint16)
     for layer in range(bank.layout.layers):
         for rows, part in bank.routing_keys(layer, plan):
             keys[layer, rows] = part
     for position in positions:
         text, source = bank.document(position)
         content = [bank.content(layer, position) for layer in range(bank.layout.layers)]
+        parts = b"".join(x.tobytes() for x, _ in content)
+        scales = b"".join(b"" if x is None else x.tobytes() for _, x in content)
         found[int(bank.numbers[position])] = (
-            int(bank.digests[position]), int(bank.keys[position]), text.tobytes(), source, b"".join(x.tobytes() for x, _ in content),
-            b"".join(b"" if s is None else s.tobytes() for _, s in content), keys[:, ends[position]:ends[position + 1]].tobytes())
+            int(bank.digests[position]), int(bank.id_hashes[position]), text.tobytes(), source, parts, scales,
+            keys[:, ends[position]:ends[position + 1]].tobytes())
     return found
 
 
@@ -75,7 +82,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Changes: each is done to a bank by a Writer and to the oracle, a dict number -> version
 
 def add(writer, versions, rng):
@@ -90,13 +97,15 @@ def remove(writer, versions, rng):
 def update(writer, versions, rng):
     numbers = sorted(rng.sample(sorted(versions), min(len(versions), 2)))
     if numbers:
-        writer.add(join([make(number, versions[number] + 1, writer.bank.layout) for number in numbers]), removed=numbers)
+        writer.add(join([make(number, versions[number] + 1, writer.bank.layout) for number in numbers]),
+                   removed=numbers)
 
 
 def two_segments(writer, versions, rng):
     """As two ranks encode: their segments appear in one change."""
     start = writer.bank.next_number
-    writer.commit([write_segment(writer.folder, writer.bank.layout, make(start + i, 0, writer.bank.layout)) for i in (1, 0)])
+    writer.commit([write_segment(writer.folder, writer.bank.layout, make(start + i, 0, writer.bank.layout))
+                   for i in (1, 0)])
 
 
 def merge(writer, versions, rng):
@@ -111,7 +120,8 @@ CHANGES = {change.__name__: change for change in (add, remove, update, two_segme
 
 
 def after(change, versions, next_number, seed):
-    """The oracle's state after a change: (number -> version, next number). Draws as the change itself does."""
+    """The oracle's state after a change: (number -> version, next number). Draws as the change itself
+    does."""
     rng, versions = random.Random(seed), dict(versions)
     if change == "add":
         new = range(next_number, next_number + rng.randint(1, 4))
@@ -139,15 +149,18 @@ def start(folder, layout, segments=10):
     return versions, following
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Kills
 
 CALLS = ("write", "fsync", "replace", "unlink", "open", "close", "chmod", "ftruncate", "pwrite")
 
 
 def interrupt(at, how):
-    """From now on in this process, the at-th call that changes files kills it ("before", "halfway" through a write, or "after"), or fails
-    with a full disk ("full": it and all that follow)."""
+    """From now on in this process, the at-th call that changes files fails.
+
+    how: "before", "halfway" (through a write) and "after" kill the process there; "full": the disk is full,
+    for this call and all that follow.
+    """
     count = [0]
 
     def wrap(name, real):
@@ -191,20 +204,23 @@ def fork(action):
 
 
 def check(folder, *allowed):
-    """The bank is whole and holds one of these states; the next writer leaves no stray file. Returns the index of the state."""
+    """The bank is whole and holds one of these states; the next writer leaves no stray file. Returns the
+    index of the state."""
     layout = memory_bank.read_manifest(folder)[0]
     found = contents(Bank(folder))
     wanted = [expected(versions, layout) for versions in allowed]
     assert found in wanted, f"{folder}: holds {sorted(found)}, neither of {[sorted(w) for w in wanted]}"
     with Writer(folder) as writer:
         named = {f"segments/{segment.path.name}" for segment in writer.bank.segments}
-    assert files_of(folder) == named | {"manifest.json", "lock"}, f"{folder}: stray files {files_of(folder) - named}"
+    stray = files_of(folder) ^ (named | {"manifest.json", "lock"})
+    assert not stray, f"{folder}: stray or missing files {stray}"
     Bank(folder).verify()
     return wanted.index(found)
 
 
 def kill_at_every_call(change, how, layout, stride=1):
-    """Kill a change at its first, second, ... call. Returns (calls that there were, kills that left the new state)."""
+    """Kill a change at its first, second, ... call. Returns (calls that there were, kills that left the new
+    state)."""
     with tempfile.TemporaryDirectory() as root, small_segments():
         versions, following = start(Path(root) / "start", layout)
         new, _ = after(change, versions, following, 5)
@@ -219,7 +235,8 @@ def kill_at_every_call(change, how, layout, stride=1):
                     CHANGES[change](writer, versions, random.Random(5))
 
             code = fork(action)
-            assert code in (0, 28 if how == "full" else -signal.SIGKILL), f"{change}, {how} call {at}: exit code {code}"
+            failed = 28 if how == "full" else -signal.SIGKILL
+            assert code in (0, failed), f"{change}, {how} call {at}: exit code {code}"
             state = check(folder, versions, new)
             if code == 0:
                 assert state == 1 or new == versions
@@ -234,7 +251,8 @@ def kill_at_every_call(change, how, layout, stride=1):
 
 
 def kill_creation(how):
-    """Kill the making of a bank at every call: nothing is there, or an empty bank; and making it again succeeds."""
+    """Kill the making of a bank at every call: nothing is there, or an empty bank; and making it again
+    succeeds."""
     with tempfile.TemporaryDirectory() as root:
         for at in range(1, 100):
             folder = Path(root) / "bank"
@@ -254,7 +272,8 @@ def kill_creation(how):
 
 
 def kill_at_random(kills, seed, layout):
-    """Let a child change a bank again and again and kill it at random moments; returns how many changes were committed in all."""
+    """Let a child change a bank again and again and kill it at random moments; returns how many changes were
+    committed in all."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as root, small_segments():
         folder, total = Path(root) / "bank", 0
@@ -290,20 +309,23 @@ def kill_at_random(kills, seed, layout):
 @contextlib.contextmanager
 def small_segments():
     """Segments are full at 2 kB, so that merging and compacting write several."""
-    before, memory_bank.SEGMENT_BYTES, memory_bank.SMALL = (memory_bank.SEGMENT_BYTES, memory_bank.SMALL), 2048, 1
+    before = (memory_bank.SEGMENT_BYTES, memory_bank.SMALL)
+    memory_bank.SEGMENT_BYTES = 2048
+    memory_bank.SMALL = 1
     try:
         yield
     finally:
         memory_bank.SEGMENT_BYTES, memory_bank.SMALL = before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Damaged files
 
 def mutate(folder, rng):
     """Damage one file of a bank; returns what was done."""
     files = [folder / "manifest.json", *sorted((folder / "segments").iterdir())]
-    kind = rng.choice(["bit", "byte", "zeros", "truncate", "extend", "swap", "header", "manifest", "missing", "replace"])
+    kind = rng.choice(["bit", "byte", "zeros", "truncate", "extend", "swap", "header", "manifest", "missing",
+                       "replace"])
     path = rng.choice(files)
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
@@ -333,32 +355,36 @@ def mutate(folder, rng):
         path = rng.choice(files[1:])
         data = bytearray(path.read_bytes())
         if rng.random() < 0.3:
-            data[:8] = rng.choice([0, 1, 1 << 16, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1]).to_bytes(8, "little")
+            data[:8] = rng.choice([0, 1, 1 << 16, 1 << 20, 1 << 40, 1 << 63,
+                                   (1 << 64) - 1]).to_bytes(8, "little")
         else:
             length = int.from_bytes(data[:8], "little")
-            data[8:8 + length] = hostile(bytes(data[8:8 + length]).decode().rstrip(), rng).ljust(length).encode()[:length]
+            header = hostile(bytes(data[8:8 + length]).decode().rstrip(), rng)
+            data[8:8 + length] = header.ljust(length).encode()[:length]
     elif kind == "manifest":  # sizes again, under a checksum that is right
         path = files[0]
         file = json.loads(path.read_text())
         counts = rng.choice([file["bank"]["layout"], *file["bank"]["segments"] * 3])
         name = rng.choice([name for name in counts if name not in ("deleted", "fingerprint")])
-        counts[name] = rng.choice([0, -1, 1, 1 << 31, 1 << 62, 1 << 70, 1.5, None, "x", [], {}, True, "../manifest.json",
-                                   counts[name] + 1 if type(counts[name]) is int else 1])
-        data = json.dumps({"sum": zlib.crc32(json.dumps(file["bank"]).encode()), "bank": file["bank"]}).encode()
+        counts[name] = rng.choice([0, -1, 1, 1 << 31, 1 << 62, 1 << 70, 1.5, None, "x", [], {}, True,
+                                   "../manifest.json", counts[name] + 1 if type(counts[name]) is int else 1])
+        file["sum"] = zlib.crc32(json.dumps(file["bank"]).encode())
+        data = json.dumps(file).encode()
     path.write_bytes(data)
     return f"{path.name}: {kind} at {at}"
 
 
 def hostile(text, rng):
     """JSON in which one number is another."""
-    places = [i for i, c in enumerate(text) if c.isdigit() and not text[i - 1].isdigit() and text[i - 1] in "[, "]
+    places = [i for i, c in enumerate(text) if c.isdigit() and text[i - 1] in "[, "]
     at = rng.choice(places)
     end = next(i for i in range(at, len(text)) if not text[i].isdigit())
     return text[:at] + str(rng.choice([0, 1, 1 << 20, 1 << 40, 1 << 62, 1 << 80, -1])) + text[end:]
 
 
 def damage(mutations, seed, layout):
-    """Damage banks; each reader must say so, in one sentence that names a file, or find what was there. Returns (refused, unchanged)."""
+    """Damage banks; each reader must say so, in one sentence that names a file, or find what was there.
+    Returns (refused, unchanged)."""
     rng, refused, unchanged = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as root:
         versions, _ = start(Path(root) / "start", layout, segments=3)
@@ -370,7 +396,9 @@ def damage(mutations, seed, layout):
 
             def action():
                 signal.alarm(10)  # a hang
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 1 << 40
+                used = 1 << 40
+                if sys.platform == "linux":
+                    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)  # a huge allocation
                 try:
                     bank = Bank(folder)
@@ -380,7 +408,7 @@ def damage(mutations, seed, layout):
                     return 0
                 except UserError as error:
                     message = str(error)
-                    named = any(str(path) in message for path in (folder / "manifest.json", folder / "segments")) or str(folder) in message
+                    named = str(folder) in message
                     return 2 if named and "\n" not in message and len(message) < 2000 else 4
 
             code = fork(action)
@@ -392,10 +420,11 @@ def damage(mutations, seed, layout):
     return refused, unchanged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def script():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--mutations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
@@ -403,13 +432,17 @@ def script():
     for how in ("before", "halfway", "after", "full"):
         counts = {change: kill_at_every_call(change, how, LAYOUTS["int8"]) for change in CHANGES}
         print(f"{'full disk from' if how == 'full' else 'killed ' + how} every call: "
-              + ", ".join(f"{change} {calls} ({new} left the new state)" for change, (calls, new) in counts.items()), flush=True)
-    print(f"killed while a bank is made: {[kill_creation(how) for how in ('before', 'halfway', 'after')]} calls", flush=True)
+              + ", ".join(f"{change} {calls} ({new} left the new state)"
+                          for change, (calls, new) in counts.items()), flush=True)
+    calls = [kill_creation(how) for how in ("before", "halfway", "after")]
+    print(f"killed while a bank is made: {calls} calls", flush=True)
     for kind, layout in LAYOUTS.items():
         done = kill_at_random(args.kills // 2, args.seed, layout)
-        print(f"{args.kills // 2} kills at random moments, {kind}: {done:,} changes committed, every one found again", flush=True)
+        print(f"{args.kills // 2} kills at random moments, {kind}: {done:,} changes committed, "
+              "every one found again", flush=True)
         refused, unchanged = damage(args.mutations // 2, args.seed, layout)
-        print(f"{args.mutations // 2} damaged banks, {kind}: {refused} refused by a sentence, {unchanged} unchanged", flush=True)
+        print(f"{args.mutations // 2} damaged banks, {kind}: {refused} refused by a sentence, "
+              f"{unchanged} unchanged", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""Bring a memory bank in line with documents: add the new, encode the changed again, remove the missing.
+
+    done = sync(model, tokenizer, folder, documents, ranks)  # "5 added; 420 tokens encoded at 9,000 tokens/s"
+
+A bank belongs to the model and tokenizer that made it: it holds their fingerprints, and others are refused.
+"""
+import collections
+import contextlib
+import hashlib
+import itertools
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import memory_bank
+from common import UserError
+from memory_bank import Bank, Layout, Writer, write_segment
+from memory_parallel import to_records
+
+ENCODE_TOKENS = 65536   # that a rank encodes between two looks at the others
+COMMIT_SECONDS = 60     # at most so long is what an interruption loses
+
+
+@torch.no_grad()
+def encode_texts(model, tokenizer, texts, numbers=None):
+    """Encode documents, token ids of their texts, with a progress bar: (Memory, tokens per second)."""
+    numbers = range(len(texts)) if numbers is None else numbers
+    spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
+    with tqdm(desc="encoding", total=sum(map(len, spelled)), unit=" tokens", unit_scale=True, delay=1) as bar:
+        memory = model.encode(spelled, numbers, progress=bar.update)
+        return memory, bar.n / max(bar.format_dict["elapsed"], 1e-9)
+
+
+def fingerprint(model, tokenizer):
+    """16 hexadecimal digits of the model and as many of the tokenizer, as a bank stores them."""
+    return f"{model.fingerprint()}-{tokenizer.fingerprint()}"
+
+
+def bank_layout(model, tokenizer, content="bfloat16"):
+    """What a bank of this model holds; content: bfloat16 or int8, the type of its keys and values."""
+    config = model.config
+    return Layout(fingerprint(model, tokenizer), len(config.memory_layers), config.num_key_value_heads,
+                  config.head_dim, content, config.normalize_routing)
+
+
+def check_fingerprint(layout, folder, model, tokenizer):
+    """Raises UserError for a bank that another model or tokenizer has made."""
+    own = fingerprint(model, tokenizer)
+    if layout.fingerprint != own:
+        part = "model or chunk size" if layout.fingerprint[:16] != own[:16] else "tokenizer"
+        raise UserError(f"{folder}: made by another {part} ({layout.fingerprint}) than this checkpoint "
+                        f"({own}); give its checkpoint, or another --memory to encode the documents again")
+
+
+def hash64(*parts):
+    """Strings -> an unsigned 64-bit number."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+
+
+class Changes:
+    """What a stream of documents changes in a bank."""
+
+    def __init__(self, bank):
+        self.bank = bank
+        self.by_hash = np.argsort(bank.id_hashes)   # positions in the bank, in the order of their hashes
+        self.sorted_hashes = bank.id_hashes[self.by_hash]
+        self.seen = np.zeros(len(bank), bool)       # by position: whether the document has come
+        self.next_number = bank.next_number
+        self.counts = dict(added=0, updated=0, removed=0, unchanged=0)
+
+    def position_of(self, id_hash):
+        """Where the bank holds the document with this hash of its id; None where it holds none."""
+        place = self.sorted_hashes.searchsorted(np.uint64(id_hash))
+        if place < len(self.sorted_hashes) and self.sorted_hashes[place] == id_hash:
+            return self.by_hash[place]
+        return None
+
+    def compare(self, group):
+        """Take the next Documents of the stream. Returns (due, replaced).
+
+        due: what must be encoded, a list of (number, document, hash of its id, digest of id, place and text).
+        replaced: the numbers among them that the bank holds with another text or place.
+        Raises UserError for ids or numbers given twice, and for a number that is not the bank's.
+        """
+        due, replaced = [], []
+        for document in group:
+            number, id_hash = document.number, hash64(document.id)
+            digest = hash64(document.id, document.where(), document.text)
+            position = self.position_of(id_hash)
+            if position is None:
+                self.counts["added"] += 1
+                if number is None:
+                    number = self.next_number
+                    self.next_number += 1
+            else:
+                held = int(self.bank.numbers[position])
+                if number not in (None, held):
+                    raise UserError(f"{self.bank.folder}: holds {document.id!r} as [{held}], not [{number}]; "
+                                    "give another --memory")
+                if self.seen[position]:
+                    raise UserError(given_twice("id", document.id))
+                self.seen[position] = True
+                if self.bank.digests[position] == digest:
+                    self.counts["unchanged"] += 1
+                    continue
+                self.counts["updated"] += 1
+                number = held
+                replaced.append(held)
+            due.append((number, document, id_hash, digest))
+        numbers, ids = [number for number, *_ in due], [document.id for _, document, *_ in due]
+        for what, values in (("number", numbers), ("id", ids)):
+            for value, count in collections.Counter(values).most_common(1):
+                if count > 1:
+                    raise UserError(given_twice(what, value))
+        return due, replaced
+
+    def missing(self):
+        """The numbers of the documents that have not come; asked at the end of the stream."""
+        self.counts["removed"] = int((~self.seen).sum())
+        return self.bank.numbers[~self.seen].tolist()
+
+
+def given_twice(what, value):
+    return f"two documents have the {what} {str(value).partition('#')[0]!r}; {what}s must differ"
+
+
+@torch.no_grad()
+def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0):
+    """Bring the bank `folder` in line with a stream of Documents. Collective: every rank has the same stream.
+
+    New documents are added, changed ones encoded again under their old number, those that do not come are
+    removed. A bank that is not there is made. Documents are the same when their `id` is, unchanged when text
+    and place are too. The ranks share the encoding. What is done is committed when a segment is full or a
+    minute has passed, and is not done again after an interruption. size: bytes of all texts, for progress.
+    Returns a sentence that says what was done. Raises UserError, among others for ids or numbers given twice.
+    """
+    first = ranks.rank == 0
+    began = committed = time.monotonic()
+    layout = bank_layout(model, tokenizer, content)
+    with Writer(folder, layout) if first else contextlib.nullcontext() as writer:
+        ranks.wait("made")  # the other ranks, until there is a bank
+        bank = ranks.same(Bank(folder))
+        check_fingerprint(bank.layout, folder, model, tokenizer)
+        changes = Changes(bank)
+        pieces = []     # records that this rank has encoded and not yet committed
+        replaced = []   # numbers whose old texts all ranks' pieces replace
+        encoded = 0     # tokens
+
+        def commit(removed):
+            """Write this rank's pieces as a segment; rank 0 names all ranks' segments in the manifest."""
+            own = [write_segment(folder, bank.layout, memory_bank.join(pieces))] if pieces else []
+            entries = list(itertools.chain(*ranks.gather_objects(own)))
+            if first and (entries or removed):
+                writer.commit(entries, removed)
+                writer.merge()
+            pieces.clear()
+
+        stream = itertools.chain(groups(documents, ENCODE_TOKENS * ranks.world), [[]])  # an empty one at last
+        progress = dict(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1)
+        with tqdm(**progress, disable=not first) as bar:
+            for group in stream:
+                due, held = changes.compare(group)
+                full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
+                late = time.monotonic() - committed > COMMIT_SECONDS
+                work = hash64(*(f"{number} {id_hash} {digest}" for number, _, id_hash, digest in due)) >> 1
+                reports = ranks.gather(torch.tensor([full or late, len(group), work], device=ranks.device))
+                if (reports[:, 1:] != reports[0, 1:]).any():
+                    raise UserError("the ranks read different documents; "
+                                    "--documents must be the same for all of them")
+                if reports[:, 0].any() or not group:
+                    commit(replaced + ([] if group else changes.missing()))
+                    replaced, committed = [], time.monotonic()
+                replaced += held  # with what is encoded now, in one change
+                share = sorted(due[ranks.rank::ranks.world], key=lambda entry: entry[0])
+                if share:
+                    records, tokens = encode_records(model, tokenizer, share, bank.layout.content)
+                    pieces.append(records)
+                    encoded += tokens
+                bar.update(sum(len(document.text.encode()) for document in group))
+                speed = encoded * ranks.world / (time.monotonic() - began)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+    ranks.wait("written")
+    encoded = int(ranks.sum(torch.tensor(encoded, device=ranks.device)))
+    done = ", ".join(f"{n:,} {what}" for what, n in changes.counts.items() if n or what == "added")
+    if encoded:
+        done += f"; {encoded:,} tokens encoded at {encoded / (time.monotonic() - began):,.0f} tokens/s"
+    return done
+
+
+def encode_records(model, tokenizer, due, content):
+    """Encode what is `due` (see Changes.compare), in the order of numbers: (records, tokens of the texts)."""
+    numbers, documents, id_hashes, digests = zip(*due)
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
+    sources = [document.where() for document in documents]
+    records = to_records(model.encode(spelled, numbers), texts, sources, id_hashes, digests, content)
+    return records, sum(map(len, texts))
+
+
+def groups(documents, size):
+    """Lists of documents of about `size` tokens each, four characters to a token."""
+    group, total = [], 0
+    for document in documents:
+        group.append(document)
+        total += len(document.text) // 4 + 1
+        if total >= size:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+def describe(bank):
+    """What a bank holds, in a few lines."""
+    layout, chunks = bank.layout, int(bank.chunks.sum())
+    size = lambda n: tqdm.format_sizeof(n, "B")
+    routing, content = (size(n * chunks) for n in layout.chunk_bytes())
+    rounded, _ = layout.chunk_bytes("int8")
+    deleted = sum(int(rows.sum()) for rows in bank.deleted)
+    on_disk = size(sum(segment.entry["bytes"] for segment in bank.segments))
+    return "\n".join([
+        f"documents     {len(bank):,} live, {deleted:,} deleted; the next number is {bank.next_number:,}",
+        f"tokens        {int(bank.tokens.sum()):,} of text in {chunks:,} chunks",
+        f"routing keys  {routing} in bfloat16 on the devices, {size(rounded * chunks)} in int8",
+        f"content       {content} in {layout.content}, on disk or on the hosts",
+        f"on disk       {on_disk} in {len(bank.segments):,} segments",
+        f"made by       {layout.fingerprint} (model-tokenizer)",
+        f"of a chunk    {layout.layers} memory layers, {layout.kv_heads} heads of {layout.head_dim}"])
