@@ -38,7 +38,7 @@ from common import UserError, atomic_file, autocast, command_line, detect_device
 from model import MSA, ModelConfig, load_config
 from prepare_data import DataConfig, Pools, collate, read_about
 from prompts import load_tokenizer
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from tokenizer import Tokenizer
 from warmup import start_routers, warm_up
 
 
@@ -102,10 +102,7 @@ def start_from(config, folder, tokenizer, device):
     loaded = load_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"
     changes = settings(config, loaded, ("number_chunk", "normalize_values", "score_bias", *ROUTING) if backbone else ())
-    base, encoding = load_tokenizer(folder, loaded).encoding, tokenizer.encoding
-    special = {token: i for token, i in base._special_tokens.items() if token not in SPECIAL_TOKENS or not backbone}
-    if (base._pat_str, base._mergeable_ranks) != (encoding._pat_str, encoding._mergeable_ranks) \
-            or not special.items() <= encoding._special_tokens.items():
+    if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from {config.init_from}, in which its "
                         f"tokens are other words; run prepare_data.py with --encoding {config.init_from}")
     model = MSA.from_pretrained(folder, device, **changes, **(dict(attend_memory=True, prompts="nanomsa") if backbone else {}))
