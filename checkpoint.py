@@ -17,7 +17,8 @@ from common import UserError, atomic_file, merge, write_json
 
 SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
-HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*",
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
+             "tokenizer*",
              "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

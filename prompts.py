@@ -1,32 +1,42 @@
 """How pretrained models are asked: the chat template of a backbone, and the prompts of the authors' MSA-4B.
 
-A chat backbone has not learned to name documents. Its router finds them, their texts stand in the message:
+A chat backbone has not learned to name documents. Its router finds them, their texts stand in the message
+(head and tail are the chat template's):
 
     routing    <head>What is it?                                                the question's tokens route
-    answer     <head>Answer ...\\n\\n[7]. text\\n\\n[12]. text\\n\\nQuestion: What is it?<tail>    head, tail: of the chat template
+    answer     <head>Answer ...\\n\\n[7]. text\\n\\n[12]. text\\n\\nQuestion: What is it?<tail>
 
 MSA-4B names documents, reads them, and goes on until it has enough (section 3.5):
 
     document   <|im_start|>[7]. text[7]<|im_end|>
-    question   <|im_start|>user\\n | \\nPlease answer ...\\n\\nWhat is it?\\nPlease return ... question\\n | <|im_end|>\\n<|im_start|>
-    a round    [7][12]<|object_ref_end|>[7]. text\\n[12]. text\\n<|object_ref_end|>        written by the model | appended by us
-    the end    <End-of-Retrieve><|im_start|>The user's question is: What is it?\\n<|object_ref_end|>It is this.<|im_end|>
+    question   <|im_start|>user\\n
+               \\nPlease answer ...\\n\\nWhat is it?\\nPlease return ... question\\n   these tokens route
+               <|im_end|>\\n<|im_start|>
+    a round    [7][12]<|object_ref_end|>                                        written by the model
+               [7]. text\\n[12]. text\\n<|object_ref_end|>                      appended by us
+    the end    <End-of-Retrieve><|im_start|>The user's question is: What is it?\\n<|object_ref_end|>
+               It is this.<|im_end|>
 
-Text between two special tokens is encoded as a whole, as the authors do it: "[7]. " and what follows share tokens. Users' text is never
-parsed for special tokens.
+Text between two special tokens is encoded as a whole, as the authors do it: "[7]. " and what follows share
+tokens. Users' text is never parsed for special tokens.
 """
+import json
 import re
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError  # torch brings it
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from checkpoint import find, read_json
 from common import UserError, atomic_file
 from model import MSA
-from tokenizer import Tokenizer
-from tokenizer_json import read_tokenizer_json
+from tokenizer import HubEncoding, Tokenizer
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 MARK = "\ue000"  # stands for the message while a template is rendered
 MSA_HEAD, MSA_TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>"
 MSA_TOKENS = ("<|im_start|>", "<|im_end|>", "<|object_ref_end|>")
@@ -34,64 +44,39 @@ END_OF_RETRIEVE = "<End-of-Retrieve>"
 
 
 def load_tokenizer(folder, config):
-    """The tokenizer of a checkpoint folder; config: its ModelConfig. Raises UserError where they do not belong together."""
-    tokenizer = dict(nanomsa=Tokenizer, msa=MSATokenizer, chat=ChatTokenizer)[config.prompts].load(folder)
+    """The tokenizer of a checkpoint folder; config: its ModelConfig. Raises UserError if they do not fit."""
+    tokenizer = dict(nanomsa=Tokenizer.load, msa=MSATokenizer, chat=ChatTokenizer)[config.prompts](folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
-                        "they do not belong together")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                        f"{config.vocab_size}; they do not belong together")
     tokenizer.check_number_chunk(config.number_chunk)
     return tokenizer
 
 
 class ChatTokenizer(Tokenizer):
-    """The tokenizer of a chat backbone. Methods return plain lists of token ids."""
+    """The tokenizer of a chat backbone. Methods return plain lists of token ids.
 
-    def __init__(self, encoding, template=("", "\n"), end=None):
-        """template: what stands before and behind a message, special tokens in it; end: the special token that ends an answer."""
-        self.encoding, self.vocab_size, self.first_number, self.files = encoding, encoding.n_vocab, None, {}
-        self.template, self.ends = tuple(template), {encoding._special_tokens[end]} if end else set()
-        self.head, self.tail = map(self.encode_template, template)
+    template: (text before a message, behind it, whether it strips the message). ends: ids that end an answer.
+    """
 
-    @classmethod
-    def load(cls, folder):
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja, where there is one. Raises UserError."""
-        encoding, path = read_tokenizer_json(Path(folder) / "tokenizer.json"), Path(folder) / "tokenizer_config.json"
-        about = read_json(path, "a tokenizer's configuration") if path.exists() else {}
-        name_of = lambda token: token.get("content") if isinstance(token, dict) else token
-        end = name_of(about.get("eos_token"))
-        if end is not None and (not isinstance(end, str) or end not in encoding._special_tokens):
-            raise UserError(f"{path}: eos_token is {end!r}, which is not a special token of tokenizer.json")
-        tokens = {key: name_of(about.get(key)) or "" for key in ("bos_token", "eos_token")}
-        tokenizer = cls(encoding, cls.read_template(folder, about, tokens), end)
-        tokenizer.files = {path.name: path.read_bytes() for path in map(Path(folder).joinpath, FILES) if path.exists()}
-        return tokenizer
+    template = None
 
-    @staticmethod
-    def read_template(folder, about, tokens):
-        """(head, tail) of the chat template; of a base model without one: nothing, and a line's end."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it
-
-        path, template = Path(folder) / "chat_template.jinja", about.get("chat_template")
-        try:
-            if path.exists():
-                template = path.read_text(encoding="utf-8")
-            if isinstance(template, list):
-                template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-            if template is None:
-                return "", "\n"
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-            rendered = environment.from_string(template).render(
-                messages=[{"role": "user", "content": MARK}], add_generation_prompt=True, **tokens)
-            head, tail = rendered.split(MARK)
-            return head, tail
-        except Exception as error:  # a template may do anything but what is asked of it here
-            raise UserError(f"{folder}: its chat template cannot be used ({type(error).__name__}: {error})") from None
-
-    def encode_template(self, text):
-        """The ids of text of a template's, never of a user's: special tokens in it are parsed."""
-        special = self.encoding._special_tokens
-        parts = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text) if special else [text]
-        return [token for part in parts if part for token in ([special[part]] if part in special else self.encode(part))]
+    def __init__(self, folder):
+        """Reads FILES and config.json, of which only tokenizer.json must be there. Raises UserError."""
+        folder = Path(folder)
+        self.encoding = HubEncoding(folder / "tokenizer.json")
+        self.encode_template = self.encoding.encode_template
+        self.vocab_size = self.encoding.n_vocab
+        self.special_tokens, self.first_number = {}, None  # ours: none
+        about = read_optional(folder / "tokenizer_config.json")
+        self.ends = end_tokens(folder, about, self.encoding)
+        self.template = self.template or read_template(folder, about)
+        self.start = []  # a template writes the BOS itself
+        if self.template is None:
+            self.start = self.encoding.start()
+            self.template = ("", "\n", False)
+        self.head = [*self.start, *self.encode_template(self.template[0])]
+        self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
 
     def number(self, number):
         return self.encode(f"[{number}]")
@@ -110,10 +95,11 @@ class ChatTokenizer(Tokenizer):
         if appended:
             documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
             text = f"Answer the question from these documents, in few words.\n\n{documents}Question: {text}"
-        return [*self.head, *self.encode(text), *self.tail]
+        head, tail, strips = self.template
+        return [*self.start, *self.encode_template(head, text.strip() if strips else text, tail)]
 
     def save(self, folder):
-        """Write the files that `load` has read, as they were."""
+        """Write the files that were read, as they were."""
         for name, data in self.files.items():
             with atomic_file(Path(folder) / name, "wb") as file:
                 file.write(data)
@@ -122,16 +108,16 @@ class ChatTokenizer(Tokenizer):
 class MSATokenizer(ChatTokenizer):
     """The tokenizer of the authors' MSA-4B."""
 
-    def __init__(self, encoding, template=(MSA_HEAD, MSA_TAIL), end="<|im_end|>"):
-        missing = [token for token in MSA_TOKENS if token not in encoding._special_tokens]
-        if missing:
-            raise UserError(f"encoding {encoding.name}: it lacks the special tokens {', '.join(missing)}")
-        super().__init__(encoding, template, end)
-        self.im_start, self.im_end, self.ref_end = ([encoding._special_tokens[token]] for token in MSA_TOKENS)
+    template = (MSA_HEAD, MSA_TAIL, False)
 
-    @staticmethod
-    def read_template(folder, about, tokens):
-        return MSA_HEAD, MSA_TAIL
+    def __init__(self, folder):
+        super().__init__(folder)
+        missing = [token for token in MSA_TOKENS if token not in self.encoding.ids]
+        if missing:
+            raise UserError(f"{folder}/tokenizer.json: it lacks the special tokens {', '.join(missing)}")
+        self.im_start, self.im_end, self.ref_end = ([self.encoding.ids[token]] for token in MSA_TOKENS)
+        self.tail = self.encode_template(MSA_TAIL)
+        self.ends |= {*self.im_end}
 
     def document(self, number, text):
         """`<|im_start|>[n]. text[n]<|im_end|>`; `text` is a list of ids."""
@@ -142,17 +128,91 @@ class MSATokenizer(ChatTokenizer):
 
         later: from the second round on the last line's end does not route.
         """
-        own = self.encode(f"\nPlease answer the question based on the above historical document information\n\n{text}\n"
-                          "Please return all documents related to the question\n")
-        return ([*self.head, *own, *self.tail],
-                [False] * len(self.head) + [True] * (len(own) - later) + [False] * (len(self.tail) + later))
+        own = self.encode("\nPlease answer the question based on the above historical document information\n"
+                          f"\n{text}\nPlease return all documents related to the question\n")
+        routes = [True] * (len(own) - later) + [False] * (len(self.tail) + later)
+        return [*self.head, *own, *self.tail], [False] * len(self.head) + routes
 
     def appended(self, documents):
-        """The texts of documents, pairs (number, text), that are appended after a round; all of these tokens route in the next."""
+        """The texts of documents, pairs (number, text), appended after a round; all route in the next."""
         return self.encode("".join(f"[{number}]. {text}\n" for number, text in documents))
 
     def end_of_retrieval_prompt(self, text):
         return [*self.im_start, *self.encode(f"The user's question is: {text}\n"), *self.ref_end]
+
+
+def read_optional(path):
+    """The values of a JSON file, {} without one. Raises UserError for a damaged one."""
+    return read_json(path, "a JSON object") if path.exists() else {}
+
+
+def end_tokens(folder, about, encoding):
+    """The ids that end an answer: of tokenizer_config.json, config.json and generation_config.json, all."""
+    ends = set()
+    name = name_of(about.get("eos_token"))
+    if name is not None:
+        if not isinstance(name, str) or name not in encoding.ids:
+            raise UserError(f"{folder}/tokenizer_config.json: eos_token is {name!r}, which is not in "
+                            "tokenizer.json")
+        ends.add(encoding.ids[name])
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        found = read_optional(path).get("eos_token_id")
+        listed = found if isinstance(found, list) else [found]
+        if any(type(i) is not int for i in listed) and found is not None:
+            raise UserError(f"{path}: eos_token_id is {found!r}; it must be a token's id, or a list of ids")
+        ends |= {*listed} - {None}
+    return ends
+
+
+def name_of(token):
+    """A token of tokenizer_config.json is its text, or an object that has it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Chat templates, rendered as transformers does it
+
+def raise_exception(message):
+    raise TemplateError(message)
+
+
+def render(template, message, tokens):
+    """A chat template with one message of a user's, up to where the answer begins; tokens: bos_token, ..."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[loopcontrols])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # {% generation %} marks an answer for training: for us it is a block like any other
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
+    return environment.from_string(template).render(
+        messages=[{"role": "user", "content": message}], tools=None, documents=None,
+        add_generation_prompt=True, enable_thinking=False, **tokens)
+
+
+def read_template(folder, about):
+    """`template` of a ChatTokenizer, from a folder's chat template; None without one.
+
+    about: tokenizer_config.json. Raises UserError for a template that cannot be used.
+    """
+    path, template = folder / "chat_template.jinja", about.get("chat_template")
+    try:
+        if path.exists():
+            template = path.read_text(encoding="utf-8")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        if template is None:
+            return None
+        named = {key: name_of(token) for key, token in about.items() if key.endswith("_token")}
+        tokens = dict(bos_token="", eos_token="") | {key: x for key, x in named.items() if isinstance(x, str)}
+        rendered = render(template, MARK, tokens)
+        parts = rendered.split(MARK)
+        if len(parts) != 2:
+            raise ValueError(f"it writes the user's message {len(parts) - 1} times; it must be once")
+        return *parts, rendered == render(template, f" {MARK} ", tokens)
+    except Exception as error:  # a template may do anything but what is asked of it here
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: its chat template cannot be used ({what})") from None
 
 
 def load_checkpoint(name, device, dtype=torch.float32):

@@ -39,7 +39,7 @@ from common import UserError, atomic_file, autocast, command_line, detect_device
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate
 from prompts import load_tokenizer
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from tokenizer import Tokenizer
 from warmup import start_routers, train_routers
 
 
@@ -100,13 +100,9 @@ def start_from(config, folder, tokenizer, device):
     whiten_routers. Raises UserError where it cannot be."""
     loaded = MSA.read_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"
-    changes = settings(config, loaded, (*ROUTING, "max_document_tokens", "number_chunk", "normalize_values",
-                                        "score_bias") if backbone else ())
-    base, encoding = load_tokenizer(folder, loaded).encoding, tokenizer.encoding
-    special = {token: i for token, i in base._special_tokens.items() if token not in SPECIAL_TOKENS
-               or not backbone}
-    if (base._pat_str, base._mergeable_ranks) != (encoding._pat_str, encoding._mergeable_ranks) \
-            or not special.items() <= encoding._special_tokens.items():
+    free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
+    changes = settings(config, loaded, free)
+    if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its "
                         f"tokens are other words; run prepare_data.py with --encoding {config.init_from}")
