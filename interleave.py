@@ -1,13 +1,12 @@
 """The interleave loop (section 3.5): in a round the model names documents or ends the retrieval; the system
 appends the text of the named ones to the question, and the next round begins, with new routing.
 
-    for event in interleave(model, tokenizer, memory, texts, question, config): ...   # Rounds, then the answer
+    for event in interleave(model, tokenizer, memory, texts, question, config): ...  # Rounds, then the answer
 
-Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that train.py
-made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How each of them
-spells its questions: tokenizer.py and prompts.py.
+Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that
+train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How each
+of them spells its questions: tokenizer.py and prompts.py.
 """
-
 import re
 from dataclasses import dataclass
 
@@ -25,12 +24,10 @@ NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
 @dataclass
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
-    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # of routing scores in naming; 0: the paper's pure generation, 1000: routing
-                                    # alone. MSA-4B always names by generation, a chat backbone by its router
-    max_rounds: int = (
-        4  # retrievals before the answer is forced; 1: no interleave; 0: nothing is named or appended
-    )
+    top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
+    router_weight: float = 1.0      # of routing scores in naming; 0: pure generation (the paper), 1000: routing
+                                    # alone. MSA-4B names by generation, a chat backbone by its router
+    max_rounds: int = 4             # retrievals before the answer; 1: no interleave; 0: nothing is named
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 

@@ -1,8 +1,8 @@
 """What `encode` makes and `read` consumes: a memory as tensors, what routing selected of it, a question's
 cache.
 
-    B questions   T question tokens   M documents   C chunks   K documents selected   S memory slots of a question
-    G key/value heads   D head size
+    B questions   T question tokens   M documents   C chunks   K documents selected
+    S memory slots of a question   G key/value heads   D head size
 """
 
 from dataclasses import dataclass, replace

@@ -6,8 +6,8 @@
 Training and inference are these two calls; `forward` is encode + read + losses. Read this file from here: the
 configuration, the transformer's blocks, the model. What `encode` makes and `read` consumes: memory.py.
 
-    B questions   T question tokens   M documents   L tokens of a document (padded)   C chunks   S memory slots
-    H query heads   G key/value heads   D head size   E width   N predicted tokens
+    B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
+    S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
 from dataclasses import dataclass, field, fields
 from functools import partial

@@ -36,7 +36,7 @@ class SampleConfig:
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
     checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     documents: str = ""                   # folder of .txt and .md files, or a .jsonl file of id, title, text
-    max_document_tokens: int = 128        # longer files are split at paragraphs; the demo knows short ones
+    max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds
     verify: bool = False                  # check every sum of the bank
@@ -52,8 +52,8 @@ class SampleConfig:
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
-        if self.max_document_tokens < 1:
-            raise UserError(f"max_document_tokens is {self.max_document_tokens}; it must be at least 1")
+        if self.max_document_tokens < 0:
+            raise UserError(f"max_document_tokens is {self.max_document_tokens}; it must be at least 1, or 0")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be at least 0")
         if not self.timeout > 0:
@@ -93,7 +93,8 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     say: print, of rank 0 only; on: the device and why it was chosen, as text.
     """
     if config.documents:
-        documents = read_documents(config.documents, count_tokens, config.max_document_tokens)
+        longest = config.max_document_tokens or model.config.max_document_tokens
+        documents = read_documents(config.documents, count_tokens, longest)
         size = documents_size(config.documents)
         done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size)
         say(f"{config.memory}: {done} on {on}")
@@ -142,7 +143,8 @@ def script():
             where = lambda position: memory.bank.document(position)[1]
             show(model, tokenizer, memory, memory.texts, where, question, config, say)
     else:
-        documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens))
+        longest = config.max_document_tokens or model.config.max_document_tokens
+        documents = list(read_documents(config.documents, count_tokens, longest))
         texts = tokenizer.encode_batch([document.text for document in documents])
         memory, speed = encode_texts(model, tokenizer, texts)
         tokens = sum(map(len, texts))

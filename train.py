@@ -1,7 +1,7 @@
 """Train a model with memory layers, from scratch or from a checkpoint: its own, or a Llama or Qwen3 backbone.
 
     python prepare_data.py config/demo.toml                              # the data of the run, once
-    python train.py config/demo.toml  # a laptop CPU, one GPU: what is there is used
+    python train.py config/demo.toml                                     # on a laptop CPU or one GPU
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
@@ -21,21 +21,17 @@ import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-# DDP imports this while a group exists, and default arguments keep that group: its threads would outlive it
-# and may abort at exit
-import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import find
-from common import UserError, atomic_file, autocast, command_line, detect_device, keep_freed_memory, main
+from common import (UserError, atomic_file, autocast, command_line, detect_device, end_process_group,
+                    keep_freed_memory, main, start_process_group)
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate
 from prompts import load_tokenizer
@@ -88,10 +84,8 @@ def learning_rate(step, config):
         return config.learning_rate * (step + 1) / config.warmup_steps
     start = max(config.router_steps, config.warmup_steps)
     progress = min(max((step - start) / max(config.max_steps - start, 1), 0), 1)
-    return (
-        config.final_learning_rate
-        + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
-    )
+    share = (1 + math.cos(math.pi * progress)) / 2
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
 
 
 def start_from(config, folder, tokenizer, device):
@@ -102,41 +96,39 @@ def start_from(config, folder, tokenizer, device):
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
     changes = settings(config, loaded, free)
+    if backbone:
+        changes |= dict(attend_memory=True, prompts="nanomsa")
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
-                        f"{config.init_from}, in which its "
-                        f"tokens are other words; run prepare_data.py with --encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, **changes,
-                                **(dict(attend_memory=True, prompts="nanomsa") if backbone else {}))
+                        f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
+                        f"--encoding {config.init_from}")
+    model = MSA.from_pretrained(folder, device, **changes)
     model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 
 
-# What a backbone's routers are free to have
-ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")
+ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")  # new routers are free to have
 
 
 def settings(config, loaded, names):
-    """The fields `names` of config.model. Raises UserError for another one that is set, and not to what
-    `init_from` has."""
+    """The fields `names` of config.model. Raises UserError for another that differs from `init_from`'s."""
     for name, default in asdict(ModelConfig()).items():
         asked, own = getattr(config.model, name), getattr(loaded, name)
         if name not in (*names, "vocab_size", "max_document_tokens") and asked not in (default, own):
+            allowed = f" (what can be set: {', '.join(names)})" if names else ""
             raise UserError(f"model.{name} is {asked!r}, but --init-from {config.init_from} has {own!r}; "
-                            "leave it out"
-                            + (f" (what can be set: {', '.join(names)})" if names else ""))
+                            f"leave it out{allowed}")
     return {name: getattr(config.model, name) for name in names}
 
 
 def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
-    """Routers for a backbone that has none, from the documents and questions of the first pools: see
-    warmup.py."""
+    """Routers for a backbone that has none, from the documents and questions of the first `count` pools."""
     documents, questions = [], []
     for i in range(min(count, len(pools))):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
-        questions += [row[routes].tolist() for batch in batches for row,
-                      routes in zip(batch["tokens"], batch["routing_mask"])]
+        for batch in batches:
+            questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], batch["routing_mask"])]
     start_routers(model, documents, questions, dtype)
 
 
@@ -153,18 +145,17 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     for batch in batches if dropout else ():
         kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
         batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])
-    return documents, numbers, [{name: tensor.to(device) for name, tensor in batch.items()}
-                                for batch in batches]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    return documents, numbers, batches
 
 
 METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance")  # scalars of a step
 
 
 def flatten_metrics(losses):
-    """A step's metrics as one detached tensor, to average over pools and ranks; last the recall of each layer
-    and of the mean score."""
-    return torch.cat([torch.stack([losses[name].detach().float() for name in METRICS]),
-                      losses["recall"].float()])
+    """A step's metrics as one detached tensor, to average over pools and ranks; the recalls are last."""
+    scalars = torch.stack([losses[name].detach().float() for name in METRICS])
+    return torch.cat([scalars, losses["recall"].float()])
 
 
 def name_metrics(values):
@@ -173,17 +164,15 @@ def name_metrics(values):
 
 
 def describe(row, top_k):
-    """A log row in one line: losses and shares of samples wholly right; recall of each memory layer, then of
-    their mean score."""
+    """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score."""
     recall = " ".join(f"{r:.2f}" for r in row["recall"])
     return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} "
-            f"{row['answered']:.2f} | aux {row['aux']:.3f} "
-            f"| recall@{top_k} {recall} (chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
+            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{top_k} {recall} "
+            f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
 def plot(rows, path):
-    """Draw the curves of a log: losses, samples wholly right, and every memory layer's recall beside
-    chance."""
+    """Draw a log's losses, its samples wholly right, and every memory layer's recall beside chance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -191,22 +180,23 @@ def plot(rows, path):
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axes, curves in ((left, (("naming", "next token, naming"), ("answer", "next token, answers"),
-                                 ("aux", "routing (Eq. 5)"))),
-                         (middle, (("named", "number and stop"), ("answered", "answer")))):
-        for name, label in curves:
-            line, = axes.plot([r["step"] for r in train], [r[name] for r in train], lw=0.8, label=label)
-            axes.plot([r["step"] for r in validation], [r[name] for r in validation], "o",
-                      color=line.get_color(), ms=4)
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
-    middle.set(xlabel="step", ylabel="share of samples, every token the likeliest", ylim=(0, 1.02),
-               title="named, answered")
+
+    def draw(axes, label, of_row, **style):
+        line, = axes.plot([r["step"] for r in train], [of_row(r) for r in train], label=label, **style)
+        dots = [r["step"] for r in validation], [of_row(r) for r in validation]
+        axes.plot(*dots, "o", color=line.get_color(), ms=4)
+
+    for axes, name, label in ((left, "naming", "next token, naming"), (left, "answer", "next token, answers"),
+                              (left, "aux", "routing (Eq. 5)"), (middle, "named", "number and stop"),
+                              (middle, "answered", "answer")):
+        draw(axes, label, lambda row, name=name: row[name], lw=0.8)
     layers = len(train[0]["recall"]) - 1
-    for i in range(layers + 1):
-        right.plot([r["step"] for r in train], [r["recall"][i] for r in train], lw=0.8,
-                   label="mean score" if i == layers else f"memory layer {i}")
+    for i, label in enumerate([*(f"memory layer {i}" for i in range(layers)), "mean score"]):
+        draw(right, label, lambda row, i=i: row["recall"][i], lw=0.8)
     right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
-    right.set(xlabel="step", ylabel="recall@k, unforced", ylim=(0, 1.02), title="routing")
+    left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
+    middle.set(xlabel="step", ylabel="share of samples wholly right", ylim=(0, 1.02), title="named, answered")
+    right.set(xlabel="step", ylabel="recall@k, nothing forced", ylim=(0, 1.02), title="routing")
     for axes in (left, middle, right):
         axes.legend()
     with atomic_file(path, "wb") as file:
@@ -219,9 +209,7 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        start_process_group(device, timeout=600)
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
@@ -246,13 +234,11 @@ def script():
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
-                        "has "
-                        f"{tokenizer.vocab_size} tokens, and the model needs at least as many")
-    # Raises where it cannot be spelled, better now than when it is drawn
-    tokenizer.number(config.number_limit - 1)
+                        f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
+    tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
     if config.model.prompts != "nanomsa":
-        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py trains models that are asked "
-                        "as \"nanomsa\"")
+        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py makes models that are asked as "
+                        '"nanomsa"')
     if config.data.documents:
         config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
@@ -271,8 +257,7 @@ def script():
                                    dict(params=vectors, weight_decay=0.0)],
                                   lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
-        f"{list(config.model.memory_layers)}; "
-        f"data: {len(train_pools):,} pools")
+        f"{config.model.memory_layers}; data: {len(train_pools):,} pools")
 
     # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
     # is no other state.
@@ -323,8 +308,7 @@ def script():
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
-        # The metrics; last: how many pools
-        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)
+        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)  # last: pools
         model.eval()
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):
@@ -335,8 +319,8 @@ def script():
             dist.all_reduce(sums)
         return sums[:-1] / sums[-1]
 
-    # What this rank was told; what all ranks agreed on after a step
-    signals, stop = [], torch.zeros(1, device=device)
+    signals = []                          # what this rank was told
+    stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
 
     def finish_step(number, _):
         """Ctrl-C: finish the step, save, stop. A second one stops at once."""
@@ -399,10 +383,8 @@ def script():
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
         + ("; go on with --resume" if stop else ""))
     if world > 1:
-        # It holds the group, whose threads must end before the interpreter does: they abort when they need it
-        # then
-        del wrapped
-        dist.destroy_process_group()
+        del wrapped  # it holds the group
+        end_process_group()
 
 
 if __name__ == "__main__":
