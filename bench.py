@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 
 import msa_kernel as K
+import routing as R
 from common import autocast, detect_device, keep_freed_memory, main, write_json
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_numpy, to_records
@@ -136,17 +137,17 @@ def bench_route(bench, chunks, tokens):
     for T in tokens:
         queries = torch.randn(1, T, H, D, device=device)
         mask = torch.ones(1, T, dtype=torch.bool, device=device)
-        grouped, unit = K.group_queries(queries, G), F.normalize(queries[0], dim=-1)
+        grouped, unit = R.group_queries(queries, G), F.normalize(queries[0], dim=-1)
         scores = torch.cat([scores_as_published(unit, part) for part in full.split(2 ** 16)])
         published = set(scores.topk(16).indices.tolist())
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             if dtype == torch.int8:
-                (keys, scales), peers = K.quantize(full), {}
+                (keys, scales), peers = R.quantize(full), {}
             else:
                 keys, scales = full.to(dtype), None
                 peers = {"authors": lambda: scores_as_published(unit.to(dtype), keys).topk(16),
                          "per-head": lambda: scores_per_head(unit.to(dtype), keys).topk(16)}
-            run = lambda: K.select_documents(grouped, mask, keys, offsets, 16, scales)
+            run = lambda: R.select_documents(grouped, mask, keys, offsets, 16, scales)
             documents, _ = run()
             same = len(published & set(documents[0].tolist()))
             product = torch.bfloat16 if dtype == torch.int8 else dtype
@@ -298,7 +299,7 @@ class RandomBank:
 def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
     """Qwen3-4B's shape: a question's routing and fetching in 18 memory layers, for as many chunks as fit."""
     device = bench.device
-    query = K.group_queries(torch.randn(1, tokens, H, D, device=device), G)
+    query = R.group_queries(torch.randn(1, tokens, H, D, device=device), G)
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
     for kind in ("bfloat16", "int8"):
         layout = dataclasses.replace(SHAPE, content=kind)

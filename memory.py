@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from msa_kernel import document_slots, quantize, ranges, route, top_documents
+from msa_kernel import ranges
+from routing import document_slots, quantize, route, top_documents
 
 
 @dataclass

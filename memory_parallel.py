@@ -22,7 +22,7 @@ import torch.distributed as dist
 import memory_bank
 from common import UserError, end_process_group, start_process_group
 from memory import Selection
-from msa_kernel import document_slots, quantize, select_documents
+from routing import document_slots, quantize, select_documents
 
 
 def to_numpy(x, dtype):

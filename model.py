@@ -20,7 +20,8 @@ from torch import nn
 from checkpoint import Pretrained
 from common import UserError
 from memory import Cache, Memory, hit_rate, leave_out, rank_documents
-from msa_kernel import chunk_offsets, group_queries, pool_chunks, ranges, sparse_attention
+from msa_kernel import chunk_offsets, pool_chunks, ranges, sparse_attention
+from routing import group_queries
 from scratch import Scratch, ScratchConfig
 
 

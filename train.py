@@ -30,8 +30,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import find
-from common import (UserError, atomic_file, autocast, command_line, detect_device, end_process_group,
-                    keep_freed_memory, main, start_process_group)
+from common import (
+    UserError,
+    atomic_file,
+    autocast,
+    command_line,
+    detect_device,
+    end_process_group,
+    keep_freed_memory,
+    main,
+    start_process_group,
+)
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate
 from prompts import load_tokenizer

@@ -24,16 +24,9 @@ from common import UserError, autocast, write_json
 from documents import bm25_search, read_beir, read_squad
 from memory import Cache, hit_rate
 from model import MSA, contrastive_loss, rope_angles
-from msa_kernel import (
-    chunk_means,
-    chunk_offsets,
-    group_queries,
-    ranges,
-    route,
-    sparse_attention,
-    top_documents,
-)
+from msa_kernel import chunk_means, chunk_offsets, ranges, sparse_attention
 from prompts import load_tokenizer
+from routing import group_queries, route, top_documents
 
 RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted
 BATCH_TOKENS = 4096   # of texts that run through the backbone at once

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msa_kernel as K  # noqa: E402
+import routing as R  # noqa: E402
 
 SHARED = {80: 166912, 90: 232448}  # bytes of shared memory that one block may have: A100, H100
 # H, G, D and the type of everything
@@ -82,11 +83,11 @@ def launch_all(H, G, D, dtype):
     pooled = K.pool_chunks(new(M, L, G, D), new(M, L, G, D), new(M, L, G, D), lengths, 64)
     sum(x.sum() for x in pooled).backward()
     query, mask = torch.randn(B, T, G * D, requires_grad=True), torch.ones(B, T, dtype=torch.bool)
-    K.route(query, mask, new(C, G, D), offsets).sum().backward()
+    R.route(query, mask, new(C, G, D), offsets).sum().backward()
     with torch.no_grad():
         for t in (16, T):
-            K.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), new(C, G, D), offsets)
-            K.route(query[:, :t].contiguous(), mask[:, :t].contiguous(),
+            R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), new(C, G, D), offsets)
+            R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(),
                     torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))
     index, slots = torch.arange(C).expand(B, -1), torch.full((B,), C)
     local, memory = (new(B, T, G, D), new(B, T, G, D)), (new(C, G, D), new(C, G, D))

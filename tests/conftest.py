@@ -124,12 +124,6 @@ def checkpoint(tiny, tokenizer):
     return save_untrained(tiny / "untrained", tokenizer)
 
 
-@pytest.fixture(scope="session")
-def full_checkpoint(tiny, tokenizer):
-    """One of the baseline that reads all documents as one text."""
-    return save_untrained(tiny / "untrained_full", tokenizer, full_attention=True)
-
-
 def read_files(folder):
     """The bytes of every file below a folder, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import reference  # noqa: E402
 
 import msa_kernel as K  # noqa: E402
+import routing as R  # noqa: E402
 
 # forward, gradients
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-3, 1e-2), torch.bfloat16: (1e-2, 4e-2)}
@@ -117,7 +118,7 @@ def check_route(case, dtype, device="cpu", int8=False):
     query = random(3, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()
     keys, scales = random(sum(counts), G, D, seed=2, dtype=dtype, device=device), None
     if int8:
-        keys, scales = K.quantize(keys.float())
+        keys, scales = R.quantize(keys.float())
 
     def oracle(query, keys):
         spans = [slice(*offsets[m:m + 2]) for m in range(len(counts))]
@@ -126,7 +127,7 @@ def check_route(case, dtype, device="cpu", int8=False):
                              for b in range(3) if mask[b].any()])]
 
     def kernel(query, keys=keys):
-        scores = K.route(query, mask.to(device), keys, offsets.to(device), scales)
+        scores = R.route(query, mask.to(device), keys, offsets.to(device), scales)
         assert scores[~mask.any(1).to(device)].eq(float("-inf")).all() and scores.dtype == torch.float32
         return [scores[mask.any(1).to(device)]]
 

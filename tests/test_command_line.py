@@ -31,7 +31,7 @@ TOML = {
 
 
 @pytest.fixture(scope="module")
-def place(tiny, checkpoint, full_checkpoint, tokenizer, tmp_path_factory):
+def place(tiny, checkpoint, tokenizer, tmp_path_factory):
     """A folder with one of everything that can be wrong."""
     folder = tmp_path_factory.mktemp("place")
     for name, text in TOML.items():
@@ -54,7 +54,10 @@ def place(tiny, checkpoint, full_checkpoint, tokenizer, tmp_path_factory):
         for key, value in edits.items():
             (config["msa_config"] if key in config["msa_config"] else config)[key] = value
         (folder / name / "config.json").write_text(json.dumps(config))
-    shutil.copytree(full_checkpoint, folder / "full")
+    shutil.copytree(checkpoint, folder / "full")
+    about = json.loads((folder / "full" / "config.json").read_text())
+    about["msa_config"]["full_attention"] = True  # a baseline of before it had a file of its own
+    (folder / "full" / "config.json").write_text(json.dumps(about))
     (folder / "no_tokenizer" / "tokenizer_msa.json").unlink()
     (folder / "no_weights" / "model.safetensors").unlink()
     weights = folder / "half" / "model.safetensors"
@@ -142,10 +145,6 @@ MISTAKES = [
     (evaluation, "--checkpoint good --filler -1", "--filler is -1; it must be at least 0"),
     (evaluation, "--checkpoint good --baseline bm26", "'bm26' .*--baseline.* 'bm25'"),
     (evaluation, "--checkpoint good --baseline bm25 --task niah_single", "--baseline bm25: not for niah_single, .* another --task"),
-    (evaluation, "--checkpoint full --baseline full --task niah_single", "--baseline full: not for niah_single, .* another --task"),
-    (evaluation, "--checkpoint good --baseline full", "error: good: --baseline full goes with a checkpoint trained with full_attention"),
-    (evaluation, "--checkpoint full", "error: full: --baseline full goes with a checkpoint trained with full_attention, and with no"),
-    (evaluation, "--checkpoint full --baseline oracle", "error: full: --baseline full goes with a checkpoint trained with full_attention"),
     (evaluation, "--checkpoint good --temperature -1", "temperature is -1.0; it must be at least 0"),
     (evaluation, "--checkpoint good --lengths 500,1k --questions 100", "error: --lengths: .*100 questions .*fewer --questions"),
     (evaluation, "--checkpoint good --lengths 5 --questions 1", "error: --lengths: 5 tokens .*longer memory"),
@@ -163,7 +162,7 @@ MISTAKES = [
     (sample, "--checkpoint good --documents latin q", "error: latin/a.txt: not UTF-8"),
     (evaluation, "--checkpoint good --lengths 300 --questions 1 --json tiny.toml/rows.json", "error: tiny.toml"),
     # checkpoints
-    (sample, "--checkpoint full --documents docs q", "error: full: trained with full_attention, it has no memory"),
+    (sample, "--checkpoint full --documents docs q", "full/config.json: a baseline without a memory; train it anew with baseline.py"),
     (evaluation, "--checkpoint good --baseline oracle --zero-values", "zero-values is about the memory, --baseline oracle has none"),
     (evaluation, "--checkpoint good --baseline bm25 --routing-keys int8", "routing-keys is about the memory, --baseline bm25 has none"),
     (evaluation, "--checkpoint good --task niah_single --memory bank", "--memory: a bank holds one memory as it is; leave out niah_single"),
@@ -312,12 +311,12 @@ def answers_of(run, out, *flags):
     return json.loads((out / "rows.json").read_text())
 
 
-@pytest.mark.parametrize("baseline", ["no_memory", "oracle", "bm25", "full"])
+@pytest.mark.parametrize("baseline", ["no_memory", "oracle", "bm25"])
 def test_eval_of_baselines(run, here, tmp_path, baseline):
     """A baseline would fail with a real model, or not be a row of the same table."""
     if baseline == "bm25":
         pytest.importorskip("bm25s")
-    out = shutil.copytree("full" if baseline == "full" else "good", tmp_path / "checkpoint")
+    out = shutil.copytree("good", tmp_path / "checkpoint")
     row, = answers_of(run, out, "--baseline", baseline)
     plain, = answers_of(run, shutil.copytree("good", tmp_path / "plain"))
     assert row["baseline"] == baseline and plain["baseline"] == "none" and row["seconds_per_question"] > 0

@@ -407,27 +407,3 @@ def test_bm25_that_finds_nothing(watch, monkeypatch):
         assert found[1].routed[1][0] == found[1].named[0]
         (first, _), (second, _) = asked[2 * i:2 * i + 2]
         assert second.startswith(f"{first} One of the special magic numbers for ")
-
-
-@pytest.mark.parametrize("task", ["niah_multikey", "two_hop", "read_pooled"])
-def test_full(evaluate, watch, tokenizer, full_checkpoint, monkeypatch, task):
-    """The baseline would read other documents than the memory holds, in another order, or behind another
-    question."""
-    flags, contexts, make = ["--task", task, "--lengths", "500,1100", "--questions", 3], [], MSA.context
-    _, asked = evaluate(*flags)
-    with monkeypatch.context() as patch:
-        patch.setattr(MSA, "context", lambda model, texts: contexts.append(*texts) or make(model, texts))
-        rows, seen = watch(*flags, "--baseline", "full", checkpoint=full_checkpoint)
-    assert len(contexts) == 2 and len(asked) == len(seen) == 6
-    for i, (one, read) in enumerate(zip(asked, seen)):
-        # it has no use for numbers
-        documents = "".join(text for _, text in sorted(zip(one.memory.numbers, one.texts)))
-        assert tokenizer.decode(contexts[i // 3].tolist()) == documents
-        prompt = f"<|question|>{one.question}\n<|retrieve|><|end_of_retrieval|>"
-        assert tokenizer.decode(read.tokens) == prompt
-        assert read.before == len(contexts[i // 3]) < rows[i // 3]["memory_tokens"]
-        with torch.no_grad():
-            text = torch.cat([contexts[i // 3], torch.tensor(read.tokens)])
-            whole = read.model.read(text[None]).logits[0, -1]
-        assert torch.allclose(read.logits, whole, atol=1e-4)
-    assert [(row["baseline"], *scores_of(row)) for row in rows] == [("full", 0, 0, 0, 0)] * 2

@@ -12,7 +12,7 @@ import torch
 
 import memory_bank
 import memory_parallel
-import msa_kernel
+import routing
 import sample
 import sync as syncing
 from common import UserError
@@ -21,8 +21,8 @@ from interleave import InterleaveConfig, answer_question
 from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
-from msa_kernel import top_documents
 from prompts import load_checkpoint
+from routing import top_documents
 from sync import bank_layout, fingerprint, hash64, sync
 from tasks import make_memory
 
@@ -104,7 +104,7 @@ def test_select(loaded, tmp_path, kind, place, documents):
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:documents]), ALONE)
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
     wanted, _ = in_memory(loaded, memory.bank, kind)
-    query = msa_kernel.group_queries(torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(1)), 1)
+    query = routing.group_queries(torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(1)), 1)
     for mask in (torch.ones(3, 5, dtype=torch.bool),
                  torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
                  torch.zeros(3, 5, dtype=torch.bool)):

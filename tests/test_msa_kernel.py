@@ -12,18 +12,10 @@ import torch
 from kernel_checks import attention_by_hand, pool_by_hand
 
 import msa_kernel
+import routing
 from common import UserError
-from msa_kernel import (
-    chunk_offsets,
-    document_slots,
-    group_queries,
-    pool_chunks,
-    quantize,
-    route,
-    select_documents,
-    sparse_attention,
-    top_documents,
-)
+from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
+from routing import document_slots, group_queries, quantize, route, select_documents, top_documents
 
 INF = float("inf")
 HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]  # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two
@@ -123,7 +115,7 @@ def test_group_queries_of_zero_is_zero():
 @pytest.mark.parametrize("tile", [1, 3, 16384])
 def test_route(H, G, D, counts, tile, monkeypatch):
     """Document scores, or their gradients, would be wrong; or depend on how the chunks are cut into tiles."""
-    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", tile)
+    monkeypatch.setattr(routing, "ROUTE_TILE", tile)
     offsets = torch.tensor([0, *counts]).cumsum(0)
     queries, free_keys = random(3, 4, H, D).requires_grad_(), random(sum(counts), G, D, seed=1).requires_grad_()
     keys = free_keys / free_keys.norm(dim=-1, keepdim=True)
@@ -143,7 +135,7 @@ def test_route(H, G, D, counts, tile, monkeypatch):
 @pytest.mark.parametrize("counts", [[63], [64], [1] * 65, [60, 9, 1, 60, 5]])
 def test_route_over_several_tiles(training, counts, monkeypatch):
     """A document whose chunks lie in two tiles, or the last tile's padding, would be scored wrongly."""
-    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", 64)
+    monkeypatch.setattr(routing, "ROUTE_TILE", 64)
     queries, keys = random(1, 2, 2, 6), -unit_keys(sum(counts), 1, 6).abs()  # cosines below 0, the score of padding
     queries, offsets = queries.abs(), torch.tensor([0, *counts]).cumsum(0)
     expected = [reference.document_score(list(queries[0]), list(keys[offsets[m]:offsets[m + 1]])) for m in range(len(counts))]
@@ -226,7 +218,7 @@ def test_top_documents_of_no_question(documents):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_select_documents(counts, dtype, monkeypatch):
     """Rounded products would decide which documents are found, or in what order; or a question that routes nothing would find some."""
-    monkeypatch.setattr(msa_kernel, "ROUTE_TILE", 64)
+    monkeypatch.setattr(routing, "ROUTE_TILE", 64)
     offsets, keys = torch.tensor([0, *counts]).cumsum(0), unit_keys(sum(counts), 2, 16, seed=4)
     keys[-1] = keys[0]  # a tie
     keys, scales = quantize(keys) if dtype == torch.int8 else (keys.to(dtype), None)
