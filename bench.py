@@ -304,7 +304,8 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
     for kind in ("bfloat16", "int8"):
         layout = dataclasses.replace(SHAPE, content=kind)
         keys, content = layout.chunk_bytes(kind)  # bytes of a chunk
-        chunks = int(fraction * free_bytes() / (content if bench.cuda else keys + content))
+        free = fraction * proc_bytes("meminfo", "MemAvailable")
+        chunks = int(free / (content if bench.cuda else keys + content))
         if bench.cuda:
             torch.cuda.empty_cache()
             chunks = min(chunks, int(fraction * 1.6 * torch.cuda.mem_get_info()[0] / keys))
@@ -323,19 +324,15 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
             del memory, bank, run
 
 
-def free_bytes():
-    """Memory that a new program can have without swapping."""
-    return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-
-
-def peak_bytes():
-    """The most memory of the host that this process has held."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def proc_bytes(file, name):
+    """A number that /proc/FILE gives in kB, as bytes."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc", file).read_text())[1])
 
 
 def peak(device):
     """The most memory that this process has held, as text."""
-    text = f"{peak_bytes() / 1e9:.1f} GB"
+    host = proc_bytes("self/status", "VmHWM")
+    text = f"{host / 1e9:.1f} GB"
     if device.type == "cuda":
         text += f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device"
     return text
@@ -442,9 +439,9 @@ def bench_load(bench, shape=QWEN3_4B):
 @torch.no_grad()
 def load_and_answer(folder, device):
     """What bench_load runs in a process of its own: load, answer, print a row."""
-    device, before = torch.device(device), peak_bytes()
+    device, before = torch.device(device), proc_bytes("self/status", "VmHWM")
     seconds, model = timed(lambda: MSA.from_pretrained(folder, device, torch.bfloat16))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else proc_bytes("self/status", "VmHWM")
     began = time.perf_counter()
     memory = model.encode([torch.arange(100 * i, 100 * i + 90) for i in range(1, 5)])
     tokens, cache = torch.arange(50, 70, device=device)[None], Cache()

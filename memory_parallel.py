@@ -159,10 +159,7 @@ class Ranks:
 # ------------------------------------------------------------------------------------------------------------
 
 def deal(chunks, world):
-    """Which rank holds each document: chunk counts (M,) -> (M,).
-
-    Consecutive documents, about as many chunks for each rank.
-    """
+    """The rank of each document, (M,) from chunk counts (M,): consecutive documents, chunks dealt evenly."""
     ends = memory_bank.ends_of(chunks)
     middles = ends[1:] - (chunks + 1) // 2
     return np.minimum(middles * world // max(ends[-1], 1), world - 1)
