@@ -100,11 +100,12 @@ def launch_all(H, G, D, dtype):
 
 def script():
     K.KERNEL, rows = "triton", []
-    kernels = [name for name, value in vars(K).items() if isinstance(value, triton.JITFunction)]
-    launched = [Compiler(getattr(K, name), rows)
-                for name in kernels if getattr(K, name).__doc__.startswith("Program")]
-    for compiler in launched:
-        setattr(K, compiler.kernel.__name__, compiler)
+    launched = []
+    for module in (K, R):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, triton.JITFunction) and kernel.__doc__.startswith("Program"):
+                launched.append(Compiler(kernel, rows))
+                setattr(module, name, launched[-1])
     for label, shape in SHAPES.items():
         for compiler in launched:
             compiler.label = label
