@@ -1,4 +1,5 @@
-"""What several test files need: the scripts, run in this process; a tiny prepared data set; a tiny untrained checkpoint."""
+"""What several test files need: the scripts, run in this process; a tiny prepared data set;
+a tiny untrained checkpoint."""
 import contextlib
 import functools
 import io
@@ -65,11 +66,12 @@ def words():
 def run_script(module, *args):
     """Run a script's main as `python module.py args` does; returns its exit code and what it printed.
 
-    `error` is stderr without line breaks and boxes; the handlers that the script set for signals are taken back.
+    `error` is stderr without line breaks and boxes. The handlers that the script set for signals are removed.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         patch.setenv("COLUMNS", "400")
         try:
@@ -90,7 +92,8 @@ def run():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with `tiny.toml`, a configuration of a run that takes a tenth of a second, and its data in `data`."""
+    """A folder with `tiny.toml`, a configuration of a run that takes a tenth of a second,
+    and its data in `data`."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny.toml").write_text(TINY.format(data=(folder / "data").as_posix()))
     result = run_script(prepare_data, folder / "tiny.toml")
@@ -105,16 +108,19 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="session")
 def number_tokenizer():
-    """A tokenizer whose document numbers are tokens of their own: 256 bytes, 5 special tokens, 768 places of numbers, 60 merges."""
-    texts = ["One of the special magic numbers for gentle-otter is: 4729103.", "The colour of quiet-river is teal."] * 3
+    """A tokenizer whose document numbers are tokens of their own: 256 bytes, 5 special tokens,
+    768 places of numbers, 60 merges."""
+    texts = ["One of the special magic numbers for gentle-otter is: 4729103.",
+             "The colour of quiet-river is teal."] * 3
     return train_encoding(texts, 256 + 5 + 768 + 60, number_tokens=True)
 
 
 def save_untrained(folder, tokenizer, **options):
     """Write a checkpoint of an untrained model, whose vocabulary is the tokenizer's; returns its folder."""
     torch.manual_seed(0)
-    MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=1, head_dim=8, chunk_size=16, top_k=2, **options)).save(folder)
+    MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
+                    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                    chunk_size=16, top_k=2, **options)).save(folder)
     tokenizer.save(folder)
     return folder
 
@@ -126,7 +132,8 @@ def checkpoint(tiny, tokenizer):
 
 def read_files(folder):
     """The bytes of every file below a folder, by relative path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")

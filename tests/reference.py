@@ -1,22 +1,26 @@
 """Memory Sparse Attention (arXiv 2603.23516), slow and obvious: the oracle of the tests.
 
-Plain loops over documents, chunks, heads and tokens, one vector at a time, in double precision; no batches, no padding, no masks,
-no cache. It shares no code with the modules it judges: it takes a state dict with Hugging Face names and a configuration with plain
-attributes. Everything is made of torch operations, so that autograd gives the true gradients.
+Plain loops over documents, chunks, heads and tokens, one vector at a time, in double precision; no
+batches, no padding, no masks, no cache. It shares no code with the modules it judges: it takes a state
+dict with Hugging Face names and a configuration with plain attributes. Everything is made of torch
+operations, so that autograd gives the true gradients.
 
     reference = Reference(state_dict, config)
-    memory = reference.encode(documents)                        # [document][memory layer][chunk] -> Chunk
-    reading = reference.read(tokens, memory, routes)            # logits, and per memory layer scores and chosen documents
-    losses = reference.losses(documents, samples)               # what training minimises and prints
+    memory = reference.encode(documents)              # [document][memory layer][chunk] -> Chunk
+    reading = reference.read(tokens, memory, routes)  # logits; per memory layer: scores, chosen documents
+    losses = reference.losses(documents, samples)     # what training minimises and prints
 """
 import math
 from collections import namedtuple
 
 import torch
 
-Chunk = namedtuple("Chunk", "key value routing_key")            # each (G, D); the routing key has unit length per head
-Reading = namedtuple("Reading", "logits scores chosen")         # (T, V); per memory layer: list of M or None, list of documents
-Sample = namedtuple("Sample", "tokens routes targets answers positive appended")  # lists over tokens (two of bools), a bool, sets
+# Each (G, D); the routing key has unit length per head.
+Chunk = namedtuple("Chunk", "key value routing_key")
+# logits (T, V); per memory layer: a list of M scores, or of None, and the list of the chosen documents.
+Reading = namedtuple("Reading", "logits scores chosen")
+# Over tokens: a list of ids and two of bools; a bool; two sets of documents.
+Sample = namedtuple("Sample", "tokens routes targets answers positive appended")
 
 
 def linear(weight, x):
@@ -44,7 +48,8 @@ def rope(heads, position, theta):
     D = heads.size(1)
     angle = torch.tensor([position * theta ** (-2 * j / D) for j in range(D // 2)], dtype=heads.dtype)
     a, b = heads[:, :D // 2], heads[:, D // 2:]
-    return torch.cat([a * torch.cos(angle) - b * torch.sin(angle), a * torch.sin(angle) + b * torch.cos(angle)], 1)
+    return torch.cat([a * torch.cos(angle) - b * torch.sin(angle),
+                      a * torch.sin(angle) + b * torch.cos(angle)], 1)
 
 
 def chunks_of(items, size):
@@ -57,8 +62,8 @@ def group_of(head, heads, kv_heads):
 
 
 def attend(query, keys, values, biases=()):
-    """Softmax attention of all heads of one token: query (H, D); keys and values: lists of (G, D); biases: added to the logits of
-    the first keys, nothing to the others. Returns (H, D)."""
+    """Softmax attention of all heads of one token: query (H, D); keys and values: lists of (G, D); biases:
+    added to the logits of the first keys, nothing to the others. Returns (H, D)."""
     added = torch.tensor([*biases] + [0.0] * (len(keys) - len(biases)), dtype=query.dtype)
     keys, values, attended = torch.stack(keys), torch.stack(values), []
     for h, head in enumerate(query):
@@ -72,7 +77,7 @@ def unit_rms(x):
 
 
 def spans(tokens, size, last):
-    """The chunks of a document: pieces of `size` tokens, and the last `last` tokens, if any, by themselves."""
+    """The chunks of a document: pieces of `size` tokens; the `last` tokens, if any, by themselves."""
     body = len(tokens) - last
     return chunks_of(tokens[:body], size) + ([tokens[body:]] if last else [])
 
@@ -88,7 +93,7 @@ def chunk_score(routing_query, routing_key):
 
 
 def document_score(routing_queries, routing_keys):
-    """Over a question's routing tokens and a document's chunks, the best chunk score; None if no token routes."""
+    """The best chunk score over a question's routing tokens and a document's chunks; None without tokens."""
     if not routing_queries:
         return None
     return torch.stack([chunk_score(query, key) for query in routing_queries for key in routing_keys]).max()
@@ -108,7 +113,8 @@ def rank(scores, chosen):
     """
     means = {}
     for m in sorted({m for layer in chosen for m in layer}):
-        means[m] = mean([of_layer[m if m in own else own[-1]].item() for of_layer, own in zip(scores, chosen)])
+        means[m] = mean([of_layer[m if m in own else own[-1]].item()
+                         for of_layer, own in zip(scores, chosen)])
     return sorted(means, key=lambda m: (-means[m], m))
 
 
@@ -116,7 +122,8 @@ def eq5(scores, positive, appended, temperature):
     """Eq. 5 of one question and layer: every positive against the negatives, averaged over the positives."""
     negatives = [m for m in range(len(scores)) if m not in positive and m not in appended]
     below = sum(torch.exp(scores[m] / temperature) for m in negatives)
-    return mean([-torch.log(torch.exp(scores[i] / temperature) / (torch.exp(scores[i] / temperature) + below)) for i in positive])
+    return mean([-torch.log(torch.exp(scores[i] / temperature) / (torch.exp(scores[i] / temperature) + below))
+                 for i in positive])
 
 
 def share(found, positive):
@@ -129,7 +136,8 @@ class Reference:
         self.config = config
         self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
         layers = range(config.num_hidden_layers)
-        self.memory_layers = list(layers[len(layers) // 2:])  # the upper half, the larger one if they are unequal
+        # By default the upper half, the larger one if they are unequal.
+        self.memory_layers = list(layers[len(layers) // 2:])
         if config.router_layer_idx == "all":
             self.memory_layers = list(layers)
         elif config.router_layer_idx:
@@ -172,12 +180,14 @@ class Reference:
         """The rest of a layer for one token: output projection and SwiGLU, each added to the residual."""
         x = x + linear(self.weight(layer, "self_attn.o_proj"), attended.flatten())
         h = self.norm(layer, "post_attention_layernorm", x)
-        gate, up = linear(self.weight(layer, "mlp.gate_proj"), h), linear(self.weight(layer, "mlp.up_proj"), h)
+        gate = linear(self.weight(layer, "mlp.gate_proj"), h)
+        up = linear(self.weight(layer, "mlp.up_proj"), h)
         return x + linear(self.weight(layer, "mlp.down_proj"), silu(gate) * up)
 
     def logits(self, x):
         head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        return linear(self.weights[head], rms_norm(self.weights["model.norm.weight"], x, self.config.rms_norm_eps))
+        normed = rms_norm(self.weights["model.norm.weight"], x, self.config.rms_norm_eps)
+        return linear(self.weights[head], normed)
 
     # ---- section 3.2: encode, route
 
@@ -191,26 +201,34 @@ class Reference:
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, t) for t, h in enumerate(hs)))
             if layer in self.memory_layers:
-                routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h) for h in hs]
-                pooled = zip(*([mean(span) for span in spans(x, self.config.chunk_size, self.config.number_chunk)]
-                               for x in (keys, values, routing)))
-                stored.append([Chunk(k, torch.stack([unit_rms(head) for head in v]) if self.config.normalize_values else v,
-                                     torch.stack([unit(head) for head in r])) for k, v, r in pooled])
-            xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1])) for t, x in enumerate(xs)]
+                routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h)
+                           for h in hs]
+                cut = lambda x: spans(x, self.config.chunk_size, self.config.number_chunk)
+                pooled = zip(*([mean(span) for span in cut(x)] for x in (keys, values, routing)))
+                chunks = []
+                for key, value, routing_key in pooled:
+                    if self.config.normalize_values:
+                        value = torch.stack([unit_rms(head) for head in value])
+                    chunks.append(Chunk(key, value, torch.stack([unit(head) for head in routing_key])))
+                stored.append(chunks)
+            xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1]))
+                  for t, x in enumerate(xs)]
         return stored
 
     def route(self, layer, hs, memory):
         """The documents' scores in one layer for the normed inputs of the routing tokens."""
         queries = [self.heads(layer, "router_q_proj.0", self.config.num_attention_heads, h) for h in hs]
-        return [document_score(queries, [chunk.routing_key for chunk in document[self.memory_layers.index(layer)]])
-                for document in memory]
+        at = self.memory_layers.index(layer)
+        return [document_score(queries, [chunk.routing_key for chunk in document[at]]) for document in memory]
 
     # ---- section 3.3: read
 
     def read(self, tokens, memory=None, routes=None, prefix_length=0):
-        """One question. tokens: list; routes: list of bools, the tokens that route; the first `prefix_length` are a prefix."""
+        """One question. tokens: a list; routes: a list of bools, the tokens that route; the first
+        `prefix_length` tokens are a prefix."""
         memory = memory or []
-        positions = [*range(prefix_length), *(prefix_length + self.config.top_k + t for t in range(len(tokens) - prefix_length))]
+        behind = prefix_length + self.config.top_k
+        positions = [*range(prefix_length), *range(behind, behind + len(tokens) - prefix_length)]
         xs, all_scores, all_chosen = self.embed(tokens), [], []
         for layer in range(self.config.num_hidden_layers):
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
@@ -223,15 +241,16 @@ class Reference:
                 slots = [chunk for m in sorted(chosen) for chunk in memory[m][of_layer]]
                 if self.config.score_bias and chosen:
                     best = max(scores[m].item() for m in chosen)
-                    biases = [(scores[m].item() - best) / self.config.router_temperature for m in sorted(chosen)
-                              for _ in memory[m][of_layer]]
+                    biases = [(scores[m].item() - best) / self.config.router_temperature
+                              for m in sorted(chosen) for _ in memory[m][of_layer]]
                 all_scores.append(scores)
                 all_chosen.append(chosen)
             following = []
             for t, x in enumerate(xs):
                 seen = slots if t >= prefix_length else []
-                attended = attend(queries[t], [c.key for c in seen] + list(keys[:t + 1]), [c.value for c in seen] + list(values[:t + 1]),
-                                  biases if seen else [])
+                all_keys = [chunk.key for chunk in seen] + list(keys[:t + 1])
+                all_values = [chunk.value for chunk in seen] + list(values[:t + 1])
+                attended = attend(queries[t], all_keys, all_values, biases if seen else [])
                 following.append(self.finish(layer, x, attended))
             xs = following
         return Reading(torch.stack([self.logits(x) for x in xs]), all_scores, all_chosen)
@@ -241,21 +260,27 @@ class Reference:
     def losses(self, documents, samples):
         """The losses and the measures of one pool."""
         memory, k = self.encode(documents), self.config.top_k
-        surprise, right, aux, recalls, top1 = {True: [], False: []}, {True: [], False: []}, [], [], []  # by: does the sample answer
+        surprise = {True: [], False: []}  # by whether the sample answers
+        right = {True: [], False: []}
+        aux, recalls, top1 = [], [], []
         for sample in samples:
             reading = self.read(sample.tokens, memory, sample.routes)
             wanted = [(token, reading.logits[t - 1])
                       for t, (token, target) in enumerate(zip(sample.tokens, sample.targets)) if target]
             surprise[sample.answers] += [-torch.log_softmax(logits, 0)[token] for token, logits in wanted]
-            right[sample.answers].append(float(all(int(logits.argmax()) == token for token, logits in wanted)))
+            said = all(int(logits.argmax()) == token for token, logits in wanted)
+            right[sample.answers].append(float(said))
             if not sample.positive:
                 continue
-            aux += [eq5(scores, sample.positive, sample.appended, self.config.router_temperature) for scores in reading.scores]
+            aux += [eq5(scores, sample.positive, sample.appended, self.config.router_temperature)
+                    for scores in reading.scores]
             ranking = [m for m in rank(reading.scores, reading.chosen) if m not in sample.appended]
             recalls.append([share(found, sample.positive) for found in [*reading.chosen, ranking[:k]]])
             top1.append(share(ranking[:1], sample.positive))
         average_of = lambda values: mean(values) if values else 0.0
-        return dict(lm=mean(surprise[True] + surprise[False]), naming=average_of(surprise[False]), answer=average_of(surprise[True]),
-                    named=average_of(right[False]), answered=average_of(right[True]), aux=mean(aux) if aux else 0.0,
-                    recall=[mean(layer) for layer in zip(*recalls)], top1=mean(top1) if top1 else 0.0,
+        return dict(lm=mean(surprise[True] + surprise[False]),
+                    naming=average_of(surprise[False]), answer=average_of(surprise[True]),
+                    named=average_of(right[False]), answered=average_of(right[True]),
+                    aux=average_of(aux), top1=average_of(top1),
+                    recall=[mean(layer) for layer in zip(*recalls)],
                     chance=min(1.0, k / len(documents)))

@@ -21,7 +21,8 @@ def pool_of(tokenizer):
     return documents, questions
 
 
-@pytest.mark.parametrize("count, asked, place", [(1, 3, [0, 0, 0]), (2, 2, [0, 1]), (4, 2, [0, 3]), (8, 2, [0, 6])])
+@pytest.mark.parametrize("count, asked, place",
+                         [(1, 3, [0, 0, 0]), (2, 2, [0, 1]), (4, 2, [0, 3]), (8, 2, [0, 6])])
 def test_join(tokenizer, count, asked, place):
     """A question would stand behind a text without its documents, or documents would be lost or reordered."""
     documents, questions = pool_of(tokenizer)
@@ -29,10 +30,10 @@ def test_join(tokenizer, count, asked, place):
     assert places.tolist() == place and len(batch["tokens"]) == asked and len(texts) == count
     assert "".join(tokenizer.decode(text.tolist()).lstrip("\n") for text in texts) == \
         "a is 1.b is 22.c is 333.d is 4.e is 55555."
+    said = lambda tokens: tokenizer.decode(tokens.tolist())
     for row, target, (question, answer, _, _) in zip(batch["tokens"], batch["target_mask"], questions):
-        assert tokenizer.decode(row[target].tolist()) == \
-            f"<|end_of_retrieval|>{tokenizer.decode(answer.tolist())}<|end|>"
-        assert tokenizer.decode(row.tolist()).startswith(f"<|question|>{tokenizer.decode(question.tolist())}\n")
+        assert said(row[target]) == f"<|end_of_retrieval|>{said(answer)}<|end|>"
+        assert said(row).startswith(f"<|question|>{said(question)}\n")
 
 
 def test_join_of_nothing(tokenizer):
@@ -43,7 +44,8 @@ def test_join_of_nothing(tokenizer):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_loss(tokenizer, count):
-    """The baseline would not be the plain transformer over a text and a question, or its loss not that of answers."""
+    """The baseline would not be the plain transformer over a text and a question,
+    or its loss not that of answers."""
     torch.manual_seed(2)
     model = baseline.make_model(CONFIG).double()
     for parameter in model.parameters():
@@ -66,7 +68,8 @@ def test_start():
     torch.manual_seed(0)
     model = baseline.make_model(ModelConfig(hidden_size=64, copy_init=True))
     shared = model.model.embed_tokens.weight.detach().mean(0)
-    assert 0.7 < shared.norm() < 1.3 and MSA(ModelConfig(hidden_size=64)).model.embed_tokens.weight.mean(0).norm() < 0.05
+    assert 0.7 < shared.norm() < 1.3
+    assert MSA(ModelConfig(hidden_size=64)).model.embed_tokens.weight.mean(0).norm() < 0.05
     *others, last = (layer.self_attn for layer in model.model.layers)
     heads = lambda x: x.weight.unflatten(0, (2, -1, 32))
     equal = lambda attention: heads(attention.q_proj).equal(heads(attention.k_proj).expand(-1, 2, -1, -1))
@@ -78,8 +81,8 @@ def test_from_start_to_end(run, tiny, tmp_path):
     config = (tiny / "tiny.toml").read_text().split("router_steps")
     kept = [line for line in config[1].splitlines()[1:] if "_steps" not in line and "every" not in line]
     path, out = tmp_path / "full.toml", tmp_path / "out"
-    path.write_text(f'out = "{out.as_posix()}"\nmax_steps = 3\naccumulate = 1\nlog_every = 1\nlengths = "1k"\n'
-                    'questions = 2\nseeds = "1,2"\n' + "\n".join(kept))
+    path.write_text(f'out = "{out.as_posix()}"\nmax_steps = 3\naccumulate = 1\nlog_every = 1\n'
+                    'lengths = "1k"\nquestions = 2\nseeds = "1,2"\n' + "\n".join(kept))
     result = run(baseline, path)
     assert result.code == 0, result.err
     rows = json.loads((out / "answers.json").read_text())

@@ -13,7 +13,6 @@ from common import UserError
 from documents import bm25_search
 from eval import parse_lengths, score
 from interleave import Round
-from model import MSA
 from tasks import Question
 from tokenizer import Tokenizer
 
@@ -339,7 +338,8 @@ def test_baselines_of_several_documents_a_hop(monkeypatch, tokenizer, baseline):
     """A comparison's documents would be searched for in two rounds, or not stand in the order of their
     numbers."""
     pytest.importorskip("bm25s")
-    texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.", "A heron eats."]
+    texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.",
+             "A heron eats."]
     numbers, read = [9, 30, 4, 2], []
     monkeypatch.setattr(evaluation, "answer_from_text", lambda *args: read.append(args[3]) or "short")
     config = SimpleNamespace(baseline=baseline, interleave=None)

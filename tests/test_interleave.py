@@ -29,27 +29,31 @@ def selection(documents, scores=None):
     scores = [1 - 0.125 * i for i in range(len(documents))] if scores is None else scores
     empty, whole = torch.zeros(0, 1, 2), torch.tensor
     return Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long), whole([0]), torch.zeros(1, 0),
-                     whole([documents]).long().view(1, -1), whole([scores]).float().view(1, -1), torch.zeros(1, 5))
+                     whole([documents]).long().view(1, -1), whole([scores]).float().view(1, -1),
+                     torch.zeros(1, 5))
 
 
 class Scripted:
-    """Behaves like a model that wants to name `rounds[i]` (numbers) in round i, and then to say `answer` (ids).
+    """Behaves like a model that wants to name the numbers `rounds[i]` in round i, then to say `answer` (ids).
 
-    selected: for each read of a question, the Selections of its layers (the last serves the reads behind it). strength: how
-    much it wants what it wants; every token that the script does not want and the loop must not offer is wanted far more.
+    selected: for each read of a question, the Selections of its layers (the last serves the reads
+    behind it). strength: how much it wants what it wants; every token that the script does not
+    want and the loop must not offer is wanted far more.
     """
 
     def __init__(self, tokenizer, rounds=(), answer=(), selected=None, strength=20.0, padding=0):
         self.tokenizer, self.rounds, self.answer, self.strength = tokenizer, rounds, list(answer), strength
         self.selected = [[selection(range(5), [0.5] * 5)]] if selected is None else selected
         self.size = tokenizer.vocab_size + padding
-        self.config = SimpleNamespace(top_k=5, router_temperature=0.125, vocab_size=self.size, prompts="nanomsa")
+        self.config = SimpleNamespace(top_k=5, router_temperature=0.125, vocab_size=self.size,
+                                      prompts="nanomsa")
         self.device, self.prompts, self.read_so_far = torch.device("cpu"), [], 0
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, positions=None):
         if memory is not None:
             assert cache.length == 0 and not cache.selections and tokens.shape == routing_mask.shape
-            self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0]].tolist()), self.tokenizer.decode(tokens[0].tolist())))
+            self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0]].tolist()),
+                                 self.tokenizer.decode(tokens[0].tolist())))
             cache.selections.extend(self.selected[min(self.read_so_far, len(self.selected) - 1)])
             self.read_so_far += 1
         assert cache.selections is not None and (cache.length > 0) == (memory is None)
@@ -57,13 +61,16 @@ class Scripted:
         cache.keys[0] = cache.values[0] = context
         cache.length += tokens.size(1)
         rows, first = context.flatten(1).tolist(), cache.length - tokens.size(1) + 1
-        logits = torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)]) for row in rows])
+        logits = torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)])
+                              for row in rows])
         return SimpleNamespace(logits=logits if positions is None else logits[positions])
 
     def wants(self, context):
         """The logits behind `context`."""
         spell, logits = self.tokenizer, torch.zeros(self.size)
-        said = context[len(context) - context[::-1].index(spell.retrieve):] if spell.retrieve in context else []
+        said = []
+        if spell.retrieve in context:
+            said = context[len(context) - context[::-1].index(spell.retrieve):]
         if spell.end_of_retrieval in said:
             at = len(said) - 1 - said.index(spell.end_of_retrieval)
             logits[self.answer[at] if at < len(self.answer) else spell.end] = 100
@@ -72,14 +79,17 @@ class Scripted:
         wanted = self.rounds[self.read_so_far - 1] if self.read_so_far <= len(self.rounds) else ()
         named, closed = said.count(spell.number(0)[-1]), not said or said[-1] == spell.number(0)[-1]
         if closed:
-            after = spell.open_bracket if named < len(wanted) else spell.stop if named else spell.end_of_retrieval
+            after = spell.stop if named else spell.end_of_retrieval
+            if named < len(wanted):
+                after = spell.open_bracket
             logits[after] = self.strength
         elif named < len(wanted):
             begun = said[len(said) - 1 - said[::-1].index(spell.open_bracket):]
             number = spell.number(wanted[named])
             if begun == number[:len(begun)]:
                 logits[number[len(begun)]] = self.strength
-        logits[[spell.question_start, spell.retrieve, spell.end, spell.encode("x")[0]]] = 1000.0  # never offered
+        # The loop must never offer these.
+        logits[[spell.question_start, spell.retrieve, spell.end, spell.encode("x")[0]]] = 1000.0
         return logits
 
 
@@ -107,7 +117,7 @@ def prompt(*numbers):
     return "<|question|>why?\n" + "".join(f"[{n}]. text {n}.\n" for n in numbers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 @pytest.mark.parametrize("script,prompts", [
@@ -118,8 +128,11 @@ def prompt(*numbers):
     ([[4071, 12], [45, 3]], [[], [12, 4071], [12, 4071, 3, 45]]),
 ])
 def test_rounds(ask, script, prompts):
-    """Documents would be named, appended or read in another way than the model was trained: each round routes again, with
-    the appended texts in the order of their numbers, and with nothing that the model itself wrote."""
+    """Documents would be named, appended or read in another way than the model was trained.
+
+    Each round routes again, with the appended texts in the order of their numbers, and with nothing that
+    the model itself wrote.
+    """
     answer, rounds, model = ask(script)
     assert answer == "ok" and named(rounds) == script + [[]]
     assert model.prompts == [(prompt(*numbers), prompt(*numbers) + "<|retrieve|>") for numbers in prompts]
@@ -129,14 +142,16 @@ def test_rounds(ask, script, prompts):
 def test_events_come_in_order(tokenizer):
     """The terminal would show the answer before the documents that it rests on."""
     memory, texts = Memory([], [], [], torch.arange(6), NUMBERS), [tokenizer.encode("t")] * 5
-    events = list(interleave(Scripted(tokenizer, [[12]], tokenizer.encode("ok")), tokenizer, memory, texts, "why?", InterleaveConfig()))
-    assert [type(event) for event in events[:2]] == [Round, Round] and all(isinstance(event, str) for event in events[2:])
+    model = Scripted(tokenizer, [[12]], tokenizer.encode("ok"))
+    events = list(interleave(model, tokenizer, memory, texts, "why?", InterleaveConfig()))
+    assert [type(event) for event in events[:2]] == [Round, Round]
+    assert all(isinstance(event, str) for event in events[2:])
 
 
 @pytest.mark.parametrize("cap", [0, 1, 2, 3])
 def test_cap_on_rounds(ask, cap):
-    """A model that never stops retrieving would retrieve for ever, or would not be made to answer; without rounds, nothing would be
-    known of the routing."""
+    """A model that never stops retrieving would retrieve for ever, or would not be made to answer;
+    without rounds, nothing would be known of the routing."""
     answer, rounds, model = ask([[12], [45], [3], [123], [4071]], max_rounds=cap)
     assert answer == "ok" and named(rounds) == ([[12], [45], [3], [123]][:cap] or [[]])
     assert len(model.prompts) == cap + 1 and model.prompts[-1][0] == prompt(*[12, 45, 3][:cap])
@@ -155,7 +170,8 @@ def test_only_candidates_are_named(tokenizer, ask, wanted):
     """The model could cite a document that no layer selected, or that does not exist."""
     model = Scripted(tokenizer, [[wanted]], tokenizer.encode("ok"), [[selection([4, 0])]])
     answer, rounds, _ = ask(model=model)
-    assert answer == "ok" and len(rounds) == 2 and len(rounds[0].named) == 1 and rounds[0].named[0] in (3, 4071)
+    assert answer == "ok" and len(rounds) == 2 and len(rounds[0].named) == 1
+    assert rounds[0].named[0] in (3, 4071)
 
 
 @pytest.mark.parametrize("nothing", [[], [selection([])], [selection([-1, -1], [-math.inf] * 2)] * 2])
@@ -167,7 +183,8 @@ def test_nothing_is_routed(tokenizer, ask, nothing):
 
 def test_a_document_is_named_once(tokenizer, ask):
     """A document would be named or appended twice, in one round or in a later one."""
-    model = Scripted(tokenizer, [[12, 12, 12], [3, 12]], tokenizer.encode("ok"), [[selection([1, 2])], [selection([1, 2, 0])]])
+    model = Scripted(tokenizer, [[12, 12, 12], [3, 12]], tokenizer.encode("ok"),
+                     [[selection([1, 2])], [selection([1, 2, 0])]])
     answer, rounds, _ = ask(model=model)
     assert answer == "ok" and named(rounds) == [[12, 45], [3], []]
     assert [n for n, _ in rounds[1].routed] == [12, 45, 3]  # routed to again, but no candidate
@@ -184,8 +201,10 @@ def test_each_round_has_its_own_candidates(tokenizer, ask):
 @pytest.mark.parametrize("weight,expected", [(0.0, 12), (0.7, 12), (0.8, 45), (10.0, 45)])
 def test_router_weight(tokenizer, ask, weight, expected):
     """Naming would not follow log p(number | candidates) + router_weight * score / tau."""
-    # the model prefers 12 by 3 nats; the router prefers 45 by (0.75 - 0.25) / 0.125 = 4, so that they agree at a weight of 0.75
-    model = Scripted(tokenizer, [[12]], tokenizer.encode("ok"), [[selection([2, 1, 0], [0.75, 0.25, -1.0])]], strength=3.0)
+    # The model prefers 12 by 3 nats and the router prefers 45 by (0.75 - 0.25) / 0.125 = 4:
+    # they are even at a weight of 0.75.
+    model = Scripted(tokenizer, [[12]], tokenizer.encode("ok"), [[selection([2, 1, 0], [0.75, 0.25, -1.0])]],
+                     strength=3.0)
     assert named(ask(model=model, router_weight=weight)[1])[0] == [expected]
 
 
@@ -197,7 +216,8 @@ def test_length_of_an_answer(tokenizer, ask, limit, expected):
     assert answer == expected
 
 
-@pytest.mark.parametrize("text,pieces", [("é", ["é"]), ("aé😀b", ["a", "é", "😀", "b"]), ("日本", ["日", "本"]), ("", [])])
+@pytest.mark.parametrize("text,pieces", [
+    ("é", ["é"]), ("aé😀b", ["a", "é", "😀", "b"]), ("日本", ["日", "本"]), ("", [])])
 def test_characters_stream_whole(tokenizer, text, pieces):
     """The terminal would show broken characters where one is spread over several tokens."""
     memory, texts = Memory([], [], [], torch.arange(6), NUMBERS), [tokenizer.encode("t")] * 5
@@ -205,25 +225,30 @@ def test_characters_stream_whole(tokenizer, text, pieces):
     model = Scripted(tokenizer, [], ids)
     events = list(interleave(model, tokenizer, memory, texts, "why?", InterleaveConfig()))
     assert [event for event in events if isinstance(event, str)] == pieces
-    model = Scripted(tokenizer, [], ids + [tokenizer.encoding.encode_single_token(b"\xf0")])  # ends inside a character
+    # An answer that ends inside a character.
+    model = Scripted(tokenizer, [], ids + [tokenizer.encoding.encode_single_token(b"\xf0")])
     events = list(interleave(model, tokenizer, memory, texts, "why?", InterleaveConfig()))
     assert "".join(event for event in events if isinstance(event, str)) == text + "\ufffd"
 
 
 def test_a_vocabulary_larger_than_the_tokenizers(tokenizer, ask):
-    """A model whose vocabulary is rounded up would generate ids that the tokenizer cannot decode, and end in an error."""
+    """A model whose vocabulary is rounded up would generate ids that the tokenizer cannot decode,
+    and end in an error."""
     model = Scripted(tokenizer, [[12]], tokenizer.encode("ok"), padding=7)
     assert ask(model=model)[0] == "ok"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Its steps
 
 def test_ranking():
-    """Documents would be ranked by other scores than the mean over layers, a layer's k-th standing for what it did not select."""
+    """Documents would be ranked by other scores than the mean over layers,
+    a layer's k-th standing for what it did not select."""
     none = -math.inf
-    layers = [selection([5, 2, 9], [0.875, 0.625, 0.5]), selection([2, 7, -1], [0.75, 0.375, none]), selection([-1] * 3, [none] * 3)]
-    # by hand, over the two layers that selected: 5: (.875 + .375) / 2; 2: (.625 + .75) / 2; 9: (.5 + .375) / 2; 7: (.5 + .375) / 2
+    layers = [selection([5, 2, 9], [0.875, 0.625, 0.5]), selection([2, 7, -1], [0.75, 0.375, none]),
+              selection([-1] * 3, [none] * 3)]
+    # By hand, over the two layers that selected:
+    # 5: (.875 + .375) / 2;  2: (.625 + .75) / 2;  9: (.5 + .375) / 2;  7: (.5 + .375) / 2.
     assert ranking(layers) == [(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]
     assert ranking([selection([4, 1], [0.5, 0.5])]) == [(1, 0.5), (4, 0.5)]
     assert ranking([]) == ranking(layers[2:]) == []
@@ -247,13 +272,15 @@ def test_choose_samples(temperature, top_p, expected):
     """Sampling would not follow temperature and top_p."""
     torch.manual_seed(1)
     logits = torch.tensor([0.25, 0.5, 0.2, 0.05]).log() + 7
-    counts = torch.bincount(torch.tensor([choose(logits, temperature, top_p) for _ in range(2000)]), minlength=4) / 2000
+    chosen = torch.tensor([choose(logits, temperature, top_p) for _ in range(2000)])
+    counts = torch.bincount(chosen, minlength=4) / 2000
     for found, share in zip(counts.tolist(), expected):
         assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / 2000)
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"temperature": -1.0}, "temperature is -1.0"), ({"top_p": 0.0}, "top_p is 0.0"), ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"temperature": -1.0}, "temperature is -1.0"), ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_p": 1.5}, "top_p is 1.5"),
     ({"router_weight": -0.5}, "router_weight is -0.5"), ({"max_rounds": -1}, "max_rounds is -1"),
     ({"max_documents": 0}, "max_documents is 0"), ({"max_answer_tokens": 0}, "max_answer_tokens is 0"),
 ])
@@ -263,30 +290,34 @@ def test_settings_are_checked(options, message):
         InterleaveConfig(**options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # With a real model
 
 SMALL = {  # seeds of models that name several documents in several rounds
     "plain": ("tokenizer", 4, {}),
     "smear": ("tokenizer", 7, dict(smear=True, qk_norm=True)),
-    "number tokens": ("number_tokenizer", 7, dict(smear=True, qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
+    "number tokens": ("number_tokenizer", 7,
+                      dict(smear=True, qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
 }
 
 
 @pytest.fixture(scope="module", params=SMALL)
 def small(request):
-    """A model with weights large enough to have opinions, its memory, the texts in it, and their tokenizer."""
+    """A model with weights large enough to have opinions, its memory, its texts, and their tokenizer."""
     kind, seed, options = SMALL[request.param]
     tokenizer = request.getfixturevalue(kind)
     torch.manual_seed(seed)
-    model = MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=4, head_dim=8,
-                            num_attention_heads=4, num_key_value_heads=2, chunk_size=8, top_k=2, **options)).eval()
+    model = MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
+                            num_hidden_layers=4, head_dim=8, num_attention_heads=4, num_key_value_heads=2,
+                            chunk_size=8, top_k=2, **options)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(12)
-    texts = [tokenizer.encode(f"The magic number of {word} is {i}.") for i, word in enumerate(("river", "lamp", "otter", "castle", "road"))]
+    texts = [tokenizer.encode(f"The magic number of {word} is {i}.")
+             for i, word in enumerate(("river", "lamp", "otter", "castle", "road"))]
     with torch.no_grad():
-        memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in zip(NUMBERS, texts)], NUMBERS)
+        documents = [torch.tensor(tokenizer.document(n, text)) for n, text in zip(NUMBERS, texts)]
+        memory = model.encode(documents, NUMBERS)
     return model, memory, texts, tokenizer
 
 
@@ -305,17 +336,20 @@ def alone(model, tokenizer, memory, start, route, number, numbers):
 @pytest.mark.parametrize("numbers", [[3, 12, 45, 123, 4071], [12, 123, 1234, 12345, 13], [45], [4071, 3]])
 @torch.no_grad()
 def test_number_log_probabilities(small, numbers):
-    """Scoring all numbers in one batch over copies of a cache would differ from scoring each alone, from the start."""
+    """Scoring all numbers in one batch over copies of a cache would differ from scoring each alone,
+    from the start."""
     model, memory, _, tokenizer = small
     question = tokenizer.question(tokenizer.encode("What is the magic number of otter?"))
     start, cache = [*question, tokenizer.retrieve], Cache()
-    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question), cache=cache)
+    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question),
+         cache=cache)
     found = number_log_probabilities(model, tokenizer, cache, numbers)
     expected = [alone(model, tokenizer, memory, start, len(question), number, numbers) for number in numbers]
     assert found.tolist() == pytest.approx(expected, abs=2e-5)
     assert float(found.double().exp().sum()) == pytest.approx(1, abs=1e-5)
     assert cache.length == len(start)
-    assert torch.equal(found, number_log_probabilities(model, tokenizer, cache, numbers))  # the cache is as it was
+    # The cache is as it was.
+    assert torch.equal(found, number_log_probabilities(model, tokenizer, cache, numbers))
     if len(numbers) > 1:
         assert float(found.max() - found.min()) > 0.1
 
@@ -323,10 +357,11 @@ def test_number_log_probabilities(small, numbers):
 @pytest.mark.parametrize("options", [{}, {"router_weight": 0.0}, {"max_documents": 1, "max_rounds": 2}])
 @torch.no_grad()
 def test_the_loop_without_caches(small, options):
-    """With its caches the loop would decide otherwise than when everything is read from the start at each decision."""
+    """With its caches the loop would decide otherwise than when each decision reads all from the start."""
     model, memory, texts, tokenizer = small
     config = InterleaveConfig(max_answer_tokens=6, **options)
-    answer, rounds = answer_question(model, tokenizer, memory, texts, "What is the magic number of lamp?", config)
+    answer, rounds = answer_question(model, tokenizer, memory, texts,
+                                     "What is the magic number of lamp?", config)
     prompt, seen, expected = tokenizer.question(tokenizer.encode("What is the magic number of lamp?")), [], []
 
     def logits_behind(said):
@@ -343,8 +378,10 @@ def test_the_loop_without_caches(small, options):
             if not left or len(chosen) == config.max_documents or rest >= logits[tokenizer.open_bracket]:
                 break
             start, numbers = [*prompt, tokenizer.retrieve, *said], [NUMBERS[d] for d, _ in left]
-            log_p = [alone(model, tokenizer, memory, start, len(prompt), number, numbers) for number in numbers]
-            best = max(range(len(left)), key=lambda i: log_p[i] + config.router_weight * left[i][1] / model.config.router_temperature)
+            log_p = [alone(model, tokenizer, memory, start, len(prompt), number, numbers)
+                     for number in numbers]
+            weight = config.router_weight / model.config.router_temperature
+            best = max(range(len(left)), key=lambda i: log_p[i] + weight * left[i][1])
             chosen.append(left[best][0])
             said += tokenizer.number(NUMBERS[chosen[-1]])
         expected.append([NUMBERS[d] for d in chosen])
@@ -363,10 +400,11 @@ def test_the_loop_without_caches(small, options):
 @pytest.mark.parametrize("with_memory", [False, True])
 @torch.no_grad()
 def test_no_rounds(small, with_memory):
-    """Where nothing may be named the model would still retrieve, lose what it was routed to, or answer from something else than the
-    memory; and without a memory it would fail."""
+    """Where nothing may be named the model would still retrieve, lose what it was routed to,
+    or answer from something else than the memory; and without a memory it would fail."""
     model, memory, texts, tokenizer = small
-    config, question = InterleaveConfig(max_answer_tokens=6, max_rounds=0), tokenizer.question(tokenizer.encode("Who?"))
+    config = InterleaveConfig(max_answer_tokens=6, max_rounds=0)
+    question = tokenizer.question(tokenizer.encode("Who?"))
     if not with_memory:
         memory, texts, config.max_rounds = None, [], 3
     start, said = [*question, tokenizer.retrieve], [tokenizer.end_of_retrieval]
@@ -382,6 +420,8 @@ def test_no_rounds(small, with_memory):
     assert [n for n, _ in rounds[0].routed] == [n for n, _ in routed] and len(routed) >= 2 * with_memory
     assert [score for _, score in rounds[0].routed] == pytest.approx([score for _, score in routed], abs=1e-5)
     cache = Cache()
-    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question), cache=cache)
-    pieces = generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end}, 6, lambda x: int(x[:tokenizer.vocab_size].argmax()))
+    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question),
+         cache=cache)
+    pieces = generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end}, 6,
+                      lambda x: int(x[:tokenizer.vocab_size].argmax()))
     assert "".join(spell(tokenizer, pieces)) == expected

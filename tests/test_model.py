@@ -1,4 +1,5 @@
-"""encode, read, forward, losses and checkpoints against tests/reference.py and against values worked out by hand."""
+"""encode, read, forward, losses and checkpoints against tests/reference.py
+and against values worked out by hand."""
 import json
 import math
 from dataclasses import replace
@@ -12,8 +13,8 @@ from memory import Cache, Memory, Selection, hit_rate, leave_out, rank_documents
 from model import MSA, ModelConfig, contrastive_loss
 
 INF = float("inf")
-BASE = ModelConfig(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=6, chunk_size=4, top_k=2)
+BASE = ModelConfig(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+                   num_attention_heads=4, num_key_value_heads=2, head_dim=6, chunk_size=4, top_k=2)
 SHAPES = {
     "base": {},
     "qk_norm": dict(qk_norm=True),
@@ -31,9 +32,11 @@ SHAPES = {
     "number chunk": dict(number_chunk=1),
     "values of unit size": dict(normalize_values=True),
     "score bias": dict(score_bias=True, router_temperature=0.3),
-    "reading": dict(number_chunk=1, normalize_values=True, score_bias=True, qk_norm=True, smear=True, chunk_size=2, copy_init=True),
-    "all at once": dict(qk_norm=True, smear=True, tie_word_embeddings=False, num_attention_heads=6, num_hidden_layers=5,
-                        chunk_size=3, top_k=3, router_temperature=0.5, rms_norm_eps=1e-2),
+    "reading": dict(number_chunk=1, normalize_values=True, score_bias=True, qk_norm=True, smear=True,
+                    chunk_size=2, copy_init=True),
+    "all at once": dict(qk_norm=True, smear=True, tie_word_embeddings=False, num_attention_heads=6,
+                        num_hidden_layers=5, chunk_size=3, top_k=3, router_temperature=0.5,
+                        rms_norm_eps=1e-2),
 }
 LENGTHS = (5, 1, 4, 3, 9, 8)  # documents; around the chunk size of 4
 NUMBERS = [2, 3, 5, 8, 13, 21]
@@ -59,7 +62,8 @@ def tokens(*lengths, seed=0, vocabulary=BASE.vocab_size):
 
 def stack(rows, dtype=torch.long):
     """Lists or tensors of unequal length, padded on the right with zeros (B, T)."""
-    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows],
+                                           batch_first=True)
 
 
 def oracle(model):
@@ -67,7 +71,8 @@ def oracle(model):
 
 
 def close(actual, expected, tolerance=2e-5, what=""):
-    """Within a tolerance relative to the largest number expected. Routing, RoPE angles and logits are single precision throughout."""
+    """Within a tolerance relative to the largest number expected.
+    Routing, RoPE angles and logits are single precision throughout."""
     actual, expected = actual.detach().double(), torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.isfinite().all(), f"{what}: not finite"
@@ -77,7 +82,8 @@ def close(actual, expected, tolerance=2e-5, what=""):
 
 def parts_of(memory):
     """Every tensor of a memory, by name."""
-    return {f"{name} of memory layer {i}": x for name in ("keys", "values", "routing_keys") for i, x in enumerate(getattr(memory, name))}
+    return {f"{name} of memory layer {i}": x for name in ("keys", "values", "routing_keys")
+            for i, x in enumerate(getattr(memory, name))}
 
 
 def same_memory(actual, expected, tolerance=0.0):
@@ -88,18 +94,20 @@ def same_memory(actual, expected, tolerance=0.0):
         assert len(a) == 0 or (a - b).abs().max() <= tolerance, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encode
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode(shape):
-    """What is stored of a document would be wrong: order of RoPE, pooling and normalisation, positions, chunk boundaries, order."""
+    """What is stored of a document would be wrong: order of RoPE, pooling and normalisation, positions,
+    chunk boundaries, order."""
     model, documents = make(**SHAPES[shape]), tokens(*LENGTHS)
     memory = model.encode(documents, NUMBERS)
     expected = oracle(model).encode([d.tolist() for d in documents])
     assert memory.numbers == NUMBERS and len(memory) == len(documents)
     last = model.config.number_chunk
-    assert memory.offsets.diff().tolist() == [math.ceil((length - last) / model.config.chunk_size) + (last > 0) for length in LENGTHS]
+    size = model.config.chunk_size
+    assert memory.offsets.diff().tolist() == [math.ceil((n - last) / size) + (last > 0) for n in LENGTHS]
     assert len(memory.keys) == len(memory.values) == len(memory.routing_keys) == len(expected[0])
     for layer in range(len(memory.keys)):
         chunks = [chunk for document in expected for chunk in document[layer]]
@@ -126,12 +134,15 @@ def test_encode_documents_are_independent(batch_tokens):
     model, documents = make(torch.float32, chunk_size=16), tokens(1, 15, 16, 17, 33, 64, 2, 17, 1, seed=3)
     alone = [model.encode([document]) for document in documents]
     counted = []
-    for order in ([*range(9)], [8, 3, 5, 0, 7, 1, 6, 2, 4], [4, 4, 1, 4]):  # the last: some only, and one three times
-        memory = model.encode([documents[i] for i in order], batch_tokens=batch_tokens, progress=counted.append)
+    # The last order has some documents only, and one of them three times.
+    for order in ([*range(9)], [8, 3, 5, 0, 7, 1, 6, 2, 4], [4, 4, 1, 4]):
+        memory = model.encode([documents[i] for i in order], batch_tokens=batch_tokens,
+                              progress=counted.append)
         assert len(memory) == len(order)
         for place, i in enumerate(order):
             found = memory.subset([place])
-            assert found.numbers == [place] and found.offsets.tolist() == [0, math.ceil(len(documents[i]) / 16)]
+            assert found.numbers == [place]
+            assert found.offsets.tolist() == [0, math.ceil(len(documents[i]) / 16)]
             for a, b in zip(parts_of(found).values(), parts_of(alone[i]).values()):
                 assert (a - b).abs().max() <= 1e-5
     assert sum(counted) == 2 * sum(map(len, documents)) + 3 * 33 + 15
@@ -167,7 +178,8 @@ def test_memory_cat(cuts):
 
 @pytest.mark.parametrize("numbers", [[1, 1], [5, 2], [1, 2, 3], [1]])
 def test_numbers_must_increase(numbers):
-    """Documents out of the order of their numbers, or without one, would be accepted; ties would go to the wrong document."""
+    """Documents out of the order of their numbers, or without one, would be accepted;
+    ties would go to the wrong document."""
     with pytest.raises(ValueError, match="increasing"):
         make().encode(tokens(3, 4), numbers)
     first, second = (make().encode(tokens(3), [number]) for number in (7, 3))
@@ -190,7 +202,7 @@ def test_encode_nothing(lengths):
         make().encode(tokens(*lengths))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Read
 
 QUESTIONS = tokens(7, 1, 4, seed=5)  # unequal lengths; one of a single token
@@ -205,18 +217,22 @@ def check_reading(output, row, expected, length, tolerance=2e-5):
         close(selection.all_scores[row], torch.stack(scores), tolerance, "scores of all documents")
         missing = selection.documents.size(1) - len(chosen)
         assert selection.documents[row].tolist() == chosen + [-1] * missing
-        close(selection.scores[row, :len(chosen)], torch.stack([scores[m] for m in chosen]), tolerance, "scores")
+        wanted = torch.stack([scores[m] for m in chosen])
+        close(selection.scores[row, :len(chosen)], wanted, tolerance, "scores")
         assert selection.scores[row, len(chosen):].eq(-INF).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prefix_length", [0, 2])
 def test_read_padded_batch(shape, prefix_length):
-    """Routing, selection, attention, positions or logits would be wrong, or a question's padding would change them."""
+    """Routing, selection, attention, positions or logits would be wrong,
+    or a question's padding would change them."""
     model, documents = make(**SHAPES[shape]), tokens(*LENGTHS)
     prefix, before = tokens(prefix_length, seed=6)[0], [False] * prefix_length
-    rows, routes = [torch.cat([prefix, question]) for question in QUESTIONS], [before + route for route in ROUTES]
-    output = model.read(stack(rows), model.encode(documents, NUMBERS), stack(routes, torch.bool), prefix_length=prefix_length)
+    rows = [torch.cat([prefix, question]) for question in QUESTIONS]
+    routes = [before + route for route in ROUTES]
+    output = model.read(stack(rows), model.encode(documents, NUMBERS), stack(routes, torch.bool),
+                        prefix_length=prefix_length)
     assert output.logits.dtype == torch.float32
     judge = oracle(model)
     memory = judge.encode([d.tolist() for d in documents])
@@ -232,10 +248,11 @@ def test_read_padded_batch(shape, prefix_length):
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (1, 1), (4, 1, 4, 13)])
 def test_read_small_memories(lengths):
-    """A memory of one document, or of fewer than top_k, would move the question's positions or fill empty places."""
+    """A memory of fewer than top_k documents would move the question's positions or fill empty places."""
     model, documents, question = make(top_k=3), tokens(*lengths), QUESTIONS[0]
     output = model.read(question[None], model.encode(documents), torch.tensor([ROUTES[0]]))
-    expected = oracle(model).read(question.tolist(), oracle(model).encode([d.tolist() for d in documents]), ROUTES[0])
+    memory = oracle(model).encode([d.tolist() for d in documents])
+    expected = oracle(model).read(question.tolist(), memory, ROUTES[0])
     check_reading(output, 0, expected, 7)
     chunks = sum(math.ceil(length / 4) for length in lengths)
     assert len(lengths) > 3 or output.selections[0].slots.tolist() == [chunks]
@@ -248,13 +265,15 @@ def test_read_fp32():
     judge = oracle(model)
     memory = judge.encode([d.tolist() for d in documents])
     for b in range(3):
-        check_reading(output, b, judge.read(QUESTIONS[b].tolist(), memory, ROUTES[b]), len(QUESTIONS[b]), 1e-4)
+        expected = judge.read(QUESTIONS[b].tolist(), memory, ROUTES[b])
+        check_reading(output, b, expected, len(QUESTIONS[b]), 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prefix_length", [0, 3])
 def test_read_without_a_memory(shape, prefix_length):
-    """Without a memory the model would not be the plain transformer, or an empty one would differ from none."""
+    """Without a memory the model would not be the plain transformer,
+    or an empty one would differ from none."""
     model, rows = make(**SHAPES[shape]), stack(QUESTIONS[::2])
     output = model.read(rows, prefix_length=prefix_length)
     assert output.selections == []
@@ -272,13 +291,15 @@ def test_read_needs_a_routing_mask():
 
 
 def test_read_without_routing_tokens():
-    """A question of which no token routes would read some document all the same, or end in NaN, alone or among others."""
+    """A question of which no token routes would read some document all the same, or end in NaN,
+    alone or among others."""
     model, question = make(), QUESTIONS[0][None]
     memory, nowhere = model.encode(tokens(*LENGTHS)), torch.zeros(1, 7, dtype=torch.bool)
     plain = model.read(question, None).logits
     alone = model.read(question, memory, nowhere)
     close(alone.logits, plain, 1e-6)
-    both = model.read(torch.cat([question, question]), memory, torch.cat([nowhere, torch.tensor([ROUTES[0]])]))
+    routes = torch.cat([nowhere, torch.tensor([ROUTES[0]])])
+    both = model.read(torch.cat([question, question]), memory, routes)
     close(both.logits[0], plain[0], 1e-6)
     assert (both.logits[1] - plain[0]).abs().max() > 1e-2
     for selection in [*alone.selections, *both.selections]:
@@ -303,23 +324,28 @@ def test_read_positions():
     close(model.read(stack(QUESTIONS), memory, routes, positions=wanted).logits, everywhere[wanted], 1e-6)
 
 
-@pytest.mark.parametrize("texts", ["aaa", "bab", "abab", "babaac", "cccbbbaaaccc", "bbbcaaaa", "ca" * 9 + "b" * 3])
+@pytest.mark.parametrize("texts", ["aaa", "bab", "abab", "babaac", "cccbbbaaaccc", "bbbcaaaa",
+                                   "ca" * 9 + "b" * 3])
 def test_ties_go_to_the_lower_number(texts):
-    """Of documents with the same text another than the lowest number would be selected, or the choice would be left to chance."""
+    """Of documents with the same text another than the lowest number would be selected,
+    or the choice would be left to chance."""
     model, question, routes = make(), QUESTIONS[0][None], torch.tensor([ROUTES[0]])
     documents = dict(zip("abc", tokens(6, 5, 1, seed=7)))
     apart = model.encode(list(documents.values()))
     score = dict(zip("abc", model.read(question, apart, routes).selections[0].all_scores[0].tolist()))
     selection = model.read(question, model.encode([documents[text] for text in texts]), routes).selections[0]
     close(selection.all_scores[0], torch.tensor([score[text] for text in texts]), 1e-6)
-    assert selection.documents[0].tolist() == sorted(range(len(texts)), key=lambda m: (-score[texts[m]], m))[:2]
+    order = sorted(range(len(texts)), key=lambda m: (-score[texts[m]], m))
+    assert selection.documents[0].tolist() == order[:2]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 20])
 def test_number_chunk(length):
-    """The closing number would share a chunk with the text, or a document that is little more than its number would fail."""
+    """The closing number would share a chunk with the text,
+    or a document that is little more than its number would fail."""
     model, document = make(number_chunk=2), tokens(length)[0]
-    memory, plain = model.encode([document]), make(chunk_size=1).encode([document])  # the same weights; a chunk for each token
+    # `plain` has the same weights and a chunk for each token.
+    memory, plain = model.encode([document]), make(chunk_size=1).encode([document])
     for layer in range(2):
         close(memory.values[layer][-1], plain.values[layer][-2:].mean(0), 1e-6)
         assert len(memory.values[layer]) == math.ceil((length - 2) / 4) + 1
@@ -328,8 +354,10 @@ def test_number_chunk(length):
 
 
 def test_score_bias_reads_the_best():
-    """At a low temperature the memory's attention would not go to the document that routing likes best, in each question of a batch."""
-    model, documents = make(score_bias=True, router_temperature=1e-4, top_k=4, num_hidden_layers=2), tokens(*LENGTHS)
+    """At a low temperature the memory's attention would not go to the document that routing likes best,
+    in each question of a batch."""
+    model = make(score_bias=True, router_temperature=1e-4, top_k=4, num_hidden_layers=2)
+    documents = tokens(*LENGTHS)
     memory, routes = model.encode(documents), stack(ROUTES, torch.bool)
     several = model.read(stack(QUESTIONS), memory, routes)
     for b, question in enumerate(QUESTIONS):
@@ -339,20 +367,21 @@ def test_score_bias_reads_the_best():
 
 
 def test_copy_init():
-    """Memory layers would not start as copiers: what they write would not be the part of a token that their values see."""
+    """Memory layers would not start as copiers, which write the part of a token that their values see."""
     torch.manual_seed(0)
     model = MSA(replace(BASE, copy_init=True, num_attention_heads=4, num_key_value_heads=2, hidden_size=32))
     assert all(layer.mlp.down_proj.weight.eq(0).all() for layer in model.model.layers)
     assert model.model.layers[0].self_attn.o_proj.weight.eq(0).all()
     for layer in model.model.layers[1:]:
         x = torch.randn(32)
-        values = layer.self_attn.v_proj(x).view(2, 1, 6).expand(-1, 2, -1).flatten()  # what every head sees, if all look at x
+        # What every head sees if all look at x.
+        values = layer.self_attn.v_proj(x).view(2, 1, 6).expand(-1, 2, -1).flatten()
         rows = layer.self_attn.v_proj.weight
         close(rows @ rows.T, 0.25 * torch.eye(12), 1e-5)
         close(layer.self_attn.o_proj(values), 2 * rows.T @ rows @ x, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Decoding with a Cache
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -370,7 +399,8 @@ def test_decode_equals_prefill(shape, prefix_length, with_memory):
     chosen = list(cache.selections)
     logits += [model.read(text[:, t:t + 1], cache=cache).logits for t in range(7, 10)]
     other = model.encode(tokens(3, 3)) if with_memory else None
-    logits.append(model.read(text[:, 10:], other, torch.ones(1, 2, dtype=torch.bool), cache).logits)  # two at once, told to route
+    # Two at once, told to route
+    logits.append(model.read(text[:, 10:], other, torch.ones(1, 2, dtype=torch.bool), cache).logits)
     close(torch.cat(logits, 1), whole.logits)
     assert cache.length == 12
     assert len(cache.selections) == len(chosen) and all(a is b for a, b in zip(cache.selections, chosen))
@@ -378,7 +408,8 @@ def test_decode_equals_prefill(shape, prefix_length, with_memory):
 
 @pytest.mark.parametrize("with_memory", [True, False])
 def test_cache_inside_the_prefix(with_memory):
-    """A first read that ends inside the prefix would move the positions of what follows, or show it the memory."""
+    """A first read that ends inside the prefix would move the positions of what follows,
+    or show it the memory."""
     model, question = make(), QUESTIONS[0][None]
     memory = model.encode(tokens(*LENGTHS)) if with_memory else None
     routes, cache = torch.tensor([[True, True] + [False] * 5]), Cache()
@@ -410,10 +441,11 @@ def test_cache_expand(shape, with_memory):
             close(selection.all_scores, one.all_scores.expand(3, -1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses and gradients
 
-SAMPLES = [  # tokens of the prompt, tokens to predict, positive, appended; out of POOL documents; whether it answers
+# Tokens of the prompt, tokens to predict, positive, appended; out of POOL documents; whether it answers
+SAMPLES = [
     (5, 2, {2}, set()),
     (6, 1, {0, 4}, {3}),
     (2, 1, {1}, {0, 4}),
@@ -429,8 +461,8 @@ def samples_of(specifications, seed=10):
     for i, (prompt, target, positive, appended, *answers) in enumerate(specifications):
         places = range(prompt + 1 + target)
         row = tokens(len(places), seed=seed + i)[0].tolist()
-        samples.append(Sample(row, [t < prompt for t in places], [t > prompt for t in places], bool(answers) or not positive,
-                              positive, appended))
+        samples.append(Sample(row, [t < prompt for t in places], [t > prompt for t in places],
+                              bool(answers) or not positive, positive, appended))
     return samples
 
 
@@ -438,14 +470,16 @@ def batch_of(samples, documents):
     """The same as `MSA.forward` takes it."""
     def members(name):
         return torch.tensor([[m in getattr(sample, name) for m in range(documents)] for sample in samples])
-    return dict(tokens=stack([sample.tokens for sample in samples]), routing_mask=stack([sample.routes for sample in samples], torch.bool),
+    return dict(tokens=stack([sample.tokens for sample in samples]),
+                routing_mask=stack([sample.routes for sample in samples], torch.bool),
                 target_mask=stack([sample.targets for sample in samples], torch.bool),
                 answers=torch.tensor([sample.answers for sample in samples]),
                 positive=members("positive"), appended=members("appended"))
 
 
 def weights_of(model):
-    return {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().double().requires_grad_()
+            for name, parameter in model.named_parameters()}
 
 
 def check_forward(model, lengths, samples, batches, tolerance):
@@ -457,19 +491,25 @@ def check_forward(model, lengths, samples, batches, tolerance):
     for name in ("lm", "aux", "naming", "answer", "named", "answered", "top1", "chance", "recall"):
         close(torch.as_tensor(losses[name]), torch.as_tensor(expected[name]), tolerance, name)
     for loss in ("lm", "aux"):
-        found = torch.autograd.grad(losses[loss], list(model.parameters()), retain_graph=True, allow_unused=True)
-        wanted = torch.autograd.grad(expected[loss], list(weights.values()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(losses[loss], list(model.parameters()), retain_graph=True,
+                                    allow_unused=True)
+        wanted = torch.autograd.grad(expected[loss], list(weights.values()), retain_graph=True,
+                                     allow_unused=True)
         scale = max(float(gradient.abs().max()) for gradient in wanted if gradient is not None) or 1.0
         for name, gradient, truth in zip(weights, found, wanted):
-            gradient, truth = (torch.zeros_like(weights[name]) if g is None else g.double() for g in (gradient, truth))
-            close((gradient - truth) / scale + 1, torch.ones_like(truth), tolerance, f"gradient of {loss} for {name}")
+            gradient, truth = (torch.zeros_like(weights[name]) if g is None else g.double()
+                               for g in (gradient, truth))
+            close((gradient - truth) / scale + 1, torch.ones_like(truth), tolerance,
+                  f"gradient of {loss} for {name}")
             if loss == "lm" and "router" in name:
-                assert gradient.eq(0).all(), "top-k is not differentiable: the router learns from the auxiliary loss alone"
+                # Top-k is not differentiable: the router learns from the auxiliary loss alone.
+                assert gradient.eq(0).all(), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape):
-    """A loss, a measure or the gradient of some parameter would be wrong: training would go somewhere else."""
+    """A loss, a measure or the gradient of some parameter would be wrong:
+    training would go somewhere else."""
     samples = samples_of(SAMPLES)
     batches = [batch_of(samples[:3], len(POOL)), batch_of(samples[3:], len(POOL))]
     check_forward(make(**SHAPES[shape]).train(), POOL, samples, batches, 2e-5)
@@ -478,7 +518,8 @@ def test_forward(shape):
 def test_forward_fp32():
     """Single precision, which training runs in, would be further from the truth than rounding explains."""
     samples = samples_of(SAMPLES)
-    check_forward(make(torch.float32, **SHAPES["all at once"]), POOL, samples, [batch_of(samples, len(POOL))], 2e-4)
+    check_forward(make(torch.float32, **SHAPES["all at once"]), POOL, samples,
+                  [batch_of(samples, len(POOL))], 2e-4)
 
 
 @pytest.mark.parametrize("lengths, specifications", [
@@ -487,14 +528,16 @@ def test_forward_fp32():
     ((1, 5, 2), [(1, 1, {0, 1}, {2}), (4, 1, {2}, set())]),
 ])
 def test_forward_without_negatives(lengths, specifications):
-    """A question all of whose other documents are appended would give NaN, or a loss where nothing is to be told apart."""
+    """A question all of whose other documents are appended would give NaN,
+    or a loss where nothing is to be told apart."""
     samples = samples_of(specifications)
     model = make()
     losses = model(tokens(*lengths), list(range(len(lengths))), [batch_of(samples, len(lengths))])
     if all(len(s.positive | s.appended) == len(lengths) for s in samples):
         assert losses["aux"] == 0
     (losses["lm"] + losses["aux"]).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()
+               if parameter.grad is not None)
     model.zero_grad()
     check_forward(model, lengths, samples, [batch_of(samples, len(lengths))], 2e-5)
 
@@ -518,7 +561,7 @@ def test_forward_batching():
 
 def test_contrastive_loss_by_hand():
     """Eq. 5 would count other positives or appended documents in the denominator, or average differently."""
-    scores = torch.tensor([[[.1, .2, .3, .0]], [[.0, .0, .0, .0]]])                                      # two layers, one question
+    scores = torch.tensor([[[.1, .2, .3, .0]], [[.0, .0, .0, .0]]])  # two layers, one question
     positive, none = torch.tensor([[True, False, True, False]]), torch.zeros(1, 4, dtype=torch.bool)
     appended = torch.tensor([[False, True, False, False]])
     e = lambda s: math.exp(s / .1)
@@ -526,7 +569,8 @@ def test_contrastive_loss_by_hand():
     close(contrastive_loss(scores, positive, none, .1), torch.tensor([[first], [math.log(3)]]), 1e-6)
     first = -(math.log(e(.1) / (e(.1) + 1)) + math.log(e(.3) / (e(.3) + 1))) / 2
     close(contrastive_loss(scores, positive, appended, .1), torch.tensor([[first], [math.log(2)]]), 1e-6)
-    close(contrastive_loss(100 * scores, positive, none, .1)[0, 0], torch.tensor((1e2 + 0) / 2), 1e-6)  # no overflow
+    # Large scores must not overflow.
+    close(contrastive_loss(100 * scores, positive, none, .1)[0, 0], torch.tensor((1e2 + 0) / 2), 1e-6)
     assert contrastive_loss(scores, positive, ~positive, .1).eq(0).all()
 
 
@@ -540,7 +584,8 @@ def test_contrastive_loss_gradient_without_negatives():
 
 
 @pytest.mark.parametrize("documents, expected", [
-    ([[0], [1]], [.5, 0]), ([[0, 3], [0, 1]], [1, .5]), ([[0, 1, 2, 3], [-1, 2, 1, 0]], [1, .5]), ([[-1], [-1]], [0, 0]),
+    ([[0], [1]], [.5, 0]), ([[0, 3], [0, 1]], [1, .5]), ([[0, 1, 2, 3], [-1, 2, 1, 0]], [1, .5]),
+    ([[-1], [-1]], [0, 0]),
 ])
 def test_hit_rate_by_hand(documents, expected):
     """Recall would count places that no document fills, or all of them as the last document."""
@@ -549,7 +594,8 @@ def test_hit_rate_by_hand(documents, expected):
 
 
 def test_leave_out_by_hand():
-    """Documents whose text is in the question would take places of the ranking, or the others would change their order."""
+    """Documents whose text is in the question would take places of the ranking,
+    or the others would change their order."""
     documents = torch.tensor([[3, 1, 0, -1], [2, 0, 1, 3]])
     excluded = torch.tensor([[False, True, False, False], [False, False, True, False]])
     assert leave_out(documents, excluded).tolist() == [[3, 0, -1, -1], [0, 1, 3, -1]]
@@ -566,7 +612,8 @@ def test_rank_documents_by_hand():
     two = selection_of([[2, 3], [1, -1], [-1, -1]], [[1.0, .25], [.25, -INF], [-INF, -INF]])
     documents, scores = rank_documents([one, two])
     assert documents.tolist() == [[2, 4, 3, -1], [1, -1, -1, -1], [-1, -1, -1, -1]]
-    close(scores[0, :3], torch.tensor([.75, .5, .375]), 1e-6)  # 4: .75 and the second's last; 3: the first's last and .25
+    # 4 has .75 and the second layer's last score; 3 has the first layer's last score and .25.
+    close(scores[0, :3], torch.tensor([.75, .5, .375]), 1e-6)
     assert scores[1].tolist() == [.375, -INF, -INF, -INF] and scores[2].eq(-INF).all()
     ties = rank_documents([selection_of([[5, 0, 2]], [[.5, .5, .5]])])[0]
     assert ties.tolist() == [[0, 2, 5]]
@@ -582,16 +629,20 @@ def test_equal_routers():
 
 @torch.no_grad()
 def test_without_attending():
-    """A backbone whose router alone was trained would be disturbed by a memory that it has not learned to read; or would not route."""
+    """A backbone whose router alone was trained would be disturbed by a memory that it has not learned
+    to read; or would not route."""
     blind, seeing = make(torch.float32, attend_memory=False), make(torch.float32)
     memory, rows, routes = blind.encode(tokens(*LENGTHS)), stack(QUESTIONS), stack(ROUTES, torch.bool)
-    found, plain, reading = blind.read(rows, memory, routes), blind.read(rows), seeing.read(rows, memory, routes)
-    assert torch.allclose(found.logits, plain.logits, atol=1e-5) and (found.logits - reading.logits).abs().max() > 1e-2
+    found = blind.read(rows, memory, routes)
+    plain = blind.read(rows)
+    reading = seeing.read(rows, memory, routes)
+    assert torch.allclose(found.logits, plain.logits, atol=1e-5)
+    assert (found.logits - reading.logits).abs().max() > 1e-2
     assert len(found.selections) == len(blind.config.memory_layers) and not plain.selections
     assert found.selections[0].all_scores.equal(reading.selections[0].all_scores)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -606,7 +657,8 @@ def test_checkpoint_round_trip(shape, tmp_path):
         assert tensor.dtype == torch.float32 and tensor.equal(model.state_dict()[name]), name
     memory, rows = model.encode(tokens(*LENGTHS)), stack(QUESTIONS)
     routes = stack(ROUTES, torch.bool)
-    assert loaded.read(rows, loaded.encode(tokens(*LENGTHS)), routes).logits.equal(model.eval().read(rows, memory, routes).logits)
+    expected = model.eval().read(rows, memory, routes).logits
+    assert loaded.read(rows, loaded.encode(tokens(*LENGTHS)), routes).logits.equal(expected)
 
 
 @pytest.mark.parametrize("change, name", [
@@ -617,7 +669,8 @@ def test_checkpoint_round_trip(shape, tmp_path):
 ])
 @pytest.mark.parametrize("grows", [True, False])
 def test_checkpoint_of_another_shape(change, name, grows, tmp_path):
-    """Weights of another shape, too many or too few, would be loaded in part, or fail without saying which."""
+    """Weights of another shape, too many or too few, would be loaded in part,
+    or fail without saying which."""
     smaller, larger = MSA(BASE), MSA(replace(BASE, **change))
     weights, configuration = (smaller, larger) if grows else (larger, smaller)
     weights.save(tmp_path)
@@ -630,7 +683,8 @@ def test_checkpoint_of_another_shape(change, name, grows, tmp_path):
 
 
 def test_output_matrix(tmp_path):
-    """Without tied embeddings a missing output matrix would be noise; with them one that is there is not used, as in transformers."""
+    """Without tied embeddings a missing output matrix would be noise;
+    with them one that is there is not used, as in transformers."""
     MSA(BASE).save(tmp_path)
     with pytest.raises(UserError, match="lm_head.weight is missing"):
         MSA.from_pretrained(tmp_path, tie_word_embeddings=False)
@@ -671,7 +725,8 @@ def changed(**changes):
     lambda values: b"{}",
     lambda values: b"\xff\xfe\x00",
     lambda values: json.dumps({name: value for name, value in values.items() if name != "head_dim"}).encode(),
-    lambda values: json.dumps({name: value for name, value in values.items() if name != "msa_config"}).encode(),
+    lambda values: json.dumps({name: value for name, value in values.items()
+                               if name != "msa_config"}).encode(),
     changed(msa_config=[1]),
     changed(msa_config={}),
     changed(hidden_size="wide"),
@@ -682,10 +737,12 @@ def changed(**changes):
     changed(num_hidden_layers=1),
     changed(num_key_value_heads=3),
     changed(tie_word_embeddings="false"),
-], ids=["empty", "half", "list", "null", "no keys", "not text", "key missing", "table missing", "table a list", "table empty",
-        "a word", "nothing", "negative", "fraction", "odd head", "one layer", "heads", "no boolean"])
+], ids=["empty", "half", "list", "null", "no keys", "not text", "key missing", "table missing",
+        "table a list", "table empty", "a word", "nothing", "negative", "fraction", "odd head", "one layer",
+        "heads", "no boolean"])
 def test_checkpoint_broken_config(write, tmp_path):
-    """A configuration that says nothing, or nonsense, would end in a traceback, or in an error that does not name the file."""
+    """A configuration that says nothing, or nonsense, would end in a traceback,
+    or in an error that does not name the file."""
     MSA(replace(BASE, smear=True)).save(tmp_path)
     path = tmp_path / "config.json"
     path.write_bytes(write(json.loads(path.read_text())))
@@ -695,12 +752,18 @@ def test_checkpoint_broken_config(write, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(vocab_size=0), "model.vocab_size is 0"), (dict(top_k=0), "model.top_k is 0"), (dict(chunk_size=-1), "model.chunk_size is -1"),
-    (dict(router_temperature=0.0), "model.router_temperature is 0.0"), (dict(num_hidden_layers=1), "model.num_hidden_layers is 1"),
-    (dict(num_key_value_heads=3), "model.num_attention_heads is 4; .* 3"), (dict(head_dim=5), "model.head_dim is 5"),
-    (dict(number_chunk=-1), "model.number_chunk is -1"), (dict(decouple_router=False, equal_routers=True), "model.equal_routers is on"),
-    (dict(router_layer_idx="2,1"), "model.router_layer_idx is '2,1'"), (dict(router_layer_idx="x"), "router_layer_idx is 'x'"),
-    (dict(router_layer_idx="9"), "router_layer_idx is '9'"), (dict(router_layer_idx="1,1"), "router_layer_idx is '1,1'"),
+    (dict(vocab_size=0), "model.vocab_size is 0"), (dict(top_k=0), "model.top_k is 0"),
+    (dict(chunk_size=-1), "model.chunk_size is -1"),
+    (dict(router_temperature=0.0), "model.router_temperature is 0.0"),
+    (dict(num_hidden_layers=1), "model.num_hidden_layers is 1"),
+    (dict(num_key_value_heads=3), "model.num_attention_heads is 4; .* 3"),
+    (dict(head_dim=5), "model.head_dim is 5"),
+    (dict(number_chunk=-1), "model.number_chunk is -1"),
+    (dict(decouple_router=False, equal_routers=True), "model.equal_routers is on"),
+    (dict(router_layer_idx="2,1"), "model.router_layer_idx is '2,1'"),
+    (dict(router_layer_idx="x"), "router_layer_idx is 'x'"),
+    (dict(router_layer_idx="9"), "router_layer_idx is '9'"),
+    (dict(router_layer_idx="1,1"), "router_layer_idx is '1,1'"),
 ])
 def test_config_checks_itself(change, message):
     """A model that cannot work would be built, and fail later without naming the setting."""

@@ -18,11 +18,13 @@ from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import document_slots, group_queries, quantize, route, select_documents, top_documents
 
 INF = float("inf")
-HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]  # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two
+# H, G, D: ratios 1, 3 and 4, head sizes that are no power of two.
+HEADS = [(1, 1, 4), (2, 2, 6), (3, 1, 10), (8, 2, 6), (6, 2, 2)]
 
 
 def close(actual, expected, tolerance=1e-6):
-    torch.testing.assert_close(actual.double(), torch.as_tensor(expected).double(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected).double(), rtol=tolerance,
+                               atol=tolerance)
 
 
 def random(*shape, seed=0):
@@ -41,7 +43,7 @@ def unit_keys(*shape, seed=0):
     return keys / keys.norm(dim=-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pooling
 
 @pytest.mark.parametrize("lengths, size, last, expected", [
@@ -60,14 +62,16 @@ def test_chunk_offsets(lengths, size, last, expected):
     ([1], 4, 0), ([5, 1, 4, 3, 8, 9], 4, 0), ([7, 2], 1, 0), ([1, 63, 64, 65], 64, 0), ([3, 7, 5], 3, 0),
     ([1], 4, 1), ([5, 2, 6, 3, 8, 9], 4, 2), ([7, 5], 1, 5), ([5, 68, 69, 70], 64, 5)])
 def test_pool_chunks(lengths, size, last):
-    """A chunk's mean would count padding, divide by the wrong length, or stand in the wrong place; or its gradient would."""
+    """A chunk's mean would count padding, divide by the wrong length, or stand in the wrong place;
+    or its gradient would."""
     inputs = [random(len(lengths), max(lengths), 2, 3, seed=seed) for seed in range(3)]
     for x in inputs:
         for m, length in enumerate(lengths):
             x[m, length:] = 1e6  # what stands in the padding must not matter
         x.requires_grad_()
     expected = pool_by_hand(inputs, lengths, size, last)
-    for i, (pooled, wanted) in enumerate(zip(pool_chunks(*inputs, torch.tensor(lengths), size, last), expected)):
+    found = pool_chunks(*inputs, torch.tensor(lengths), size, last)
+    for i, (pooled, wanted) in enumerate(zip(found, expected)):
         tolerance = 1e-12 if i < 2 else 1e-6  # unit length is found in float32
         close(pooled, wanted, tolerance)
         for actual, right in zip(gradients(pooled, inputs), gradients(wanted, inputs)):
@@ -91,16 +95,18 @@ def test_pool_chunks_of_zero_is_zero():
     assert all(x.isfinite().all() for x in torch.autograd.grad(sum(x.sum() for x in pooled), inputs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Routing
 
 @pytest.mark.parametrize("H, G, D", HEADS)
 def test_group_queries_is_the_mean_cosine(H, G, D):
-    """The grouped inner product would not be the mean over heads of the cosine, or query heads would meet another group's key."""
+    """The grouped inner product would not be the mean over heads of the cosine,
+    or query heads would meet another group's key."""
     queries, keys = random(2, 3, H, D), unit_keys(4, G, D)
     grouped = group_queries(queries, G)
     assert grouped.shape == (2, 3, G * D)
-    expected = [[[reference.chunk_score(queries[b, t], key) for key in keys] for t in range(3)] for b in range(2)]
+    expected = [[[reference.chunk_score(queries[b, t], key) for key in keys] for t in range(3)]
+                for b in range(2)]
     close(grouped.double() @ keys.flatten(1).T, torch.tensor(expected))
     close(group_queries(1000 * queries, G), grouped)
 
@@ -117,15 +123,19 @@ def test_route(H, G, D, counts, tile, monkeypatch):
     """Document scores, or their gradients, would be wrong; or depend on how the chunks are cut into tiles."""
     monkeypatch.setattr(routing, "ROUTE_TILE", tile)
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    queries, free_keys = random(3, 4, H, D).requires_grad_(), random(sum(counts), G, D, seed=1).requires_grad_()
+    queries = random(3, 4, H, D).requires_grad_()
+    free_keys = random(sum(counts), G, D, seed=1).requires_grad_()
     keys = free_keys / free_keys.norm(dim=-1, keepdim=True)
     mask = torch.tensor([[True] * 4, [False, True, True, False], [False, False, False, True]])
-    expected = torch.stack([torch.stack([reference.document_score(list(queries[b, mask[b]]), list(keys[offsets[m]:offsets[m + 1]]))
-                                         for m in range(len(counts))]) for b in range(3)])
+    documents = [list(keys[offsets[m]:offsets[m + 1]]) for m in range(len(counts))]
+    expected = torch.stack([
+        torch.stack([reference.document_score(list(queries[b, mask[b]]), document) for document in documents])
+        for b in range(3)])
     scores = route(group_queries(queries, G), mask, keys, offsets)
     assert scores.dtype == torch.float32
     close(scores, expected)
-    for actual, wanted in zip(gradients(scores, (queries, free_keys)), gradients(expected, (queries, free_keys))):
+    inputs = queries, free_keys
+    for actual, wanted in zip(gradients(scores, inputs), gradients(expected, inputs)):
         close(actual, wanted)
     with torch.no_grad():
         close(route(group_queries(queries, G), mask, keys, offsets), expected)
@@ -136,12 +146,15 @@ def test_route(H, G, D, counts, tile, monkeypatch):
 def test_route_over_several_tiles(training, counts, monkeypatch):
     """A document whose chunks lie in two tiles, or the last tile's padding, would be scored wrongly."""
     monkeypatch.setattr(routing, "ROUTE_TILE", 64)
-    queries, keys = random(1, 2, 2, 6), -unit_keys(sum(counts), 1, 6).abs()  # cosines below 0, the score of padding
+    # Cosines below 0, which would be the score of padding.
+    queries, keys = random(1, 2, 2, 6), -unit_keys(sum(counts), 1, 6).abs()
     queries, offsets = queries.abs(), torch.tensor([0, *counts]).cumsum(0)
-    expected = [reference.document_score(list(queries[0]), list(keys[offsets[m]:offsets[m + 1]])) for m in range(len(counts))]
+    expected = [reference.document_score(list(queries[0]), list(keys[offsets[m]:offsets[m + 1]]))
+                for m in range(len(counts))]
     assert max(expected) < 0
     with torch.set_grad_enabled(training):
-        close(route(group_queries(queries, 1), torch.ones(1, 2, dtype=torch.bool), keys, offsets)[0], torch.stack(expected))
+        scores = route(group_queries(queries, 1), torch.ones(1, 2, dtype=torch.bool), keys, offsets)
+        close(scores[0], torch.stack(expected))
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 3]])
@@ -159,8 +172,8 @@ def test_route_without_routing_tokens(counts):
 @pytest.mark.parametrize("H, G, D", HEADS + [(4, 2, 32)])
 @pytest.mark.parametrize("training", [True, False])
 def test_route_of_equal_chunks_is_equal(H, G, D, training):
-    """Rounding would depend on where a chunk lies and on how many there are: ties would not be ties, and a memory that is split
-    or grows would select other documents."""
+    """Rounding would depend on where a chunk lies and on how many there are: ties would not be ties,
+    and a memory that is split or grows would select other documents."""
     query, key = group_queries(random(2, 3, H, D), G), unit_keys(1, G, D).float()
     mask = torch.ones(2, 3, dtype=torch.bool)
     with torch.set_grad_enabled(training):
@@ -171,10 +184,13 @@ def test_route_of_equal_chunks_is_equal(H, G, D, training):
 
 
 def test_route_heads_before_tokens():
-    """The max over tokens would be taken before the mean over heads: two tokens would each supply the head they are good at."""
-    queries = torch.tensor([[[[1., 0.], [-1., 0.]], [[-1., 0.], [1., 0.]]]])    # each token: one head agrees, the other opposes
+    """The max over tokens would be taken before the mean over heads:
+    two tokens would each supply the head they are good at."""
+    # In each token one head agrees and the other opposes.
+    queries = torch.tensor([[[[1., 0.], [-1., 0.]], [[-1., 0.], [1., 0.]]]])
     keys = torch.tensor([[[1., 0.]]])
-    assert route(group_queries(queries, 1), torch.ones(1, 2, dtype=torch.bool), keys, torch.tensor([0, 1])).tolist() == [[0.]]
+    mask, offsets = torch.ones(1, 2, dtype=torch.bool), torch.tensor([0, 1])
+    assert route(group_queries(queries, 1), mask, keys, offsets).tolist() == [[0.]]
 
 
 @pytest.mark.parametrize("scores, k, indices, values", [
@@ -217,13 +233,16 @@ def test_top_documents_of_no_question(documents):
 @pytest.mark.parametrize("counts", [[1], [1] * 700, [2, 1, 4, 3, 1] * 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_select_documents(counts, dtype, monkeypatch):
-    """Rounded products would decide which documents are found, or in what order; or a question that routes nothing would find some."""
+    """Rounded products would decide which documents are found, or in what order;
+    or a question that routes nothing would find some."""
     monkeypatch.setattr(routing, "ROUTE_TILE", 64)
     offsets, keys = torch.tensor([0, *counts]).cumsum(0), unit_keys(sum(counts), 2, 16, seed=4)
     keys[-1] = keys[0]  # a tie
     keys, scales = quantize(keys) if dtype == torch.int8 else (keys.to(dtype), None)
-    query, mask = group_queries(random(3, 5, 4, 16, seed=5), 2), torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
-    query[0, 2] = group_queries(keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None], 2)[0, 0]  # finds the tie
+    query = group_queries(random(3, 5, 4, 16, seed=5), 2)
+    mask = torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
+    tied = keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None]
+    query[0, 2] = group_queries(tied, 2)[0, 0]  # finds the tie
     documents, scores = select_documents(query, mask, keys, offsets, 6, scales)
     wanted, values = top_documents(route(query, mask, keys, offsets, scales), 6)
     assert documents.equal(wanted) and documents[1].eq(-1).all()
@@ -232,7 +251,8 @@ def test_select_documents(counts, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_documents_where_rounding_misleads(dtype):
-    """The rough score would decide: the second document has .50129, its rounded products say .5039; the first has .5019 and .5."""
+    """The rough score would decide: the second document has .50129, its rounded products say .5039;
+    the first has .5019 and .5."""
     query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
     keys = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]).bfloat16()
     assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
@@ -242,16 +262,19 @@ def test_select_documents_where_rounding_misleads(dtype):
 
 
 def test_select_documents_where_rounded_keys_mislead():
-    """float32 keys would be found by what bfloat16 leaves of them: 1 - 2^-10 and 1 - 2^-12 are alike there, and the first would win."""
+    """float32 keys would be found by what bfloat16 leaves of them: 1 - 2^-10 and 1 - 2^-12 are alike there,
+    and the first would win."""
     keys = torch.tensor([[[1 - 2 ** -10]], [[1 - 2 ** -12]], [[0.5]]])
     assert keys[0].bfloat16().equal(keys[1].bfloat16())
-    documents, _ = select_documents(torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), keys, torch.arange(4), 1)
+    query, mask = torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
+    documents, _ = select_documents(query, mask, keys, torch.arange(4), 1)
     assert documents.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_documents_of_products(dtype):
-    """Keys of any length, as a router without normalisation has them, would be looked at with an error bound that is for unit keys."""
+    """Keys of any length, as a router without normalisation has them,
+    would be looked at with an error bound that is for unit keys."""
     keys = (random(4000, 1, 8, seed=6) * 100).to(dtype)
     query, mask = random(2, 3, 8, seed=7).float(), torch.ones(2, 3, dtype=torch.bool)
     exact = torch.einsum("btw,cgw->btc", query.double(), keys.double()).amax(1)
@@ -264,38 +287,43 @@ def test_select_documents_of_products(dtype):
     [[2, 0]], [[-1, -1]], [[4, 1, -1], [-1, -1, -1], [0, 3, 2]], [[1], [3]], [[4, 3, 2, 1, 0, -1, -1]],
 ])
 def test_document_slots(documents):
-    """A question would read another document's chunks, miss a chunk, or read them out of the order of their documents."""
+    """A question would read another document's chunks, miss a chunk,
+    or read them out of the order of their documents."""
     offsets = [0, 1, 3, 4, 8, 10]
     index, slots, owner = document_slots(torch.tensor(documents), torch.tensor(offsets))
     assert index.shape == owner.shape == (len(documents), slots.max()) and index.dtype == torch.int64
     for b, row in enumerate(documents):
         expected = [chunk for m in sorted(row) if m >= 0 for chunk in range(offsets[m], offsets[m + 1])]
         assert index[b, :slots[b]].tolist() == expected
-        assert [row[k] for k in owner[b, :slots[b]]] == [m for m in sorted(row) if m >= 0 for _ in range(offsets[m], offsets[m + 1])]
+        owners = [m for m in sorted(row) if m >= 0 for _ in range(offsets[m], offsets[m + 1])]
+        assert [row[k] for k in owner[b, :slots[b]]] == owners
         assert owner[b].ge(0).all()
         assert index[b].ge(0).all() and index[b].lt(10).all()  # what is not read must still be a row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention
 
 @pytest.mark.parametrize("H, G, D", HEADS)
 @pytest.mark.parametrize("T, past", [(1, 0), (5, 0), (1, 4), (3, 2)])
-@pytest.mark.parametrize("slots, prefix_length", [(None, 0), ([0, 0, 0], 0), ([3, 0, 1], 0), ([3, 3, 2], 2), ([1, 2, 3], 9)])
+@pytest.mark.parametrize("slots, prefix_length",
+                         [(None, 0), ([0, 0, 0], 0), ([3, 0, 1], 0), ([3, 3, 2], 2), ([1, 2, 3], 9)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_sparse_attention(H, G, D, T, past, slots, prefix_length, biased):
-    """Attention, or a gradient of it, would see the wrong memory slots, the future, the wrong head, or memory from the prefix."""
-    inputs = [random(3, T, H, D, seed=1), random(3, T + past, G, D, seed=2), random(3, T + past, G, D, seed=3)]
+    """Attention, or a gradient of it, would see the wrong memory slots, the future, the wrong head,
+    or memory from the prefix."""
+    inputs = [random(3, T, H, D, seed=1)]
+    inputs += [random(3, T + past, G, D, seed=2), random(3, T + past, G, D, seed=3)]
     chosen = []
     if slots is not None:
         inputs += [random(5, G, D, seed=4), random(5, G, D, seed=5)]
         inputs[3][0] += 10  # row 0 is what unused slots point at: it must not be read through them
         inputs[4][0] += 10
         index = torch.tensor([[2, 4, 1], [4, 2, 3], [3, 1, 4]])[:, :max(slots)]
-        index = index.masked_fill(torch.arange(max(slots)) >= torch.tensor(slots)[:, None], 0)
-        chosen = [index, torch.tensor(slots), prefix_length]
+        beyond = torch.arange(max(slots)) >= torch.tensor(slots)[:, None]
+        chosen = [index.masked_fill(beyond, 0), torch.tensor(slots), prefix_length]
         if biased:  # what stands beyond a question's slots must not matter
-            chosen += [(4 * random(3, max(slots), seed=6)).masked_fill(torch.arange(max(slots)) >= torch.tensor(slots)[:, None], torch.nan)]
+            chosen.append((4 * random(3, max(slots), seed=6)).masked_fill(beyond, torch.nan))
     inputs = [x.requires_grad_() for x in inputs]
     output, expected = sparse_attention(*inputs, *chosen), attention_by_hand(*inputs, *chosen)
     close(output, expected, 1e-10)
@@ -313,7 +341,7 @@ def test_sparse_attention_fp32():
     close(output, attention_by_hand(*inputs, *chosen), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The Triton kernels: numbers in the interpreter, machine code by the compiler, on any machine
 
 TESTS = Path(__file__).resolve().parent
@@ -341,7 +369,8 @@ def test_pool_kernel(case, dtype, kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", kernel_checks.ROUTE)
 def test_route_kernel(case, dtype, kernels):
-    """Scores would miss a token, a tile or a document's chunk, count a masked token, or send a gradient to a pair that did not win."""
+    """Scores would miss a token, a tile or a document's chunk, count a masked token,
+    or send a gradient to a pair that did not win."""
     within(kernel_checks.check_route(case, dtype), dtype)
 
 
@@ -358,7 +387,8 @@ def test_route_of_int8_keys(case, kernel, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", kernel_checks.ATTEND)
 def test_attention_kernel(case, dtype, kernels):
-    """Attention, or a gradient of it, would see wrong slots, the future, the wrong head, memory from the prefix; or lose a shared chunk."""
+    """Attention, or a gradient of it, would see wrong slots, the future, the wrong head,
+    memory from the prefix; or lose a shared chunk."""
     within(kernel_checks.check_attention(case, dtype), dtype)
 
 
@@ -373,7 +403,8 @@ def test_route_kernel_of_equal_chunks_is_equal(kernels):
     mask = torch.ones(2, 3, dtype=torch.bool)
     alone = route(query, mask, key, torch.tensor([0, 1]))
     for chunks in (3, 64, 65):
-        assert route(query, mask, key.repeat(chunks, 1, 1), torch.arange(chunks + 1)).equal(alone.expand(2, chunks))
+        scores = route(query, mask, key.repeat(chunks, 1, 1), torch.arange(chunks + 1))
+        assert scores.equal(alone.expand(2, chunks))
 
 
 def test_quantize():
@@ -381,14 +412,16 @@ def test_quantize():
     keys = unit_keys(5, 2, 6).float()
     keys[3] = 0
     quantized, scales = quantize(keys)
-    assert quantized.dtype == torch.int8 and scales.shape == (5,) and quantized.abs().amax((1, 2)).tolist() == [127, 127, 127, 0, 127]
+    assert quantized.dtype == torch.int8 and scales.shape == (5,)
+    assert quantized.abs().amax((1, 2)).tolist() == [127, 127, 127, 0, 127]
     assert ((quantized * scales[:, None, None] - keys).abs() <= scales[:, None, None] * 0.5001).all()
 
 
 def launch(**changes):
     """A launch of attention in which one argument is wrong."""
     x = dict(query=torch.zeros(1, 2, 4, 16), keys=torch.zeros(1, 2, 2, 16), values=torch.zeros(1, 2, 2, 16),
-             memory_keys=torch.zeros(3, 2, 16), memory_values=torch.zeros(3, 2, 16), index=torch.tensor([[0, 2]]), slots=torch.tensor([2]))
+             memory_keys=torch.zeros(3, 2, 16), memory_values=torch.zeros(3, 2, 16),
+             index=torch.tensor([[0, 2]]), slots=torch.tensor([2]))
     return sparse_attention(**(x | changes))
 
 
@@ -396,10 +429,13 @@ def launch(**changes):
     (dict(query=torch.zeros(1, 2, 3, 16)), "query has 3 heads and 2 tokens, keys 2 and 2"),
     (dict(query=torch.zeros(1, 3, 4, 16)), "query has 4 heads and 3 tokens, keys 2 and 2"),
     (dict(query=torch.zeros(1, 2, 4, 16).double()), "query is torch.float64; a Triton kernel takes"),
-    (dict(query=torch.zeros(1, 2, 4, 512), keys=torch.zeros(1, 2, 2, 512)), "the head size is 512; the Triton kernels take at most 256"),
-    (dict(keys=torch.zeros(1, 2, 16, 2).transpose(2, 3)), r"keys is not contiguous, its strides are \(64, 32, 1, 2\)"),
+    (dict(query=torch.zeros(1, 2, 4, 512), keys=torch.zeros(1, 2, 2, 512)),
+     "the head size is 512; the Triton kernels take at most 256"),
+    (dict(keys=torch.zeros(1, 2, 16, 2).transpose(2, 3)),
+     r"keys is not contiguous, its strides are \(64, 32, 1, 2\)"),
     (dict(values=torch.zeros(1, 3, 2, 16)), r"values has shape \(1, 3, 2, 16\); it must be \(1, 2, 2, 16\)"),
-    (dict(memory_values=torch.zeros(2, 2, 16)), r"memory_values has shape \(2, 2, 16\); it must be \(3, 2, 16\)"),
+    (dict(memory_values=torch.zeros(2, 2, 16)),
+     r"memory_values has shape \(2, 2, 16\); it must be \(3, 2, 16\)"),
     (dict(index=torch.tensor([[0, 2]], dtype=torch.int32)), "index is torch.int32"),
     (dict(bias=torch.zeros(1, 3)), r"bias has shape \(1, 3\); it must be \(1, 2\)"),
 ])
@@ -438,11 +474,13 @@ def test_dispatch(monkeypatch):
 
 
 def test_kernels_compile():
-    """A kernel would not compile for an A100 or an H100, spill registers, or ask for more shared memory than there is."""
+    """A kernel would not compile for an A100 or an H100, spill registers,
+    or ask for more shared memory than there is."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    both = [subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", arch, "--json"], env=environment, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for arch in ("80", "90")]
+    both = [subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", arch, "--json"], env=environment,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for arch in ("80", "90")]
     for process in both:
         out, error = process.communicate(timeout=240)
         assert process.returncode == 0, error

@@ -24,7 +24,8 @@ from prepare_data import Pools
 from train import TrainConfig, learning_rate, next_pool
 
 REPOSITORY = Path(train.__file__).parent
-CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "training_state.pt", "log.jsonl"}
+CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json",
+              "training_state.pt", "log.jsonl"}
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def at_position(monkeypatch, position, action):
     monkeypatch.setattr(train, "next_pool", observed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run
 
 def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
@@ -83,16 +84,20 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
     rows = read_log(files)
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train"), (2, "validation")]
     for row in rows:
-        assert set(row) - {"norm"} == {"step", "split", "lm", "naming", "answer", "named", "answered", "aux", "top1", "chance", "recall"}
-        assert len(row["recall"]) == 2 and row["chance"] == 0.4  # one memory layer, the mean score; 2 of 5 documents
+        assert set(row) - {"norm"} == {"step", "split", "lm", "naming", "answer", "named", "answered", "aux",
+                                       "top1", "chance", "recall"}
+        # Recall of one memory layer and of the mean score; chance is 2 of 5 documents.
+        assert len(row["recall"]) == 2 and row["chance"] == 0.4
         assert min(row["naming"], row["answer"]) < row["lm"] < max(row["naming"], row["answer"])
-        assert {row["named"], row["answered"]} <= {0, 0.25, 0.5, 0.75, 1, 0.333333, 0.666667}  # 4 samples name, 3 answer
+        # 4 samples name and 3 answer.
+        assert {row["named"], row["answered"]} <= {0, 0.25, 0.5, 0.75, 1, 0.333333, 0.666667}
     assert "| naming " in result.out and f" {rows[0]['naming']:.3f} {rows[0]['named']:.2f} |" in result.out
     assert rows[0]["lm"] == pytest.approx(np.log(608), abs=0.1)  # an untrained model knows nothing
 
 
 def test_training_with_kernels(fit, whole, tmp_path, monkeypatch, files_of):
-    """The Triton kernels would train another model than the reference: the same seed must give the same losses, within 1e-4."""
+    """The Triton kernels would train another model than the reference: the same seed must give
+    the same losses, within 1e-4."""
     pytest.importorskip("triton")
     monkeypatch.setattr(msa_kernel, "KERNEL", "triton")
     calls, attend = [], msa_kernel.Attend.apply
@@ -107,7 +112,8 @@ def test_training_with_kernels(fit, whole, tmp_path, monkeypatch, files_of):
 
 def test_training_learns(fit, tmp_path, files_of):
     """Steps would not lower the loss: gradients would be lost, or samples not be what they say."""
-    assert fit("--out", tmp_path, "--max-steps", 40, "--learning-rate", 0.02, "--evaluate-every", 100).code == 0
+    flags = ("--max-steps", 40, "--learning-rate", 0.02, "--evaluate-every", 100)
+    assert fit("--out", tmp_path, *flags).code == 0
     losses = [row["lm"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
     assert np.mean(losses[-4:]) < 0.6 * losses[0]
 
@@ -116,33 +122,39 @@ def test_training_learns(fit, tmp_path, files_of):
     (1, [], 0.1, 1.0), (1, ["--router-lm-weight", 0.75], 0.75, 1.0), (1, ["--router-lm-weight", 0], 0.0, 1.0),
     (0, [], 1.0, 0.1), (0, ["--router-lm-weight", 0.75], 1.0, 0.1)])
 def test_two_phases(fit, tiny, tmp_path, tokenizer, files_of, router_steps, flags, lm_weight, aux_weight):
-    """The first phase would not be router_lm_weight * LM + aux, 0.1 by default, or the second not LM + 0.1 * aux."""
+    """The first phase would not be router_lm_weight * LM + aux, 0.1 by default,
+    or the second not LM + 0.1 * aux."""
     assert fit("--out", tmp_path, "--max-steps", 1, "--router-steps", router_steps, *flags).code == 0
     row = read_log(files_of(tmp_path))[0]
     config = MSA.from_pretrained(tmp_path).config
     torch.manual_seed(1337)
     model = MSA(config)
-    losses = model(*next_pool(Pools(tiny / "data" / "train", 608), 0, tokenizer, TrainConfig(), torch.device("cpu")))
+    pools = Pools(tiny / "data" / "train", 608)
+    losses = model(*next_pool(pools, 0, tokenizer, TrainConfig(), torch.device("cpu")))
     (lm_weight * losses["lm"] + aux_weight * losses["aux"]).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert row["norm"] == pytest.approx(float(norm), abs=1e-4)
-    for name in ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance"):  # each under its own name
+    # Each must stand under its own name.
+    for name in ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance"):
         assert row[name] == pytest.approx(losses[name].item(), abs=1e-5)
     assert row["recall"] == pytest.approx(losses["recall"].tolist(), abs=1e-5)
 
 
 def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
-    """Dropped tokens would route, a question would route with none, the second phase or validation would drop, or a run not repeat."""
+    """Dropped tokens would route, a question would route with none,
+    the second phase or validation would drop, or a run not repeat."""
     pools, config = Pools(tiny / "data" / "train", 608), TrainConfig()
     whole = next_pool(pools, 0, tokenizer, config, torch.device("cpu"))
-    half, again, most = (next_pool(pools, 0, tokenizer, config, torch.device("cpu"), dropout) for dropout in (0.5, 0.5, 1 - 1e-9))
+    half, again, most = (next_pool(pools, 0, tokenizer, config, torch.device("cpu"), dropout)
+                         for dropout in (0.5, 0.5, 1 - 1e-9))
     for a, b, c, d in zip(whole[2], half[2], again[2], most[2]):
         assert all(torch.equal(a[name], b[name]) for name in a if name != "routing_mask")
-        assert torch.equal(b["routing_mask"], c["routing_mask"]) and not (b["routing_mask"] & ~a["routing_mask"]).any()
+        assert torch.equal(b["routing_mask"], c["routing_mask"])
+        assert not (b["routing_mask"] & ~a["routing_mask"]).any()
         assert b["routing_mask"].any(1).all() and d["routing_mask"].any(1).all()
         assert torch.equal(a["routing_mask"], d["routing_mask"])  # where none was left, all are kept
-    share = sum(int(b["routing_mask"].sum()) for b in half[2]) / sum(int(a["routing_mask"].sum()) for a in whole[2])
-    assert 0.3 < share < 0.7
+    count = lambda pool: sum(int(batch["routing_mask"].sum()) for batch in pool[2])
+    assert 0.3 < count(half) / count(whole) < 0.7
     asked = []
     def observed(pools, at, *rest):
         asked.append((pools.folder.name, at, rest[3:4]))
@@ -154,35 +166,39 @@ def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("step,expected", [
-    (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (39, 1.0), (40, 1.0), (55, 0.2 + 0.8 * (2 + 2 ** 0.5) / 4), (70, 0.6),
-    (85, 0.2 + 0.8 * (2 - 2 ** 0.5) / 4), (100, 0.2), (500, 0.2)])
+    (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (39, 1.0), (40, 1.0), (55, 0.2 + 0.8 * (2 + 2 ** 0.5) / 4),
+    (70, 0.6), (85, 0.2 + 0.8 * (2 - 2 ** 0.5) / 4), (100, 0.2), (500, 0.2)])
 def test_learning_rate(step, expected):
-    """The rate would not rise linearly, stay through the router phase and fall by a cosine to its final value."""
-    config = TrainConfig(warmup_steps=10, router_steps=40, max_steps=100, learning_rate=1.0, final_learning_rate=0.2)
+    """The rate would not rise linearly, stay through the router phase, and fall by a cosine to its end."""
+    config = TrainConfig(warmup_steps=10, router_steps=40, max_steps=100, learning_rate=1.0,
+                         final_learning_rate=0.2)
     assert learning_rate(step, config) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("warmup_steps,router_steps,max_steps,rates", [
-    (0, 0, 2, [1.0, 0.5, 0.0]), (2, 0, 4, [0.5, 1.0, 1.0, 0.5, 0.0]), (0, 9, 2, [1.0, 1.0, 1.0]), (4, 2, 4, [0.25, 0.5, 0.75, 1.0, 1.0])])
+    (0, 0, 2, [1.0, 0.5, 0.0]), (2, 0, 4, [0.5, 1.0, 1.0, 0.5, 0.0]),
+    (0, 9, 2, [1.0, 1.0, 1.0]), (4, 2, 4, [0.25, 0.5, 0.75, 1.0, 1.0])])
 def test_learning_rate_of_odd_schedules(warmup_steps, router_steps, max_steps, rates):
     """A phase of no steps, or one that is longer than the run, would divide by zero or leave the range."""
-    config = TrainConfig(warmup_steps=warmup_steps, router_steps=router_steps, max_steps=max_steps, learning_rate=1.0,
-                         final_learning_rate=0.0)
+    config = TrainConfig(warmup_steps=warmup_steps, router_steps=router_steps, max_steps=max_steps,
+                         learning_rate=1.0, final_learning_rate=0.0)
     assert [learning_rate(step, config) for step in range(len(rates))] == pytest.approx(rates)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stopping and resuming
 
 @pytest.mark.parametrize("number,position,step", [
     (signal.SIGINT, 4, 5), (signal.SIGTERM, 5, 6), (signal.SIGINT, 0, 1), (signal.SIGINT, 7, 8)])
 def test_interrupt_and_resume(fit, tmp_path, whole, files_of, monkeypatch, number, position, step):
-    """A run that was stopped and resumed would not be the run that nobody stopped: log and weights, bit for bit."""
+    """A run that was stopped and resumed would not be the run that nobody stopped: log and weights,
+    bit for bit."""
     at_position(monkeypatch, position, lambda: signal.raise_signal(number))
     stopped = fit("--out", tmp_path)
     assert stopped.code == 0 and f"stopped at step {step}" in stopped.out and "--resume" in stopped.out
     assert files_of(tmp_path).keys() == CHECKPOINT
-    assert [row["step"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"] == list(range(1, step + 1))
+    steps = [row["step"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
+    assert steps == list(range(1, step + 1))
     monkeypatch.setattr(train, "next_pool", next_pool)
     resumed = fit("--out", tmp_path, "--resume")
     assert resumed.code == 0 and f"resumed from {tmp_path} at step {step}" in resumed.out
@@ -192,7 +208,7 @@ def test_interrupt_and_resume(fit, tmp_path, whole, files_of, monkeypatch, numbe
 
 
 def test_kill_and_resume(fit, tmp_path, whole, files_of, monkeypatch):
-    """A run that was killed between two checkpoints would not continue from the last one as if nothing had been."""
+    """A run that was killed between two checkpoints would not continue from the last one as if it had not."""
     def kill():
         raise Killed
     at_position(monkeypatch, 4, kill)
@@ -255,7 +271,8 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
         (tmp_path / name).write_bytes(data)
     refused = fit("--out", tmp_path, "--seed", 1)
     assert refused.code == 2 and files_of(tmp_path) == whole
-    assert f"error: {tmp_path}: holds a checkpoint; continue it with --resume, replace it with --overwrite" in refused.error
+    assert f"error: {tmp_path}: holds a checkpoint; continue it with --resume, replace it with --overwrite" \
+        in refused.error
     assert fit("--out", tmp_path, "--overwrite", "--seed", 1, "--max-steps", 1).code == 0
     assert files_of(tmp_path)["model.safetensors"] != whole["model.safetensors"]
     assert len(read_log(files_of(tmp_path))) == 2
@@ -264,7 +281,9 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
 def test_nothing_to_resume(fit, tmp_path, files_of):
     """Resuming a run that never was would end in a traceback."""
     result = fit("--out", tmp_path, "--resume")
-    assert result.code == 2 and result.error == f"error: {tmp_path / 'training_state.pt'}: nothing to resume; leave --resume out to start"
+    state = tmp_path / "training_state.pt"
+    assert result.code == 2
+    assert result.error == f"error: {state}: nothing to resume; leave --resume out to start"
     assert files_of(tmp_path) == {}
 
 
@@ -279,10 +298,12 @@ class Dangerous:
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data, _: data[:len(data) // 2], lambda data, _: data[:-1], lambda data, _: b"", lambda data, _: b"not a state",
-    lambda data, path: pickle.dumps(Dangerous(path), protocol=2), "object", "list", "other state"])
+    lambda data, _: data[:len(data) // 2], lambda data, _: data[:-1], lambda data, _: b"",
+    lambda data, _: b"not a state", lambda data, path: pickle.dumps(Dangerous(path), protocol=2),
+    "object", "list", "other state"])
 def test_broken_training_states(fit, tmp_path, whole, files_of, damage):
-    """A broken state would end in a traceback or lose the checkpoint, or a stranger's file would run a command."""
+    """A broken state would end in a traceback or lose the checkpoint,
+    or a stranger's file would run a command."""
     for name, data in whole.items():
         (tmp_path / name).write_bytes(data)
     state, made = tmp_path / "training_state.pt", tmp_path / "made"
@@ -296,17 +317,19 @@ def test_broken_training_states(fit, tmp_path, whole, files_of, damage):
     assert result.code == 2 and f"error: {state}: not a whole training state" in result.error
 
 
-@pytest.mark.parametrize("flags,name", [(["--model.hidden-size", 24], "model.embed_tokens.weight"), (["--model.qk-norm"], "k_norm.weight")])
+@pytest.mark.parametrize("flags,name", [(["--model.hidden-size", 24], "model.embed_tokens.weight"),
+                                        (["--model.qk-norm"], "k_norm.weight")])
 def test_resume_another_model(fit, tmp_path, whole, files_of, flags, name):
     """A run would be resumed with a model of another shape."""
     for file, data in whole.items():
         (tmp_path / file).write_bytes(data)
     result = fit("--out", tmp_path, "--resume", *flags)
-    assert result.code == 2 and f"{tmp_path / 'training_state.pt'}: tensor" in result.error and name in result.error
+    assert result.code == 2 and f"{tmp_path / 'training_state.pt'}: tensor" in result.error
+    assert name in result.error
     assert files_of(tmp_path) == whole
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
 @pytest.fixture
@@ -327,7 +350,8 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("how", ["fsync", 1000, 100_000])
 def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
-    """A disk that fills up would leave a broken checkpoint in the place of a whole one, rubbish beside it, or a traceback."""
+    """A disk that fills up would leave a broken checkpoint in the place of a whole one, rubbish beside it,
+    or a traceback."""
     for name, data in whole.items():
         (tmp_path / name).write_bytes(data)
     assert len(whole["training_state.pt"]) > 150_000
@@ -341,19 +365,22 @@ def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
     assert result.code == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err
     assert result.err.startswith(f"error: {tmp_path / 'training_state.pt'}: ")
     if how == "fsync":
-        assert "No space left on device; free some space and run again (what was saved before is intact)" in result.err
+        assert "No space left on device; free some space and run again (what was saved before is intact)" \
+            in result.err
 
 
 def test_losses_that_are_not_numbers(fit, tmp_path, whole, files_of):
     """Training would go on with weights that are not numbers and replace the last good checkpoint by them."""
     for name, data in whole.items():
         (tmp_path / name).write_bytes(data)
-    result = fit("--out", tmp_path, "--overwrite", "--learning-rate", 1e30, "--gradient-clip", 1e30, "--evaluate-every", 100)
-    assert result.code == 2 and "the loss is not a number at step" in result.error and "--learning-rate" in result.error
+    result = fit("--out", tmp_path, "--overwrite", "--learning-rate", 1e30, "--gradient-clip", 1e30,
+                 "--evaluate-every", 100)
+    assert result.code == 2 and "the loss is not a number at step" in result.error
+    assert "--learning-rate" in result.error
     assert files_of(tmp_path) == whole
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Several pools
 
 def test_position_decides(tiny, tokenizer):
@@ -361,7 +388,8 @@ def test_position_decides(tiny, tokenizer):
     pools, config = Pools(tiny / "data" / "train", 608), TrainConfig()
     def take(position):
         documents, numbers, batches = next_pool(pools, position, tokenizer, config, torch.device("cpu"))
-        return [d.tolist() for d in documents], numbers, [{name: t.tolist() for name, t in batch.items()} for batch in batches]
+        batches = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
+        return [document.tolist() for document in documents], numbers, batches
     assert take(1) == take(1)
     def texts(position):
         return [tokenizer.decode(document).split("]")[1].split("[")[0] for document in take(position)[0]]
@@ -370,12 +398,14 @@ def test_position_decides(tiny, tokenizer):
 
 
 def test_two_ranks_are_one_that_accumulates(fit, tiny, tmp_path, files_of):
-    """Two ranks would average losses or gradients wrongly, read the same pools, or log what one of them saw."""
+    """Two ranks would average losses or gradients wrongly, read the same pools,
+    or log what one of them saw."""
     flags = ["--max-steps", "3", "--evaluate-every", "3", "--learning-rate", "1e-3", "--number-limit", "1000"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPOSITORY / "train.py",
-               tiny / "tiny.toml", "--out", tmp_path / "two", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               REPOSITORY / "train.py", tiny / "tiny.toml", "--out", tmp_path / "two", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done at step 3") == 1  # one rank speaks
     assert fit("--out", tmp_path / "one", "--accumulate", 2, *flags).code == 0
@@ -392,15 +422,16 @@ def test_two_ranks_are_one_that_accumulates(fit, tiny, tmp_path, files_of):
     assert states[0]["position"] == states[1]["position"] == 6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From a backbone
 
 @pytest.fixture
 def backbone(tmp_path):
     """A tiny Llama folder: weights of a model without helpers, and a tokenizer.json."""
     torch.manual_seed(3)
-    model = MSA(ModelConfig(vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-                            num_key_value_heads=1, head_dim=8, attend_memory=False, prompts="chat"))
+    model = MSA(ModelConfig(vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=8, attend_memory=False,
+                            prompts="chat"))
     model.init_routers()
     model.save(tmp_path / "backbone")
     write(tmp_path / "backbone")
@@ -408,32 +439,40 @@ def backbone(tmp_path):
 
 
 def test_init_from_a_backbone(run, tmp_path, backbone):
-    """A backbone would be trained from noise, with other sizes, without tokens to name documents with, or be asked in other prompts."""
-    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 4, "--data.validation-pools", 2,
-            "--data.needles", 2, "--data.chains", 1, "--data.noise", 1, "--data.number-tokens")
+    """A backbone would be trained from noise, with other sizes, without tokens to name documents with,
+    or be asked in other prompts."""
+    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 4,
+            "--data.validation-pools", 2, "--data.needles", 2, "--data.chains", 1, "--data.noise", 1,
+            "--data.number-tokens")
     assert run(prepare_data, *[str(flag).replace("--data.", "--") for flag in data]).code == 0
-    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--model.top-k", 2, "--model.number-chunk", 5,
-             "--router-steps", 1, "--log-every", 1, "--evaluate-every", 2)
+    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--model.top-k", 2,
+             "--model.number-chunk", 5, "--router-steps", 1, "--log-every", 1, "--evaluate-every", 2)
     first, second = MSA.from_pretrained(backbone), None
-    result = run(train, *flags, "--max-steps", 2, "--learning-rate", 1e-9, "--final-learning-rate", 1e-9, "--weight-decay", 0)
+    result = run(train, *flags, "--max-steps", 2, "--learning-rate", 1e-9, "--final-learning-rate", 1e-9,
+                 "--weight-decay", 0)
     assert result.code == 0, result.err
     second = MSA.from_pretrained(tmp_path / "run")
     config = second.config
-    assert (config.prompts, config.attend_memory, config.number_chunk, config.top_k) == ("nanomsa", True, 5, 2)
+    assert config.prompts == "nanomsa" and config.attend_memory
+    assert config.number_chunk == 5 and config.top_k == 2
     assert config.hidden_size == 16 and config.num_hidden_layers == 4 and config.vocab_size == 261 + 5 + 768
     for name, tensor in first.state_dict().items():
-        assert torch.allclose(second.state_dict()[name][:len(tensor)], tensor, atol=1e-6), name  # its routers too, it has some
+        # This holds for its routers too, since the backbone has some.
+        assert torch.allclose(second.state_dict()[name][:len(tensor)], tensor, atol=1e-6), name
     grown = second.model.embed_tokens.weight[261:]
-    assert torch.allclose(grown.mean(0), first.model.embed_tokens.weight.mean(0), atol=2e-3) and (grown.std(0) > 0).all()
+    assert torch.allclose(grown.mean(0), first.model.embed_tokens.weight.mean(0), atol=2e-3)
+    assert (grown.std(0) > 0).all()
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "a.txt").write_text("One of the special magic numbers for calm-meadow is: 3391874.")
-    asked = run(sample, "--checkpoint", tmp_path / "run", "--documents", documents, "--device", "cpu", "--max-answer-tokens", 3, "Why?")
+    asked = run(sample, "--checkpoint", tmp_path / "run", "--documents", documents, "--device", "cpu",
+                "--max-answer-tokens", 3, "Why?")
     assert asked.code == 0, asked.err
     again = run(train, *flags, "--max-steps", 3, "--resume")
     assert again.code == 0 and "resumed" in again.out, again.err
-    tuned = run(train, *data, "--init-from", tmp_path / "run", "--out", tmp_path / "tuned", "--device", "cpu", "--router-steps", 1,
-                "--max-steps", 1)  # one of its own goes on as it is
+    # A checkpoint of its own goes on as it is.
+    tuned = run(train, *data, "--init-from", tmp_path / "run", "--out", tmp_path / "tuned",
+                "--device", "cpu", "--router-steps", 1, "--max-steps", 1)
     assert tuned.code == 0, tuned.err
     assert MSA.from_pretrained(tmp_path / "tuned").config == config
 
@@ -441,31 +480,37 @@ def test_init_from_a_backbone(run, tmp_path, backbone):
 @pytest.mark.parametrize("flags,message", [
     (("--model.smear",), "model.smear is True, but --init-from"),
     (("--model.hidden-size", "64"), "model.hidden_size is 64, but --init-from"),
-    (("--init-from", "nowhere"), "nowhere/config.json: no such file"), ((), "prepared with another tokenizer than that of --init-from"),
+    (("--init-from", "nowhere"), "nowhere/config.json: no such file"),
+    ((), "prepared with another tokenizer than that of --init-from"),
     (("--out", "backbone"), "which --init-from reads; give another"),
 ])
 def test_init_from_mistakes(run, tmp_path, backbone, tiny, flags, message):
     """What cannot be would be ignored, or end in a traceback."""
-    flags = [backbone if flag == "backbone" else flag for flag in flags] + ["--init-from", backbone] * ("--init-from" not in flags)
+    flags = [backbone if flag == "backbone" else flag for flag in flags]
+    if "--init-from" not in flags:
+        flags += ["--init-from", backbone]
     result = run(train, tiny / "tiny.toml", "--out", tmp_path / "run", "--model.num-hidden-layers", 4, *flags)
     assert result.code == 2 and message in result.error, result.error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_backbone_without_routers(run, tmp_path, backbone):
-    """Its routers would start as attention's own maps, through which everything looks alike; or be made anew when it is resumed."""
-    weights = {name: tensor for name, tensor in load_file(backbone / "model.safetensors").items() if "router" not in name}
+    """Its routers would start as attention's own maps, through which everything looks alike;
+    or be made anew when it is resumed."""
+    weights = {name: tensor for name, tensor in load_file(backbone / "model.safetensors").items()
+               if "router" not in name}
     save_file(weights, backbone / "model.safetensors")
     own = MSA.from_pretrained(backbone).state_dict()
-    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 2, "--data.validation-pools", 1,
-            "--data.needles", 2, "--data.chains", 1, "--data.noise", 1)
+    data = ("--data.out", tmp_path / "data", "--data.encoding", backbone, "--data.pools", 2,
+            "--data.validation-pools", 1, "--data.needles", 2, "--data.chains", 1, "--data.noise", 1)
     assert run(prepare_data, *[str(flag).replace("--data.", "--") for flag in data]).code == 0
-    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--router-steps", 1, "--learning-rate", 1e-9,
-             "--final-learning-rate", 1e-9, "--weight-decay", 0)
+    flags = (*data, "--init-from", backbone, "--out", tmp_path / "run", "--device", "cpu", "--router-steps",
+             1, "--learning-rate", 1e-9, "--final-learning-rate", 1e-9, "--weight-decay", 0)
     assert run(train, *flags, "--max-steps", 1).code == 0
     first = load_file(tmp_path / "run" / "model.safetensors")
     routers = [name for name in first if "router" in name]
-    assert len(routers) == 4 and not any(torch.allclose(first[name], own[name], atol=1e-3) for name in routers)
+    assert len(routers) == 4
+    assert not any(torch.allclose(first[name], own[name], atol=1e-3) for name in routers)
     assert run(train, *flags, "--max-steps", 2, "--resume").code == 0
     second = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in routers)
