@@ -1,15 +1,18 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
-# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; it goes on where it was
-# make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed up on SQuAD. Downloads both (270 and
-#              4 MB), unless SMOL= and DATA= name what is there: a checkpoint's folder; SQuAD's file or a folder in BEIR's layout.
-#              The second time it only asks; for another SMOL or DATA remove out/smol first
+# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
+#              that was interrupted goes on where it was
+# make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed
+#              up on SQuAD. Downloads both (270 and 4 MB), unless SMOL= and DATA= name what is there: a
+#              checkpoint's folder; SQuAD's file or a folder in BEIR's layout. The second time it only asks;
+#              for another SMOL or DATA remove out/smol first
 # make torture kill and damage memory banks, thousands of times
-# make gpu     on a machine with a GPU: check the Triton kernels, measure them, write results/gpu-<device>.json. It installs nothing: the
-#              python that runs it needs torch, triton and numpy.
+# make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
+#              It installs nothing: the python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
 RUN = .venv/bin/python
+TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
 SMOL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?= data/squad-dev-v2.0.json
@@ -20,17 +23,18 @@ SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
 demo: out/demo/two_hop.json
 	@echo && echo "Asking the new model about the files in examples/:"
-	$(RUN) sample.py --checkpoint out/demo --documents examples --trace "What is the special magic number for nervous-baker?"
+	$(RUN) sample.py --checkpoint out/demo --documents examples --trace \
+		"What is the special magic number for nervous-baker?"
 	@echo && echo "Curves: out/demo/curves.png (training), out/demo/two_hop.png (accuracy as the memory grows)"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
 
 scale: .venv/installed
-	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
+	OMP_NUM_THREADS=1 $(TORCHRUN) eval.py config/scale.toml --memory $(SCALE) \
 		--routing-keys int8 --json $(RESULTS)/scale-int8.json
 	$(RUN) eval.py config/scale.toml --baseline bm25 --json $(RESULTS)/scale-bm25.json
-	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 eval.py config/scale.toml --memory $(SCALE) \
+	OMP_NUM_THREADS=1 $(TORCHRUN) eval.py config/scale.toml --memory $(SCALE) \
 		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png \
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
@@ -74,4 +78,5 @@ out/demo/trained: data/demo/about.json
 	@touch $@
 
 out/demo/two_hop.json: out/demo/trained
-	$(RUN) eval.py --checkpoint out/demo --task two_hop --lengths 16k,64k,256k,1m --questions 50 --json $@ --plot out/demo/two_hop.png
+	$(RUN) eval.py --checkpoint out/demo --task two_hop --lengths 16k,64k,256k,1m --questions 50 --json $@ \
+		--plot out/demo/two_hop.png
