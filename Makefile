@@ -39,7 +39,8 @@ scale: .venv/installed
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 smol: out/smol/router.json
-	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace "Who built the lighthouse?"
+	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace \
+		"Who built the lighthouse?"
 	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 "When was the north pier rebuilt?"
 
 out/smol/router.json: | .venv/installed $(DATA)
