@@ -80,10 +80,10 @@ def chunk_offsets(lengths, chunk_size, last=0):
     return F.pad(chunks.cumsum(0), (1, 0))
 
 
-def chunk_owners(offsets, chunks):
+def owners(offsets, chunks):
     """The document of each of the `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(),
-                                   output_size=chunks)
+    documents = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(documents, offsets.diff(), output_size=chunks)
 
 
 def ranges(starts, counts):
@@ -113,7 +113,7 @@ def chunk_means(x, lengths, chunk_size, last=0):
         body = chunk_means(x, lengths - last, chunk_size)
         place = (lengths - last)[:, None] + torch.arange(last, device=x.device)          # (M, last)
         own = x.gather(1, place[:, :, None, None].expand(-1, -1, *x.shape[2:])).mean(1)  # (M, G, D)
-        owner = chunk_owners(chunk_offsets(lengths - last, chunk_size), len(body))
+        owner = owners(chunk_offsets(lengths - last, chunk_size), len(body))
         owner = torch.cat([owner, torch.arange(len(own), device=x.device)])
         return torch.cat([body, own])[owner.argsort(stable=True)]  # a document's last chunk behind its others
     M, L, G, D = x.shape
@@ -128,7 +128,7 @@ def chunk_means(x, lengths, chunk_size, last=0):
 def chunk_spans(lengths, width, chunk_size, last):
     """Which of the M * `width` padded tokens each chunk holds: first (C,) int64 and count (C,) int32."""
     offsets = chunk_offsets(lengths, chunk_size, last)
-    owner = chunk_owners(offsets, int(offsets[-1]))
+    owner = owners(offsets, int(offsets[-1]))
     nth = torch.arange(len(owner), device=owner.device) - offsets[owner]
     body = (lengths - last)[owner]
     closing = (nth == offsets.diff()[owner] - 1) & (last > 0)

@@ -15,18 +15,7 @@ from __future__ import annotations  # `tl.constexpr` stays a word where triton i
 import torch
 import torch.nn.functional as F
 
-from msa_kernel import (
-    FLOATS,
-    PRECISION,
-    check,
-    chunk_owners,
-    jit,
-    power_of_two,
-    ranges,
-    tl,
-    triton,
-    use_triton,
-)
+from msa_kernel import FLOATS, PRECISION, check, jit, owners, power_of_two, ranges, tl, triton, use_triton
 
 ROUTE_TILE = 2048  # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes at most
 
@@ -104,7 +93,7 @@ def document_max(best, offsets):
     if best.is_cpu:  # much the faster there
         return torch.segment_reduce(best.T.contiguous(), "max", offsets=offsets, axis=0).T
     empty = best.new_full((len(best), documents), float("-inf"))
-    return empty.scatter_reduce(1, chunk_owners(offsets, chunks).expand(len(best), -1), best, "amax")
+    return empty.scatter_reduce(1, owners(offsets, chunks).expand(len(best), -1), best, "amax")
 
 
 @torch.no_grad()
@@ -309,8 +298,8 @@ class Route(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_keys = torch.empty_like(keys)
             route_backward_keys[C, triton.cdiv(W, block)](
-                d_scores, token, chunk, chunk_owners(offsets, C), query, d_keys, B, T, M, W, BLOCK_B=16,
-                BLOCK_W=block)
+                d_scores, token, chunk, owners(offsets, C), query, d_keys, B, T, M, W,
+                BLOCK_B=16, BLOCK_W=block)
         return d_query, None, d_keys, None, None, None
 
     @staticmethod
