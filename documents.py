@@ -31,8 +31,8 @@ class Document:
 
 
 def read_documents(path, count_tokens, max_tokens):
-    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order
-    of their names, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
+    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order of
+    their names, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
 
     A text of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at
     lines, a longer line at words. Raises UserError for what is missing or has no text, and for a file or line

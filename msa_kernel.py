@@ -74,14 +74,14 @@ def power_of_two(n, low=16, high=1 << 30):
 def chunk_offsets(lengths, chunk_size, last=0):
     """Where each document's chunks begin: (M,) token counts -> (M + 1,) int64.
 
-    A document has ceil(length / chunk_size) chunks, but the `last` tokens at its end have one of their own.
+    A document has ceil(length / chunk_size) chunks; its `last` tokens, all of them at most, have another.
     """
     chunks = (lengths - last + chunk_size - 1) // chunk_size + (last > 0)
     return F.pad(chunks.cumsum(0), (1, 0))
 
 
 def owners(offsets, chunks):
-    """The document of each of the `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
+    """The document of each of C = `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
     documents = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(documents, offsets.diff(), output_size=chunks)
 
@@ -216,8 +216,9 @@ class Pool(torch.autograd.Function):
             check(name, x, (M, L, G, D))
         pooled = [x.new_empty(len(first), G, D) for x in (keys, values, routing_keys)]
         norm = torch.empty(len(first), G, device=keys.device)
-        pool_forward[len(first), G](keys, values, routing_keys, first, count, *pooled, norm, G, D,
-                                    **Pool.tiles(D))
+        ctx.tiles = dict(BLOCK_L=max(1, 2048 // power_of_two(D)), BLOCK_D=power_of_two(D), num_warps=4)
+        pool_forward[len(first), G](
+            keys, values, routing_keys, first, count, *pooled, norm, G, D, **ctx.tiles)
         ctx.save_for_backward(pooled[2], norm, first, count)
         ctx.inputs = [(x.shape, x.dtype) for x in (keys, values, routing_keys)]
         return tuple(pooled)
@@ -226,14 +227,10 @@ class Pool(torch.autograd.Function):
     def backward(ctx, *gradients):
         unit, norm, first, count = ctx.saved_tensors
         C, G, D = unit.shape
+        gradients = [x.contiguous() for x in gradients]
         d_inputs = [torch.zeros(shape, dtype=dtype, device=unit.device) for shape, dtype in ctx.inputs]
-        pool_backward[C, G](*(x.contiguous() for x in gradients), unit, norm, first, count, *d_inputs, G, D,
-                            **Pool.tiles(D))
+        pool_backward[C, G](*gradients, unit, norm, first, count, *d_inputs, G, D, **ctx.tiles)
         return *d_inputs, None, None
-
-    @staticmethod
-    def tiles(D):
-        return dict(BLOCK_L=max(1, 2048 // power_of_two(D)), BLOCK_D=power_of_two(D), num_warps=4)
 
 
 # ------------------------------------------------------------------------------------------------------------
