@@ -345,7 +345,7 @@ class PaperMSA(Pretrained, nn.Module):
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
         x, found = self.run(self.embed(tokens, cache), rope, attend)
-        for i, (keys, values, selection) in enumerate(found):
+        for i, (keys, values, _) in enumerate(found):
             cache.keys[i], cache.values[i] = keys, values
         cache.selections = [selection for _, _, selection in found if selection is not None]
         cache.length += tokens.size(1)
