@@ -276,15 +276,15 @@ class Pretrained:
         checkpoint had any, and `stored_dtype`, of its embedding.
         """
         folder = find(name)
-        config, others = cls.read_config(folder)
+        stored, others = cls.read_config(folder)
         with torch.device("meta"):
-            model = cls(merge(config, changes, "from_pretrained"))
+            model = cls(merge(stored, changes, "from_pretrained"))
         config, model.others, weights = model.config, others, Weights(folder)
         unused = r"rotary_emb\.inv_freq$|(^|\.)temperature$"
         if config.tie_word_embeddings:
             unused += "|^lm_head.weight$"
         found = {name: shape for name, shape in weights.shapes.items() if not re.search(unused, name)}
-        untrained = (config.prompts == "chat" and config.decouple_router
+        untrained = (stored.prompts == "chat" and config.decouple_router
                      and not any("router_" in name for name in found))
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
                if not (untrained and "router_" in name)}
