@@ -53,6 +53,17 @@ vocab_size = 600
 """
 
 
+# What `pytest -m fast` runs: files without whole trainings, large memories, processes or interpreted kernels.
+FAST = {"test_documents", "test_interleave", "test_model", "test_prepare_data", "test_prompts",
+        "test_tokenizer"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in FAST:
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def words():
     """The word lists: reading them takes seconds, so that everything here shares one."""

@@ -287,7 +287,9 @@ def test_sample(run, here):
     traced = run(sample, *question, "--trace", "--max-rounds", 1)
     assert traced.code == 0 and traced.out.count("round: routed to [") == 1
     assert re.search(r"round: routed to \[[01]\] \S+, \[[01]\] \S+\n +named (\[[01]\]|nothing)", traced.out)
-    for number, source, text in re.findall(r"appended \[(\d)\] (\S+:\d+-\d+): (.*)", traced.out):
+    appended = re.findall(r"appended \[(\d)\] (\S+:\d+-\d+): (.*)", traced.out)
+    assert appended
+    for number, source, text in appended:
         assert (source, text) == {
             "0": ("a.txt:1-1", "One of the special magic numbers for gentle-otter is: 4729103."),
             "1": ("b.md:1-1", "The quiet river can follow the amber castle.")}[number]

@@ -198,7 +198,7 @@ def test_rows(evaluate, checkpoint):
 def test_zero_values(evaluate, task):
     """What --zero-values measures would still read the memory, or no longer find in it."""
     flags = ["--task", task, "--lengths", "400", "--questions", 3]
-    for plain, zeroed in zip(evaluate(*flags)[1], evaluate(*flags, "--zero-values")[1]):
+    for plain, zeroed in zip(evaluate(*flags)[1], evaluate(*flags, "--zero-values")[1], strict=True):
         assert plain.question == zeroed.question and plain.texts == zeroed.texts
         assert plain.memory.numbers == zeroed.memory.numbers
         assert all(values.ne(0).any(-1).all() for values in plain.memory.values)
@@ -217,7 +217,7 @@ def test_routing_keys(evaluate, task, kind, dtype):
     flags = ["--task", task, "--lengths", "400", "--questions", 2]
     rows, asked = evaluate(*flags, "--routing-keys", kind)
     assert rows[0]["routing_keys"] == kind
-    for plain, rounded in zip(evaluate(*flags)[1], asked):
+    for plain, rounded in zip(evaluate(*flags)[1], asked, strict=True):
         assert plain.memory.scales is None
         for layer, (a, b) in enumerate(zip(plain.memory.routing_keys, rounded.memory.routing_keys)):
             assert a.dtype == torch.float32 and b.dtype == dtype
@@ -236,7 +236,7 @@ def test_bank(evaluate, task, tmp_path):
         assert row["routing_keys"] == "bfloat16"
         assert len(row["resident_bytes_per_rank"]) == 1 and row["resident_bytes_per_rank"][0] > 1e7
         assert length - 60 < row["memory_tokens"] <= length
-    for plain, found in zip(evaluate(*flags, "--routing-keys", "bfloat16")[1], asked):
+    for plain, found in zip(evaluate(*flags, "--routing-keys", "bfloat16")[1], asked, strict=True):
         assert found.question == plain.question and found.texts == plain.texts
         assert found.memory.numbers.tolist() == plain.memory.numbers
         query = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1))
