@@ -317,7 +317,7 @@ def script():
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)  # last: pools
+        sums = torch.zeros(len(METRICS) + config.model.rankings + 2, device=device)  # last: pools
         model.eval()
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):
