@@ -24,7 +24,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
                 "qk_norm")
-ROUTING_ONLY = ("top_k", "router_temperature", "attend_memory", "max_document_tokens", "score_bias",
+ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias",
                 "copy_init",
                 "equal_routers")  # fields that change nothing of what a model encodes
 
@@ -299,8 +299,9 @@ class Pretrained:
         found = {name: shape for name, shape in weights.shapes.items() if not re.search(unused, name)}
         untrained = (config.prompts == "chat" and config.decouple_router
                      and not any("router_" in name for name in found))
+        of_router = lambda name: "router_" in name or name == "model.token_weights"
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
-               if not (untrained and "router_" in name)}
+               if not (untrained and of_router(name))}
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
             parent, _, leaf = name.rpartition(".")
@@ -362,14 +363,23 @@ class Pretrained:
                             f"{self.config.vocab_size} tokens; the tokenizer is not this model's")
 
     def init_routers(self):
-        """Memory layers route as they attend, but without RoPE: routers become the layer's own query and key
-        maps, with the weights of QK-norm in them (what it divides by is normalised away)."""
-        for i in self.config.memory_layers:
+        """Routers of a backbone that has none. Their layers route as they attend, but without RoPE: routers
+        become the layer's own query and key maps, with the weights of QK-norm in them (what it divides by is
+        normalised away). Of `routing_dim` numbers, they start at random. All tokens count alike."""
+        config, like = self.config, self.model.embed_tokens.weight
+        if config.query_reduction == "mean":
+            self.model.token_weights = torch.ones(config.vocab_size, device=like.device, dtype=like.dtype)
+        for i in config.router_layers:
             attention = self.model.layers[i].self_attn
             for router, own, norm in ((attention.router_q_proj, attention.q_proj, attention.q_norm),
                                       (attention.router_k_proj, attention.k_proj, attention.k_norm)):
-                scale = norm.weight[:, None] if self.config.qk_norm else 1
-                maps = own.weight.detach().unflatten(0, (-1, self.config.head_dim)) * scale
+                if config.routing_dim:
+                    weight = torch.randn(config.routing_dim, config.hidden_size) * config.hidden_size ** -0.5
+                    router[0].weight = nn.Parameter(weight.to(like))
+                    router[0].bias = nn.Parameter(like.new_zeros(config.routing_dim))
+                    continue
+                scale = norm.weight[:, None] if config.qk_norm else 1
+                maps = own.weight.detach().unflatten(0, (-1, config.head_dim)) * scale
                 router[0].weight = nn.Parameter(maps.flatten(0, 1))
 
     def resize_vocabulary(self, size):
@@ -380,7 +390,11 @@ class Pretrained:
                 old = module.weight.detach()
                 noise = torch.randn(size - len(old), old.size(1), device=old.device, dtype=old.dtype)
                 module.weight = nn.Parameter(torch.cat([old, old.mean(0) + 0.1 * old.std(0) * noise]))
-        self.config = replace(self.config, vocab_size=len(self.model.embed_tokens.weight))
+        size = len(self.model.embed_tokens.weight)
+        if self.config.query_reduction == "mean":
+            old = self.model.token_weights
+            self.model.token_weights = torch.cat([old, old.new_ones(size - len(old))])
+        self.config = replace(self.config, vocab_size=size)
 
 
 def named_layers(text, count):

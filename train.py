@@ -137,7 +137,8 @@ def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
         for batch in batches:
-            questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], batch["routing_mask"])]
+            routing = batch["routing_mask"] > 0
+            questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], routing)]
     start_routers(model, documents, questions, dtype)
 
 
@@ -152,8 +153,9 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     rng = np.random.default_rng([config.seed, position])
     documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
-        kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
-        batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])
+        routes = batch["routing_mask"]
+        kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
+        batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, routes)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     return documents, numbers, batches
 

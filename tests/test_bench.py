@@ -57,7 +57,8 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
 def test_memory_benchmarks(toy, monkeypatch):
     """Bytes of 100M tokens would be counted wrongly; a bank's times would be those of another."""
     monkeypatch.setattr(bench, "SHAPE",
-                        bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
+                        bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16,
+                                                  routing_layers=2, routing_heads=2, routing_dim=16))
     bench.bench_random_memory(toy, fraction=1e6 / bench.proc_bytes("meminfo", "MemAvailable"))
     kinds = [row["what"].split(",")[0].split()[1] for row in toy.rows]
     assert kinds == ["bfloat16", "bfloat16", "int8", "int8"]

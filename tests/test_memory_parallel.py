@@ -62,7 +62,7 @@ def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
     asked, select = [], memory_parallel.select_documents
     monkeypatch.setattr(memory_parallel, "select_documents",
                         lambda *args: asked.append(args[-1]) or select(*args))
-    memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 2)
+    memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 2, [0])
     assert asked == [bank.layout.unit_keys]
 
 
@@ -89,9 +89,11 @@ def same_selection(found, expected, atol=1e-6):
     for b, slots in enumerate(found.slots.tolist()):
         torch.testing.assert_close(found.slot_scores[b, :slots], expected.slot_scores[b, :slots], rtol=0,
                                    atol=atol)
-        for name in ("keys", "values"):
-            rows = [getattr(s, name)[s.index[b, :slots]].float() for s in (found, expected)]
-            torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
+        assert len(found.keys) == len(found.values) == len(expected.keys) == len(expected.values)
+        for layer in range(len(found.keys)):
+            for name in ("keys", "values"):
+                rows = [getattr(s, name)[layer][s.index[b, :slots]].float() for s in (found, expected)]
+                torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -109,7 +111,7 @@ def test_select(loaded, tmp_path, kind, place, documents):
                  torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
                  torch.zeros(3, 5, dtype=torch.bool)):
         for k in (1, 2, 20):
-            same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+            same_selection(memory.select({0: query}, mask, k, [0]), wanted.select({0: query}, mask, k, [0]))
     assert len(memory) == documents and memory.texts[documents - 1] == tokenizer.encode(TEXTS[documents - 1])
 
 
@@ -120,8 +122,8 @@ def test_int8_content(loaded, tmp_path):
     for place in ("disk", "host"):
         memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, "bfloat16", place)
         wanted, _ = in_memory(loaded, memory.bank, "bfloat16")
-        found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 20)
-        for a, b in ((found.keys, wanted.keys[0]), (found.values, wanted.values[0])):
+        found = memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 20, [0])
+        for a, b in ((found.keys[0], wanted.keys[0]), (found.values[0], wanted.values[0])):
             step = b.abs().amax((1, 2), keepdim=True) / 127
             assert a.dtype == torch.float32 and ((a - b).abs() <= step * 0.501).all() and not a.equal(b)
 
@@ -155,18 +157,18 @@ def test_best_of():
 def test_tie(loaded, tmp_path):
     """Of equal documents one of a higher number would be found first, because it was added first or lies
     elsewhere."""
-    layout = Layout("x", 1, 1, 4)
+    layout = Layout("x", 1, 1, 4, 1, 1, 4)
     one = torch.ones(1, 1, 4) / 2
     def records(numbers):
         n = len(numbers)
         memory = Memory([one.expand(n, -1, -1)], [one.expand(n, -1, -1)], [one.expand(n, -1, -1)],
                         torch.arange(n + 1), numbers)
-        return to_records(memory, [[1]] * n, [""] * n, numbers, [0] * n, "bfloat16")
+        return to_records(memory, [[1]] * n, [""] * n, numbers, [0] * n, layout)
     with Writer(tmp_path / "bank", layout) as writer:
         for numbers in ([40, 50], [3, 9], [7], [1, 60]):
             writer.add(join([records(numbers)]))
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
-    found = memory.select(0, torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), 4)
+    found = memory.select({0: torch.ones(2, 3, 4)}, torch.ones(2, 3, dtype=torch.bool), 4, [0])
     assert memory.numbers[found.documents[1]].tolist() == [1, 3, 7, 9]
 
 
@@ -188,7 +190,7 @@ def test_refresh(loaded, tmp_path):
             assert not blocks or len(memory.blocks) == blocks[0]
             assert memory.numbers.tolist() == wanted.numbers
             for k in (1, 3, 30):
-                same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+                same_selection(*(m.select({0: query}, mask, k, [0]) for m in (memory, wanted)))
             assert [memory.texts[d] for d in range(len(memory))] == texts
 
     check(1)
@@ -246,7 +248,7 @@ def test_independence(loaded, tmp_path):
         assert once.id_hashes.tolist() == bank.id_hashes.tolist()
         for position in range(len(bank)):
             assert all(np.array_equal(a, b) for a, b in zip(bank.document(position), once.document(position)))
-            assert ulps(bank.content(0, position)[0], once.content(0, position)[0]) <= 1
+            assert ulps(bank.content(position)[0], once.content(position)[0]) <= 1
         assert ulps(*map(routing_keys_of, (bank, once))) <= 1 and routing_keys_of(bank).any(2).all()
 
 
@@ -321,8 +323,8 @@ def test_only(loaded, tmp_path):
     part = ParallelMemory(bank.only(kept), CPU, ALONE)
     wanted, texts = in_memory(loaded, part.bank, "bfloat16")
     query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
-    same_selection(part.select(0, query, torch.ones(2, 4).bool(), 3),
-                   wanted.select(0, query, torch.ones(2, 4).bool(), 3))
+    same_selection(part.select({0: query}, torch.ones(2, 4).bool(), 3, [0]),
+                   wanted.select({0: query}, torch.ones(2, 4).bool(), 3, [0]))
     assert part.numbers.tolist() == sorted(kept)
     assert [part.texts[d] for d in range(4)] == [tokenizer.encode(TEXTS[n]) for n in sorted(kept)]
     assert len(bank) == 11
@@ -397,7 +399,7 @@ sync.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), R
     assert killed.digests.tolist() == whole.digests.tolist()
     for position in range(len(whole)):
         assert all(np.array_equal(a, b) for a, b in zip(killed.document(position), whole.document(position)))
-        assert ulps(killed.content(0, position)[0], whole.content(0, position)[0]) <= 1
+        assert ulps(killed.content(position)[0], whole.content(position)[0]) <= 1
     assert ulps(*map(routing_keys_of, (killed, whole))) <= 1
 
 
@@ -662,9 +664,9 @@ def test_scores_under_autocast(loaded, tmp_path):
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
     query = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
-    plain = memory.select(0, query, torch.ones(1, 4).bool(), 5).scores
+    plain = memory.select({0: query}, torch.ones(1, 4).bool(), 5, [0]).scores
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory.select(0, query, torch.ones(1, 4).bool(), 5).scores.equal(plain)
+        assert memory.select({0: query}, torch.ones(1, 4).bool(), 5, [0]).scores.equal(plain)
 
 
 def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
@@ -682,7 +684,7 @@ def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
     assert sorted(sum(held, [])) == [0, 1]
     ranks.rank = held.index([])
     memory = ParallelMemory(bank, CPU, ranks)
-    found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 3)
-    assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys.shape == (0, 1, 8)
+    found = memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 3, [0])
+    assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys[0].shape == (0, 1, 8)
     assert Block(bank, np.array([1]), CPU, "int8", True).routing_keys[0].dtype == torch.int8
     assert bank_layout(model, tokenizer) == bank.layout

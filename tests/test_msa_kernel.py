@@ -243,7 +243,7 @@ def test_select_documents(counts, dtype, monkeypatch):
     mask = torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
     tied = keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None]
     query[0, 2] = group_queries(tied, 2)[0, 0]  # finds the tie
-    documents, scores = select_documents(query, mask, keys, offsets, 6, scales)
+    documents, scores = select_documents([query], mask, [keys], offsets, 6, [scales])
     wanted, values = top_documents(route(query, mask, keys, offsets, scales), 6)
     assert documents.equal(wanted) and documents[1].eq(-1).all()
     close(scores, values)
@@ -256,7 +256,7 @@ def test_select_documents_where_rounding_misleads(dtype):
     query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
     keys = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]).bfloat16()
     assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
-    documents, scores = select_documents(query, mask, keys.to(dtype), torch.arange(3), 1)
+    documents, scores = select_documents([query], mask, [keys.to(dtype)], torch.arange(3), 1)
     assert documents.tolist() == [[0]]
     close(scores, torch.tensor([[0.5019]]))
 
@@ -278,7 +278,7 @@ def test_select_documents_of_products(dtype):
     keys = (random(4000, 1, 8, seed=6) * 100).to(dtype)
     query, mask = random(2, 3, 8, seed=7).float(), torch.ones(2, 3, dtype=torch.bool)
     exact = torch.einsum("btw,cgw->btc", query.double(), keys.double()).amax(1)
-    documents, scores = select_documents(query, mask, keys, torch.arange(4001), 20, unit=False)
+    documents, scores = select_documents([query], mask, [keys], torch.arange(4001), 20, unit=False)
     values, wanted = exact.topk(20)
     assert documents.equal(wanted) and torch.allclose(scores.double(), values, rtol=1e-5)
 

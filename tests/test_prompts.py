@@ -314,6 +314,7 @@ class Scripted:
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
         self.config = SimpleNamespace(
+            routing_layers="",
             prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4, router_temperature=0.1
         )
         self.device = torch.device("cpu")
