@@ -191,15 +191,15 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
 def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
     """One retrieval: the router's first `max_documents` stand in the message that the plain backbone answers,
     in order of their numbers."""
-    found, number_of = [], lambda d: int(memory.numbers[d])
+    cache, found, number_of = Cache(), [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = (torch.tensor([x], device=model.device) for x in tokenizer.question(question))
         about = dict(routing_mask=routes, prefix_length=len(tokenizer.head))
-        if model.config.routing_layers:
-            selections = [model.find(tokens, memory, **about)] if len(memory) else []
-        else:
-            selections = model.read(tokens, memory, positions=torch.zeros_like(routes), **about).selections
-        ranked = ranking(selections)
+        if not model.config.routing_layers:
+            model.read(tokens, memory, cache=cache, positions=torch.zeros_like(routes), **about)
+        elif len(memory):
+            cache.selections = [model.find(tokens, memory, **about)]
+        ranked = ranking(cache.selections)
         found = sorted(d for d, _ in ranked[:config.max_documents])
         numbers = list(map(number_of, found))
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)

@@ -343,7 +343,8 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
 
 
 def stack(samples, tokenizer, documents):
-    """Samples (prompt, target, positive, appended, segments) as the padded tensors of one batch; see `collate`."""
+    """Samples (prompt, target, positive, appended, segments) as the padded tensors of one batch; see
+    `collate`."""
     size = len(samples), max(len(prompt) + 1 + len(target) for prompt, target, *_ in samples)
     tokens, routing_mask = torch.zeros(2, *size, dtype=torch.long)
     target_mask = torch.zeros(size, dtype=torch.bool)

@@ -115,6 +115,85 @@ def test_select(loaded, tmp_path, kind, place, documents):
     assert len(memory) == documents and memory.texts[documents - 1] == tokenizer.encode(TEXTS[documents - 1])
 
 
+SHARED = {
+    "means": dict(num_hidden_layers=4, routing_layers="0,1", routing_dim=12, query_reduction="mean",
+                  document_share=0.5),
+    "above": dict(num_hidden_layers=4, routing_layers="0,2,3", num_attention_heads=4, router_layer_idx="1,2"),
+    "no reading": dict(num_hidden_layers=3, routing_layers="0,1", attend_memory=False),
+}
+
+
+def model_of(loaded, changes):
+    """An untrained model and the tokenizer; its weights are large enough to tell documents apart."""
+    torch.manual_seed(2)
+    model = MSA(dataclasses.replace(loaded[0].config, **changes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+    return model, loaded[1]
+
+
+def count_reads(monkeypatch):
+    """The documents whose content was read from the disk since."""
+    reads, content = [], Bank.content
+    monkeypatch.setattr(Bank, "content",
+                        lambda bank, position: reads.append(int(position)) or content(bank, position))
+    return reads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, place", [("bfloat16", "disk"), ("int8", "host"), ("int8", "disk")])
+@pytest.mark.parametrize("changes", SHARED)
+def test_shared_mode(loaded, tmp_path, monkeypatch, kind, place, changes):
+    """In shared mode a bank would be asked otherwise than a memory; or a document be read more than once; or
+    the scores would depend on the blocks in which a bank is held."""
+    model, tokenizer = model_of(loaded, SHARED[changes])
+    for count in (4, 5, 11):
+        sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:count]), ALONE)
+        if count == 4:
+            grown = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
+        grown.refresh()
+    assert len(grown.blocks) == 3
+    memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
+    wanted, _ = in_memory((model, tokenizer), memory.bank, kind)
+    spelled = tokenizer.encode("The number of fir is unknown, that of ash")
+    tokens = torch.tensor([spelled, spelled[::-1], spelled])
+    mask = torch.ones_like(tokens)
+    mask[0, len(spelled) // 2:], mask[2] = 2, 0
+    reads = count_reads(monkeypatch)
+    found = [model.read(tokens, m, mask) for m in (memory, grown, wanted)]
+    selected = found[0].selections[0].documents
+    selected = selected[selected >= 0].unique().tolist()
+    stored = memory.bank.layout.layers > 0
+    assert sorted(reads) == (sorted(2 * selected) if place == "disk" and stored else [])
+    assert all(len(output.selections) == 1 for output in found)
+    for output in found[:2]:
+        same_selection(output.selections[0], found[2].selections[0], atol=1e-5)
+        torch.testing.assert_close(output.logits, found[2].logits, rtol=0, atol=1e-3)
+    assert len(found[0].selections[0].keys) == memory.bank.layout.layers == len(model.config.reading_layers)
+    assert found[0].selections[0].scores.equal(found[1].selections[0].scores)
+    assert found[0].selections[0].documents[2].eq(-1).all() and len(selected) > 2
+    cached = model.find(tokens, memory, mask)
+    assert cached.scores.equal(found[0].selections[0].scores)
+
+
+@torch.no_grad()
+def test_a_document_is_read_once_a_question(loaded, tmp_path, monkeypatch):
+    """In the paper's mode every layer would read a document's content of all layers anew; or a question would
+    read what is left of another."""
+    model, tokenizer = model_of(loaded, dict(num_hidden_layers=4, router_layer_idx="all"))
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:3]), ALONE)
+    memory, reads = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), count_reads(monkeypatch)
+    tokens = torch.tensor([tokenizer.encode("The number of fir is")])
+    ask = lambda: model.read(tokens, memory, torch.ones_like(tokens)).selections
+    selections = ask()
+    chosen = torch.cat([selection.documents for selection in selections])
+    assert chosen.numel() == 8 > len(chosen.unique())
+    assert sorted(reads) == chosen.unique().tolist()
+    ask()
+    assert len(reads) == 2 * len(chosen.unique())
+
+
 def test_int8_content(loaded, tmp_path):
     """Keys and values in int8 would be off by more than half a step of their scale."""
     model, tokenizer = loaded
@@ -617,6 +696,26 @@ def test_ranks_answer_alike(asked):
     for question, (answer, rounds) in zip(questions, alone):
         wanted, wanted_rounds = answer_question(model, tokenizer, whole, texts, question, InterleaveConfig())
         assert answer == wanted and [r.appended for r in rounds] == [r.appended for r in wanted_rounds]
+
+
+@pytest.mark.parametrize("changes", ["means", "above"])
+def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
+    """A mean over layers would depend, if only in its last bit, on how many ranks hold the memory."""
+    model, tokenizer = model_of(loaded, SHARED[changes])
+    model.save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS + TEXTS[:4]), ALONE)
+    questions = ["The number of elm is", "Which number is it, of oak or of pine?", "What?"]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    memory, told = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), []
+    for question in questions:
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        told.append([answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]])
+    assert all(rounds and rounds[0][0] for _, rounds in told)
+    done = torchrun(2, TESTS / "rank_answers.py", tmp_path / "model", tmp_path / "bank",
+                    tmp_path / "questions.json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out.json").read_text()) == told
 
 
 @pytest.mark.parametrize("trouble, message",

@@ -249,6 +249,47 @@ def test_select_documents(counts, dtype, monkeypatch):
     close(scores, values)
 
 
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_select_documents_by_several_layers(layers, dtype):
+    """Another score than the mean over layers would decide, or one that is rounded in some layer; ties would
+    go to a higher number; a document that is gone would be found."""
+    counts = torch.tensor([2, 1, 4, 3, 1] * 400)
+    offsets, rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), int(counts.sum())
+    keys = [unit_keys(rows, 2, 16, seed=10 + layer) for layer in range(layers)]
+    for x in keys:
+        x[-1] = x[2]  # the last document and the second, of one chunk each, are the same
+    queries = [group_queries(random(3, 5, 4, 16, seed=20 + layer), 2) for layer in range(layers)]
+    for query, x in zip(queries, keys):
+        query[0, 1] = x[2].flatten() / 2
+    mask, alive = torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]]), counts != 3
+    rounded = [quantize(x) if dtype == torch.int8 else (x.to(dtype), None) for x in keys]
+    stored, scales = [list(xs) for xs in zip(*rounded)]
+    documents, scores = select_documents(queries, mask, stored, offsets, 20, scales, alive)
+    total = 0
+    for query, x, scale in zip(queries, stored, scales):
+        exact = torch.einsum("btw,cw->btc", query.double(), x.flatten(1).double())
+        exact = exact if scale is None else exact * scale
+        exact = exact.masked_fill(~mask[:, :, None], -INF).amax(1)
+        total = total + torch.stack([part.amax(1) for part in exact.split(counts.tolist(), 1)], 1) / layers
+    wanted, values = top_documents(total.masked_fill(~alive, -INF), 20)
+    assert documents.equal(wanted) and documents[1].eq(-1).all() and documents[0, :2].tolist() == [1, 1999]
+    assert torch.allclose(scores.double(), values, rtol=0, atol=1e-6)
+
+
+def test_select_documents_where_a_small_error_crosses_a_step():
+    """Scores near the middle between two bfloat16 numbers would be a whole step apart, and the margin half of
+    one: the first document, which is the better one, would not be looked at again."""
+    step = 2.0 ** -16
+    query, mask = torch.tensor([[[1.0, 148.4 * step]]]), torch.ones(1, 1, dtype=torch.bool)
+    keys = torch.tensor([[[0.5, 0.86328125]], [[0.50390625, -0.86328125]]]).bfloat16()
+    assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
+    exact = keys.flatten(1).double() @ query[0, 0].double()
+    assert exact[0] > exact[1]
+    documents, _ = select_documents([query], mask, [keys], torch.arange(3), 1)
+    assert documents.tolist() == [[0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_documents_where_rounding_misleads(dtype):
     """The rough score would decide: the second document has .50129, its rounded products say .5039;
@@ -267,7 +308,7 @@ def test_select_documents_where_rounded_keys_mislead():
     keys = torch.tensor([[[1 - 2 ** -10]], [[1 - 2 ** -12]], [[0.5]]])
     assert keys[0].bfloat16().equal(keys[1].bfloat16())
     query, mask = torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
-    documents, _ = select_documents(query, mask, keys, torch.arange(4), 1)
+    documents, _ = select_documents([query], mask, [keys], torch.arange(4), 1)
     assert documents.tolist() == [[1]]
 
 

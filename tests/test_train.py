@@ -150,10 +150,10 @@ def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
     for a, b, c, d in zip(whole[2], half[2], again[2], most[2]):
         assert all(torch.equal(a[name], b[name]) for name in a if name != "routing_mask")
         assert torch.equal(b["routing_mask"], c["routing_mask"])
-        assert not (b["routing_mask"] & ~a["routing_mask"]).any()
+        assert ((b["routing_mask"] == 0) | (b["routing_mask"] == a["routing_mask"])).all()
         assert b["routing_mask"].any(1).all() and d["routing_mask"].any(1).all()
         assert torch.equal(a["routing_mask"], d["routing_mask"])  # where none was left, all are kept
-    count = lambda pool: sum(int(batch["routing_mask"].sum()) for batch in pool[2])
+    count = lambda pool: sum(int((batch["routing_mask"] > 0).sum()) for batch in pool[2])
     assert 0.3 < count(half) / count(whole) < 0.7
     asked = []
     def observed(pools, at, *rest):
