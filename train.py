@@ -116,7 +116,8 @@ def start_from(config, folder, tokenizer, device):
     return model.train()
 
 
-ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")  # new routers are free to have
+ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "routing_layers",
+           "query_reduction", "routing_dim", "document_share")  # new routers are free to have
 
 
 def settings(config, loaded, names):

@@ -305,6 +305,38 @@ def test_read_without_a_memory(shape, prefix_length):
     assert model.read(rows, empty, rows >= 0, prefix_length=prefix_length).logits.equal(output.logits)
 
 
+@torch.no_grad()
+def test_segments_by_hand():
+    """A mean would not be a mean: of unit queries, over segments together, without weights, or of padding."""
+    model = make(routing_layers="0", query_reduction="mean", num_hidden_layers=2)
+    h, ids = torch.randn(2, 4, 16, dtype=torch.float64), torch.tensor([[3, 4, 3, 5], [6, 7, 8, 0]])
+    model.model.token_weights[:] = torch.arange(29)
+    means, routes = model.routing_inputs(h, ids, torch.tensor([[1, 1, 0, 2], [0, 1, 0, 0]]))
+    assert routes.tolist() == [[True, True], [True, False]]
+    close(means[0], torch.stack([(3 * h[0, 0] + 4 * h[0, 1]) / 7, h[0, 3]]))
+    close(means[1, 0], h[1, 1])
+    # a question all of whose words weigh nothing does not route, and is not NaN
+    means, routes = model.routing_inputs(h, torch.zeros_like(ids), torch.ones_like(ids))
+    assert routes.tolist() == [[False], [False]] and means.eq(0).all()
+    # many more tokens in a second text do not hide what the question asks for: the best segment counts
+    memory, question = model.encode(tokens(*LENGTHS)), torch.cat(tokens(3, 20, seed=12))[None]
+    ask = lambda mask: model.find(question, memory, mask).all_scores
+    mask = torch.tensor([[1] * 3 + [2] * 20])
+    close(ask(mask), torch.maximum(ask(mask * (mask == 1)), ask((mask == 2).long())))
+
+
+@torch.no_grad()
+def test_find_runs_the_routing_layers_alone(monkeypatch):
+    """Routing would cost the whole model's time, and encoding that of layers of which nothing is stored."""
+    model = make(routing_layers="0,1", attend_memory=False, num_hidden_layers=6)
+    for layer in model.model.layers[2:]:
+        monkeypatch.setattr(layer, "forward", None)
+    memory = model.encode(tokens(*LENGTHS))
+    assert len(memory.routing_keys) == 2 and not memory.keys and not memory.values
+    selection = model.find(stack(QUESTIONS), memory, stack(ROUTES))
+    assert selection.documents.shape == (3, 2) and not selection.keys
+
+
 def test_read_needs_a_routing_mask():
     """Forgetting to say which tokens route would end far from the cause."""
     with pytest.raises(ValueError, match="routing_mask"):
@@ -789,6 +821,12 @@ def test_checkpoint_broken_config(write, tmp_path):
     (dict(router_layer_idx="x"), "router_layer_idx is 'x'"),
     (dict(router_layer_idx="9"), "router_layer_idx is '9'"),
     (dict(router_layer_idx="1,1"), "router_layer_idx is '1,1'"),
+    (dict(routing_layers="0,3"), "model.routing_layers is '0,3'; .* below 3"),
+    (dict(routing_dim=-1), "model.routing_dim is -1; it must be at least 0"),
+    (dict(document_share=-0.5), "model.document_share is -0.5; it must be at least 0"),
+    (dict(decouple_router=False, routing_dim=8), r"model.decouple_router is off.*routing_dim \(8\)"),
+    (dict(decouple_router=False, query_reduction="mean"), "model.decouple_router is off.*query_reduction"),
+    (dict(normalize_routing=False, document_share=1.0), "model.document_share is 1.0"),
 ])
 def test_config_checks_itself(change, message):
     """A model that cannot work would be built, and fail later without naming the setting."""

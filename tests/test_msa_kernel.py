@@ -87,6 +87,30 @@ def test_pool_chunks_padding_beyond_the_longest():
         assert len(a) == 3
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_pool_chunks_of_some(kernel, monkeypatch):
+    """A layer that only reads or only routes would pool what nobody asked for; or the kernel, which is for
+    all three at once, would be started for less, for another width, or for too wide a head."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
+    lengths, inputs = torch.tensor([5, 2]), [random(2, 5, 2, 3, seed=i).float() for i in range(3)]
+    keys, values, routing_keys = pool_chunks(*inputs, lengths, 4)
+    assert pool_chunks(None, None, None, lengths, 4) == (None, None, None)
+    found = pool_chunks(inputs[0], inputs[1], None, lengths, 4)
+    assert found[2] is None
+    close(found[0], keys)
+    close(found[1], values)
+    found = pool_chunks(None, None, inputs[2], lengths, 4)
+    assert found[:2] == (None, None)
+    close(found[2], routing_keys)
+    wide = random(2, 5, 1, 300, seed=3).float()
+    found = pool_chunks(inputs[0], inputs[1], wide, lengths, 4)
+    close(found[0], keys)
+    close(found[2][1, 0], wide[0, 4, 0] / wide[0, 4, 0].norm())
+    close(pool_chunks(wide, wide, wide, lengths, 4)[2], found[2])
+
+
 def test_pool_chunks_of_zero_is_zero():
     """A chunk whose routing keys cancel would poison the memory with NaN, or its gradient the model."""
     inputs = [torch.zeros(1, 3, 2, 4, requires_grad=True) for _ in range(3)]
