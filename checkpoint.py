@@ -1,5 +1,4 @@
-"""Checkpoint folders in the Hugging Face layout: config.json, model.safetensors or its shards, the
-tokenizer's files.
+"""Checkpoint folders in the Hugging Face layout: config.json, model.safetensors or its shards, a tokenizer.
 
 One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the authors' MSA-4B. Nothing here
 is unpickled, and what the model does not compute is refused by its name in config.json.
@@ -17,16 +16,15 @@ from common import UserError, atomic_file, merge, write_json
 
 SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
-HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-             "tokenizer*",
-             "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*",
+             "chat_template.jinja")
 PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
                 "qk_norm")
-ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias",
-                "copy_init",
-                "equal_routers")  # fields that change nothing of what a model encodes
+# Fields that change nothing of what a model encodes
+ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
+                "equal_routers")
 
 
 def find(name):
@@ -39,8 +37,7 @@ def find(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"{name}: no such folder; to download a model of that name from the Hugging Face "
-                        "Hub: "
-                        "pip install -e '.[hub]'") from None
+                        "Hub: pip install -e '.[hub]'") from None
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except Exception as error:  # of the network's and the library's many kinds
@@ -52,15 +49,14 @@ def find(name):
 # ------------------------------------------------------------------------------------------------------------
 # config.json
 
-# What a backbone must say, or leave out: key -> (values allowed, what another value would mean)
-PLAIN = {"hidden_act": (("silu",), "an activation"), "attention_bias": ((False,), "biases in attention"),
-         "mlp_bias": ((False,), "biases in the MLP"), "use_sliding_window": ((False,), "sliding windows"),
-         "partial_rotary_factor": ((1, 1.0), "partial RoPE"),
-         "quantization_config": ((), "quantized weights"),
-         "num_experts": ((), "a mixture of experts"), "num_local_experts": ((), "a mixture of experts")}
+# What a backbone must say, or leave out: key -> (value allowed, what another value would mean)
+PLAIN = {"hidden_act": ("silu", "an activation"), "attention_bias": (False, "biases in attention"),
+         "mlp_bias": (False, "biases in the MLP"), "use_sliding_window": (False, "sliding windows"),
+         "partial_rotary_factor": (1, "partial RoPE"), "quantization_config": (None, "quantized weights"),
+         "num_experts": (None, "a mixture of experts"), "num_local_experts": (None, "a mixture of experts")}
+# What the authors' model must say: key -> (the value that we compute, their default)
 MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max", "max"),
-             "chunk_reduce_method": ("max", "max"),
-             "decouple_pooling_mode": ("mean", "mean")}  # what we compute, and the authors' default
+             "chunk_reduce_method": ("max", "max"), "decouple_pooling_mode": ("mean", "mean")}
 
 
 def read_json(path, what):
@@ -76,20 +72,20 @@ def read_json(path, what):
 
 
 def read_config(folder):
-    """config.json -> (values of ModelConfig by name, the entries that are not the model's concern). Raises
-    UserError."""
+    """config.json -> (values of ModelConfig by name, entries that are not the model's). Raises UserError."""
     path = Path(folder) / "config.json"
     found = read_json(path, "a checkpoint's configuration")
     kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
     if kind not in ("llama", "qwen3", "msa", "nanomsa"):
-        raise UserError(f"{path}: model_type is {kind!r}; supported are llama, qwen3, msa (the authors') and "
-                        "nanomsa")
+        raise UserError(f"{path}: model_type is {kind!r}; "
+                        "supported are llama, qwen3, msa (the authors') and nanomsa")
     if not isinstance(msa, dict | None):
         raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
     for key, (allowed, meaning) in PLAIN.items():
-        if found.get(key) is not None and found[key] not in allowed:
+        if found.get(key) not in (None, allowed):
+            rule = "absent" if allowed is None else repr(allowed)
             raise UserError(f"{path}: {key} is {found[key]!r}: {meaning}, which this model does not have; "
-                            + (f"it must be {allowed[0]!r}" if allowed else "it must be absent"))
+                            f"it must be {rule}")
     if found.get("sliding_window") is not None and "use_sliding_window" not in found:
         raise UserError(f"{path}: sliding_window is {found['sliding_window']!r}; this model attends to "
                         "everything: it must be null")
@@ -104,24 +100,23 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
-    try:
-        if kind != "nanomsa":
-            heads, width = found["num_attention_heads"], found["hidden_size"]
-            whole = type(heads) is int and type(width) is int and heads > 0
-            defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
-                            num_key_value_heads=heads,
-                            head_dim=128 if kind != "llama" else width // heads if whole else 0)
-            found = {**defaults, **{key: value for key,
-                                    value in found.items() if value is not None or key not in defaults}}
-        if kind == "nanomsa" and msa is None:
-            raise KeyError("msa_config")
-        if kind != "nanomsa":
-            found["qk_norm"] = kind != "llama"
-        values = {name: found.pop(name) for name in PLAIN_FIELDS}
-    except KeyError as error:
-        raise UserError(f"{path}: not a checkpoint's configuration: {error} is missing") from None
-    # A plain backbone: its routers are untrained, it has not learned to read a memory or to name documents
-    if msa is None:
+    if kind != "nanomsa":
+        found["qk_norm"] = kind != "llama"
+        heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+        defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
+                        num_key_value_heads=heads)
+        if kind == "llama" and isinstance(heads, int) and isinstance(width, int):
+            defaults["head_dim"] = width // max(heads, 1)
+        for name, value in defaults.items():
+            if found.get(name) is None:
+                found[name] = value
+    elif msa is None:
+        raise UserError(f"{path}: not a checkpoint's configuration: 'msa_config' is missing")
+    for name in PLAIN_FIELDS:
+        if name not in found:
+            raise UserError(f"{path}: not a checkpoint's configuration: {name!r} is missing")
+    values = {name: found.pop(name) for name in PLAIN_FIELDS}
+    if msa is None:  # a plain backbone: nobody has trained it to route, to read a memory or to name documents
         msa = {"attend_memory": False, "prompts": "chat"}
     elif kind == "msa" or "pooling_kernel_size" in msa:
         msa = authors_options(msa, path)
@@ -135,18 +130,17 @@ def read_config(folder):
 
 
 def authors_options(msa, path):
-    """The authors' msa_config in our names. A router is normalised where the name of its loss says INFONCE,
-    as their training does it."""
+    """The authors' msa_config in our names."""
     for name, (ours, default) in MSA_PLAIN.items():
-        if msa.get(name, default) != ours:
-            raise UserError(f"{path}: msa_config.{name} is {msa.get(name, default)!r}; only {ours!r} is "
-                            "supported")
-    values = dict(router_layer_idx=msa.get("router_layer_idx", "all"), top_k=msa.get("top_k_docs", 16),
-                  chunk_size=msa.get("pooling_kernel_size", 64),
-                  router_temperature=msa.get("infonce_loss_temp", 0.1),
-                  decouple_router=msa.get("decouple_router", False), prompts="msa")
-    return {**values, "normalize_routing": msa.get("normalize_routing",
-                                                   "INFONCE" in str(msa.get("aux_loss_method", "INFONCE")))}
+        value = msa.get(name, default)
+        if value != ours:
+            raise UserError(f"{path}: msa_config.{name} is {value!r}; only {ours!r} is supported")
+    normalizes = "INFONCE" in str(msa.get("aux_loss_method", "INFONCE"))  # as their training decides it
+    return dict(router_layer_idx=msa.get("router_layer_idx", "all"), top_k=msa.get("top_k_docs", 16),
+                chunk_size=msa.get("pooling_kernel_size", 64),
+                router_temperature=msa.get("infonce_loss_temp", 0.1),
+                decouple_router=msa.get("decouple_router", False), prompts="msa",
+                normalize_routing=msa.get("normalize_routing", normalizes))
 
 
 def write_config(folder, config, others, dtype):
@@ -157,12 +151,12 @@ def write_config(folder, config, others, dtype):
     """
     values = asdict(config)
     plain = {name: values.pop(name) for name in PLAIN_FIELDS}
-    kind = "nanomsa" if config.smear else "qwen3" if config.qk_norm else "llama"
-    if kind != "nanomsa":
-        del plain["qk_norm"]
-    architecture = dict(nanomsa="MSA", qwen3="Qwen3ForCausalLM", llama="LlamaForCausalLM")[kind]
-    # Newer files' word for torch_dtype
-    others = {name: value for name, value in others.items() if name != "dtype"}
+    if config.smear:
+        kind, architecture = "nanomsa", "MSA"
+    else:
+        normed = plain.pop("qk_norm")
+        kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
+    others = {name: value for name, value in others.items() if name != "dtype"}  # newer for torch_dtype
     write_json(Path(folder) / "config.json", {
         "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,
         "architectures": [architecture], "model_type": kind, "torch_dtype": str(dtype).removeprefix("torch."),
@@ -175,34 +169,32 @@ def write_config(folder, config, others, dtype):
 class Weights:
     """The tensors of a folder, each read when it is asked for.
 
-    shapes, dtypes, files: name -> shape, type, the file that holds it; main: the file that says what there
-    is.
+    shapes, dtypes, files: name -> shape, type, the file that holds it; main: the file that lists them.
     """
 
     def __init__(self, folder):
-        """Looks at every file's header. Raises UserError for a file that is missing, not whole, or
-        pickled."""
+        """Looks at every file's header. Raises UserError for what is missing, not whole, or pickled."""
         folder = Path(folder)
-        files, self.main = [folder / WEIGHTS], folder / WEIGHTS
-        if not files[0].exists() and (folder / INDEX).exists():
+        self.main = folder / WEIGHTS
+        files = [self.main]
+        if not self.main.exists() and (folder / INDEX).exists():
             self.main = folder / INDEX
             places = read_json(self.main, "an index of weights").get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(x, str) and Path(x).name == x
-                                                       for x in places.values()):
-                raise UserError(f"{self.main}: not an index of weights; its weight_map must name files of "
-                                "this folder")
-            files = [folder / name for name in sorted(set(places.values()))]
+            names = places.values() if isinstance(places, dict) else [None]
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise UserError(f"{self.main}: not an index of weights; "
+                                "its weight_map must name files of this folder")
+            files = [folder / name for name in sorted(set(names))]
             for path in files:
                 if not path.is_file():
-                    raise UserError(f"{path}: no such file, but {INDEX} names it; a shard of this checkpoint "
-                                    "is missing")
-        elif not files[0].exists():
-            pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt")
-                             for path in folder.glob(kind))
-            raise UserError(f"{files[0]}: no such file; " + (
-                f"{pickled[0]} is pickled, and pickles run code when they are read: convert it to "
-                "safetensors" if pickled
-                else f"{folder} is not a checkpoint"))
+                    raise UserError(f"{path}: no such file, but {INDEX} names it; "
+                                    "a shard of this checkpoint is missing")
+        elif not self.main.exists():
+            found = sorted(x.name for x in folder.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            if found:
+                raise UserError(f"{self.main}: no such file; {found[0]} is pickled, and pickles run code "
+                                "when they are read: convert it to safetensors")
+            raise UserError(f"{self.main}: no such file; {folder} is not a checkpoint")
         self.shapes, self.dtypes, self.files = {}, {}, {}
         for path in files:
             with open_weights(path) as file:
@@ -211,15 +203,12 @@ class Weights:
                     if part.get_dtype() not in DTYPES:
                         raise UserError(f"{path}: tensor {name} is of type {part.get_dtype()}; it must be "
                                         f"one of {', '.join(DTYPES)}")
-                    self.shapes[name], self.dtypes[name], self.files[name] = (
-                        tuple(part.get_shape()),
-                        DTYPES[part.get_dtype()],
-                        path,
-                    )
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = DTYPES[part.get_dtype()]
+                    self.files[name] = path
 
     def read(self, name, device, dtype):
-        """One tensor, copied. The file is opened anew, so that what was mapped of it does not stay in memory
-        beside the copy."""
+        """One tensor, copied. The file is opened anew: what is mapped of it does not stay beside the copy."""
         with open_weights(self.files[name]) as file:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
 
@@ -237,8 +226,7 @@ def open_weights(path):
 
 
 def write_weights(folder, tensors):
-    """Write tensors (name -> tensor) as model.safetensors, or as shards of about SHARD_BYTES and their index;
-    each appears whole."""
+    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index."""
     from safetensors.torch import save
 
     folder, shards, room = Path(folder), [], 0
@@ -248,21 +236,21 @@ def write_weights(folder, tensors):
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= tensor.nbytes
-    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                                                for i in range(1, len(shards) + 1)]
-    for file_name, shard in zip(names, shards):
+    places = {}  # name -> file
+    for i, shard in enumerate(shards, start=1):
+        file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        places |= {name: file_name for name in shard}
         with atomic_file(folder / file_name, "wb") as file:
-            file.write(save({name: tensors[name].detach().cpu().contiguous() for name in shard},
-                            {"format": "pt"}))
+            held = {name: tensors[name].detach().cpu().contiguous() for name in shard}
+            file.write(save(held, {"format": "pt"}))
+    kept = {*places.values()}
     if len(shards) > 1:
-        write_json(folder / INDEX,
-                   {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                                    "weight_map": {name: file for file, shard in zip(names, shards)
-                                                   for name in shard}})
-    kept = {*names, INDEX} if len(shards) > 1 else {*names}
-    for path in list(folder.iterdir()):  # an earlier checkpoint's
-        if path.name not in kept and re.fullmatch(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors",
-                                                  path.name):
+        kept.add(INDEX)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors")
+    for path in list(folder.iterdir()):
+        if ours.fullmatch(path.name) and path.name not in kept:  # an earlier checkpoint's
             path.unlink()
 
 
@@ -279,8 +267,7 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, **changes):
-        """The model of a checkpoint folder, or of a repository "owner/name" of the Hugging Face Hub, in
-        evaluation mode.
+        """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
         Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without
         routers gets those of `init_routers`. Every tensor is read straight into the device and dtype: there
@@ -293,9 +280,9 @@ class Pretrained:
         with torch.device("meta"):
             model = cls(merge(config, changes, "from_pretrained"))
         config, model.others, weights = model.config, others, Weights(folder)
-        unused = (
-            r"rotary_emb\.inv_freq$|(^|\.)temperature$" + "|^lm_head.weight$" * config.tie_word_embeddings
-        )
+        unused = r"rotary_emb\.inv_freq$|(^|\.)temperature$"
+        if config.tie_word_embeddings:
+            unused += "|^lm_head.weight$"
         found = {name: shape for name, shape in weights.shapes.items() if not re.search(unused, name)}
         untrained = (config.prompts == "chat" and config.decouple_router
                      and not any("router_" in name for name in found))
@@ -314,8 +301,7 @@ class Pretrained:
 
     @classmethod
     def read_config(cls, folder):
-        """(configuration, entries that are not the model's concern) of a checkpoint folder. Raises
-        UserError."""
+        """(configuration, entries that are not the model's) of a checkpoint folder. Raises UserError."""
         values, others = read_config(folder)
         return merge(cls.config_class(), values, Path(folder) / "config.json"), others
 
@@ -329,12 +315,11 @@ class Pretrained:
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
 
     def save_pretrained(self, folder):
-        """`save`, for a model whose backbone transformers knows: it loads the folder as a plain Llama or
-        Qwen3 with the same logits, and leaves the routers out. Raises UserError for a model that is not
-        one."""
+        """`save`, for a backbone that transformers knows: it loads the folder as a plain Llama or Qwen3 with
+        the same logits, and leaves the routers out. Raises UserError for another model."""
         if self.config.smear:
-            raise UserError("model.smear is on: transformers has no such model; train without it, or use "
-                            "save")
+            raise UserError("model.smear is on: transformers has no such model; "
+                            "train without it, or use save")
         self.save(folder)
 
     def load_tensors(self, tensors, path):
@@ -345,15 +330,14 @@ class Pretrained:
         self.load_state_dict(tensors)
 
     def fingerprint(self):
-        """16 hexadecimal digits that differ where what `encode` stores might: of the configuration and of up
-        to 1,024 numbers a tensor, rounded to bfloat16, so that they are the same whatever type the weights
-        are held in."""
+        """16 hexadecimal digits that differ where what `encode` stores might: of the configuration, and of
+        1,024 numbers a tensor, rounded to bfloat16, so that the type weights are held in does not matter."""
         config = {name: value for name, value in asdict(self.config).items() if name not in ROUTING_ONLY}
-        found = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
         for name, tensor in sorted(self.state_dict().items()):
             sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].bfloat16().float().cpu().numpy()
-            found.update(name.encode() + sample.tobytes())
-        return found.hexdigest()
+            digest.update(name.encode() + sample.tobytes())
+        return digest.hexdigest()
 
     def check_ids(self, tokens):
         """Raises UserError for a token id outside the vocabulary."""
@@ -383,9 +367,11 @@ class Pretrained:
                 router[0].weight = nn.Parameter(maps.flatten(0, 1))
 
     def resize_vocabulary(self, size):
-        """Grow the embedding (and the output matrix) to `size` tokens; new ones start at the mean of the
-        others, and a little apart."""
-        for module in [self.model.embed_tokens] + ([] if self.config.tie_word_embeddings else [self.lm_head]):
+        """Grow the embedding (and output matrix) to `size` tokens; new ones start near the others' mean."""
+        modules = [self.model.embed_tokens]
+        if not self.config.tie_word_embeddings:
+            modules.append(self.lm_head)
+        for module in modules:
             if size > len(module.weight):
                 old = module.weight.detach()
                 noise = torch.randn(size - len(old), old.size(1), device=old.device, dtype=old.dtype)

@@ -31,8 +31,8 @@ class Document:
 
 
 def read_documents(path, count_tokens, max_tokens):
-    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order
-    of their names, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
+    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order of
+    their names, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
 
     A text of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at
     lines, a longer line at words. Raises UserError for what is missing or has no text, and for a file or line
@@ -60,8 +60,8 @@ def read_files(root):
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it out of "
-                            "the folder") from None
+            raise UserError(f"{path}: not UTF-8 (byte {error.start}); "
+                            "convert it to UTF-8 or move it out of the folder") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         name = os.fsencode(path.relative_to(root)).decode(errors="replace")  # not every name is UTF-8
@@ -149,8 +149,8 @@ def read_beir(folder):
     folder = Path(folder)
     for name in ("corpus.jsonl", "queries.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; expected a set in BEIR's layout: corpus.jsonl, "
-                            "queries.jsonl, qrels/train.tsv")
+            raise UserError(f"{folder / name}: no such file; expected a set in BEIR's layout: "
+                            "corpus.jsonl, queries.jsonl, qrels/train.tsv")
     corpus = list(read_jsonl(folder / "corpus.jsonl"))
     text_of = {id: text for id, _, text in read_jsonl(folder / "queries.jsonl")}
     place = {id: i for i, (id, _, _) in enumerate(corpus)}
@@ -177,7 +177,7 @@ def read_qrels(path, text_of, place):
             raise UserError(f"{path}:{number}: {line!r} is not a query's _id, a document's _id and a score, "
                             "with tabs between") from None
         if relevant:
-            gold.setdefault(query, (text, {}))[1][index] = None  # as a dict: in order, each once
+            gold.setdefault(query, (text, {}))[1][index] = None  # a dict: in order, each once
     return [(text, tuple(indices)) for text, indices in gold.values()]
 
 

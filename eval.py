@@ -1,20 +1,18 @@
 """Accuracy of a checkpoint as its memory grows.
 
-    python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --questions 200 --seed 1 --json FILE --plot
-    FILE.png
+    python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --json rows.json --plot curve.png
 
 Tasks (keys that were never seen in training as a pair; documents as in tasks.py):
 
     niah_single     one needle among distinct noise documents
     niah_multikey   every document a needle with a key of its own
     two_hop         chains: the first document names the key of the second; all documents look alike
-    read_pooled     every document states one of 16 colours; asked with --max-rounds 0, nothing is named or appended and the
-                    answer can only come from pooled values (chance 1/16)
+    read_pooled     every document states one of 16 colours; with --max-rounds 0 nothing is named or appended,
+                    and the answer can only come from pooled values (chance 1/16)
 
 Baselines, same questions, same table (`--baseline`): no_memory: the question alone; oracle: its documents
 appended, in order; bm25: as many documents as the question needs, found by BM25, each search extended by the
-text found before; full: a checkpoint trained with `--model.full-attention` reads all documents as one text.
-`--zero-values` zeroes the pooled values: memory attention brings nothing.
+text found before. `--zero-values` zeroes the pooled values: memory attention brings nothing.
 
 With `--memory BANK` the documents lie in a bank on disk, which is made or completed first; under torchrun
 they, and their encoding, are spread over the ranks:
@@ -23,11 +21,9 @@ they, and their encoding, are spread over the ranks:
 
 Lengths are nested prefixes of one memory (k = 1,024 tokens, numbers and punctuation of documents counted),
 encoded once; the same questions are asked at every length. recall@k: gold documents among the first k of the
-ranking by mean routing score, nothing forced, union over rounds. top-1: gold documents that ranked first,
-among those not yet appended, in some round. named: gold documents that the model named first in the round
-that wants them.
+ranking by mean routing score, union over rounds. top-1: gold documents that ranked first, among those not yet
+appended, in some round. named: gold documents that the model named first in the round that wants them.
 """
-
 import json
 import os
 import sys
@@ -63,42 +59,38 @@ from tasks import TASKS, Words, grow_memory, parse_lengths
 
 @dataclass
 class EvalConfig:
-    checkpoint: str = "checkpoints/demo"    # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
+    checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
-    filler: int = 0  # noise sentences around every document's own; 2 make documents of about 64 tokens
+    filler: int = 0                   # noise sentences around every document's own; 2: about 64 tokens each
     baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory
-    zero_values: bool = False  # pooled values become zero
-    routing_keys: Literal["float32", "bfloat16", "int8"] = (
-        "float32"  # what the memory holds routing keys in; int8: one scale per chunk
-    )
-    lengths: str = "16k,64k,256k,1m"        # tokens of memory, comma-separated, k or m behind a number
-    questions: int = 200  # asked at every length; their documents lie in the shortest memory
-    seed: int = 1                           # of documents and questions
-    memory: str = ""  # folder of a bank that holds the documents; without one they are encoded into RAM
-    timeout: float = 600                    # seconds that ranks wait for each other
-    json: str = ""                          # write the rows to this file
-    plot: str = ""                          # draw them to this .png
-    beside: str = ""  # files of other runs' rows, comma-separated, whose exact match is drawn with them
-    top_k: int = 0                          # documents that a layer selects; 0: the checkpoint's own
+    zero_values: bool = False         # pooled values become zero
+    routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # as held; int8: one scale per chunk
+    lengths: str = "16k,64k,256k,1m"  # tokens of memory, comma-separated, k or m behind a number
+    questions: int = 200              # asked at every length; their documents lie in the shortest memory
+    seed: int = 1                     # of documents and questions
+    memory: str = ""                  # folder of a bank for the documents; without one they lie in RAM
+    timeout: float = 600              # seconds that ranks wait for each other
+    json: str = ""                    # write the rows to this file
+    plot: str = ""                    # draw them to this .png
+    beside: str = ""                  # files of other runs' rows, with commas between; drawn with ours
+    top_k: int = 0                    # documents that a layer selects; 0: the checkpoint's own
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
         parse_lengths(self.lengths)
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; it must be at least 0")
-        if self.questions < 1:
-            raise UserError(f"--questions is {self.questions}; it must be at least 1")
-        if self.filler < 0:
-            raise UserError(f"--filler is {self.filler}; it must be at least 0")
-        if self.zero_values and self.baseline != "none":
-            raise UserError(f"--zero-values is about the memory, --baseline {self.baseline} has none; leave "
-                            "one of them out")
+        for name, low in dict(seed=0, questions=1, filler=0).items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
+        for flag, given in (("zero-values", self.zero_values),
+                            ("routing-keys", self.routing_keys != "float32")):
+            if given and self.baseline != "none":
+                raise UserError(f"--{flag} is about the memory, --baseline {self.baseline} has none; "
+                                "leave one of them out")
         if self.baseline == "bm25" and self.task == "niah_single":
             raise UserError(f"--baseline {self.baseline}: not for niah_single, where every question has a "
-                            "memory of its own; "
-                            "choose another --task")
+                            "memory of its own; choose another --task")
         if self.memory and (self.task == "niah_single" or self.zero_values or self.baseline != "none"):
             raise UserError("--memory: a bank holds one memory as it is; leave out niah_single, "
                             "--zero-values and --baseline")
@@ -106,9 +98,6 @@ class EvalConfig:
             self.routing_keys = "bfloat16"  # as a bank stores them
         if not self.timeout > 0:
             raise UserError(f"--timeout is {self.timeout}; it must be positive")
-        if self.routing_keys != "float32" and self.baseline != "none":
-            raise UserError(f"--routing-keys is about the memory, --baseline {self.baseline} has none; leave "
-                            "one of them out")
         if self.top_k < 0:
             raise UserError(f"--top-k is {self.top_k}; it must be at least 1 (or 0 for the checkpoint's own)")
 
@@ -119,47 +108,45 @@ def score(question, gold, rounds, answer, top_k):
     gold: the numbers of its documents, hop by hop: a document counts as named when it is among the first that
     its own round named, as many as the hop has documents.
     """
-    ranked, first, seen, named = set(), set(), set(), 0
+    ranked, first, seen = set(), set(), set()
     for r in rounds:
         ranked |= {n for n, _ in r.routed[:top_k]}
-        first |= {n for n, _ in [pair for pair in r.routed if pair[0] not in seen][:1]}
-        seen |= set(r.appended)
-    for hop, r in zip(gold, rounds):
-        named += len(set(hop) & set(r.named[:len(hop)]))
+        first |= {*[n for n, _ in r.routed if n not in seen][:1]}
+        seen |= {*r.appended}
+    named = sum(len({*hop} & {*r.named[:len(hop)]}) for hop, r in zip(gold, rounds))
     documents = {n for hop in gold for n in hop}
     count, exact = len(documents), float(answer.strip() == question.answer)
     return len(documents & ranked) / count, len(documents & first) / count, named / count, exact
 
 
 def ask_all(ask, numbers, questions, top_k, label):
-    """Ask every question; returns mean (recall@k, top-1, named, exact match), seconds per question, and those
-    of the first.
+    """Ask every question; returns the measures of a row, means, and the seconds of the first question.
 
     ask(i, question) -> (answer, rounds); numbers: of the documents that gold indices mean.
     """
     scores, seconds = [], []
-    for i, question in enumerate(tqdm(questions, desc=label, unit="question", leave=False, delay=1,
-                                      disable=not label)):
+    bar = tqdm(questions, desc=label, unit="question", leave=False, delay=1, disable=not label)
+    for i, question in enumerate(bar):
         began = time.perf_counter()
         answer, rounds = ask(i, question)
         seconds.append(time.perf_counter() - began)
         gold = [[numbers[document] for document in hop] for hop in question.gold]
         scores.append(score(question, gold, rounds, answer, top_k))
-    return *np.mean(scores, 0).tolist(), float(np.mean(seconds)), seconds[0]
+    names = ("recall_at_k", "router_top1", "named", "exact_match")
+    row = dict(zip(names, np.mean(scores, 0).tolist()))
+    return row | {"seconds_per_question": round(float(np.mean(seconds)), 5)}, seconds[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Who is asked: each returns at_length(count), which returns ask(i, question) -> (answer, rounds) over the
-# first `count` documents
+# Who is asked: at_length(count) returns ask(i, question) -> (answer, rounds) over the first `count` documents
 
 def memory_asker(model, tokenizer, texts, numbers, needles, config):
     """The model with its memory, encoded once. Also returns the tokens encoded per second."""
     texts, needles = tokenizer.encode_batch(texts), tokenizer.encode_batch(needles)
     order = np.argsort(numbers)  # a memory is in the order of its numbers
-    encode = lambda texts, numbers: encode_texts(model, tokenizer, texts, numbers)
-    memory, speed = encode([texts[d] for d in order], [numbers[d] for d in order])
-    memory, *own = (m.round_routing_keys(getattr(torch, config.routing_keys))
-                    for m in (memory, *(encode([needle], [numbers[0]])[0] for needle in needles)))
+    memory, speed = encode_texts(model, tokenizer, [texts[d] for d in order], [numbers[d] for d in order])
+    own = [encode_texts(model, tokenizer, [needle], numbers[:1])[0] for needle in needles]
+    memory, *own = (part.round_routing_keys(getattr(torch, config.routing_keys)) for part in (memory, *own))
     if config.zero_values:
         for part in (memory, *own):
             part.values = [torch.zeros_like(values) for values in part.values]
@@ -167,15 +154,17 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
     def at_length(count):
         held = np.flatnonzero(order < count)  # where the first `count` documents stand in the memory
         part, part_texts = memory.subset(held), [texts[order[d]] for d in held]
-        if needles:  # a question's memory is the noise with its own needle in place of document 0
+        if needles:
             at = part.numbers.index(numbers[0])
             before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
-            memory_of = lambda i: (Memory.cat([before, own[i], behind]),
-                                   part_texts[:at] + [needles[i]] + part_texts[at + 1:])
-        else:
-            memory_of = lambda i: (part, part_texts)
-        return lambda i, question: answer_question(model, tokenizer, *memory_of(i), question.text,
-                                                   config.interleave)
+
+        def ask(i, question):
+            asked, asked_texts = part, part_texts
+            if needles:  # a question's memory is the noise with its own needle in place of document 0
+                asked = Memory.cat([before, own[i], behind])
+                asked_texts = part_texts[:at] + [needles[i]] + part_texts[at + 1:]
+            return answer_question(model, tokenizer, asked, asked_texts, question.text, config.interleave)
+        return ask
     return at_length, speed
 
 
@@ -185,12 +174,11 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
     if (Path(config.memory) / "manifest.json").exists():
         held = Bank(config.memory).id_hashes
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
-            raise UserError(f"{config.memory}: holds other documents than this evaluation's; give another "
-                            "--memory")
-    documents = (Document(text, id=id_of(i), number=number) for i,
-                 (text, number) in enumerate(zip(texts, numbers)))
-    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks,
-                                    size=sum(map(len, texts))))
+            raise UserError(f"{config.memory}: holds other documents than this evaluation's; "
+                            "give another --memory")
+    documents = (Document(text, id=id_of(i), number=numbers[i]) for i, text in enumerate(texts))
+    size = sum(map(len, texts))
+    say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=size))
     bank = ranks.same(Bank(config.memory))
 
     def at_length(count):
@@ -210,38 +198,29 @@ def resident_bytes():
 
 
 def baseline_asker(model, tokenizer, texts, numbers, needles, config):
-    """What answers in place of the memory; see the module's docstring."""
-    def no_memory(count):
-        return lambda i, question: (answer_from_text(model, tokenizer, question.text, [], config.interleave),
-                                    [])
+    """What answers in place of the memory, from the texts of the documents that it finds."""
+    def at_length(count):
+        search = bm25_search(texts[:count]) if config.baseline == "bm25" else None
 
-    def oracle(count):
         def ask(i, question):
-            found = [d for hop in question.gold for d in sorted(hop, key=lambda d: numbers[d])]
+            found, rounds = [], []
+            for hop in question.gold if config.baseline != "no_memory" else ():
+                best = hop  # the oracle's
+                if search:
+                    query = " ".join([question.text, *(texts[d] for d in found)])
+                    ranked = search(query, max(model.config.top_k, len(hop)) + len(found))
+                    best = [d for d, _ in ranked if d not in found][:len(hop)]
+                    named = [numbers[d] for d in best]
+                    rounds.append(Round([(numbers[d], s) for d, s in ranked], named, sorted(named)))
+                found += sorted(best, key=lambda d: numbers[d])
             appended = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in found]
-            return answer_from_text(model, tokenizer, question.text, appended, config.interleave), []
-        return ask
-
-    def bm25(count):
-        search = bm25_search(texts[:count])
-        def ask(i, question):
-            found, rounds, query = [], [], question.text
-            for hop in question.gold:
-                ranked = search(query, max(model.config.top_k, len(hop)) + len(found))
-                best = [d for d, _ in ranked if d not in found][:len(hop)]
-                named = [numbers[d] for d in best]
-                rounds.append(Round([(numbers[d], s) for d, s in ranked], named, sorted(named)))
-                best.sort(key=lambda d: numbers[d])
-                found, query = found + best, " ".join([query, *(texts[d] for d in best)])
-            appended = [(numbers[d], tokenizer.encode(texts[d])) for d in found]
             return answer_from_text(model, tokenizer, question.text, appended, config.interleave), rounds
         return ask
-
-    return dict(no_memory=no_memory, oracle=oracle, bm25=bm25)[config.baseline]
+    return at_length
 
 
 def plot(rows, path, beside=()):
-    """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) beside it."""
+    """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) with it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -255,8 +234,7 @@ def plot(rows, path, beside=()):
     axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
     for name, others in dict(beside).items():
         axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
-                  lw=1, ms=4,
-                  label=f"exact match, {name}")
+                  lw=1, ms=4, label=f"exact match, {name}")
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
              title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
     axes.legend(loc="center left")
@@ -268,7 +246,7 @@ def read_rows(path):
     """What `--json` wrote. Raises UserError."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]
+        [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]  # numbers, or it raises
         return rows
     except OSError as error:
         raise UserError(f"--beside {path}: {error.strerror}") from None
@@ -280,14 +258,12 @@ def script():
     config = command_line(EvalConfig, __doc__)
     keep_freed_memory()
     device, dtype, reason = detect_device(config.device, config.dtype)
-    # An unusable folder is better known before the first question
-    for path in filter(None, (config.json, config.plot)):
+    for path in filter(None, (config.json, config.plot)):  # a wrong folder fails before the first question
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
-    # Better known before minutes of counting tokens
-    if config.memory and (Path(config.memory) / "manifest.json").exists():
+    if config.memory and (Path(config.memory) / "manifest.json").exists():  # before minutes of counting
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -309,29 +285,27 @@ def script():
         say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} "
             f"{'s/question':>10}")
         for count in grown.counts:
-            # The last memory goes before the next one is opened
-            ask, about, began = None, {}, time.perf_counter()
-            ask, opened = at_length(count), time.perf_counter() - began
+            ask = None  # the last memory goes before the next one is opened
+            began = time.perf_counter()
+            ask = at_length(count)
+            opened = time.perf_counter() - began
             label = "" if ranks.rank else f"{count:,} documents"
-            recall, top1, named, exact, seconds, first = ask_all(ask, numbers, questions, k, label)
-            if config.memory:
-                about = dict(ranks=ranks.world, open_seconds=round(opened, 5),
-                             first_question_seconds=round(first, 4),
-                             resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
+            measured, first = ask_all(ask, numbers, questions, k, label)
             tokens = int(grown.ends[count - 1])
-            rows.append(dict(task=config.task, baseline=config.baseline, memory_tokens=tokens,
-                             documents=count,
-                             questions=len(questions), seed=config.seed, top_k=k, recall_at_k=recall,
-                             router_top1=top1, named=named,
-                             exact_match=exact, seconds_per_question=round(seconds, 5),
-                             encode_tokens_per_second=round(speed),
-                             filler=config.filler, routing_keys=config.routing_keys,
-                             zero_values=config.zero_values,
-                             max_rounds=config.interleave.max_rounds,
-                             router_weight=config.interleave.router_weight,
-                             checkpoint=config.checkpoint, device=str(device), **about))
-            say(f"{tokens:>10,} {count:>9,} {recall:>9.3f} {top1:>6.3f} {named:>6.3f} {exact:>6.3f} "
-                f"{seconds:>10.3f}", flush=True)
+            row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
+                       questions=len(questions), seed=config.seed, top_k=k, **measured,
+                       encode_tokens_per_second=round(speed), filler=config.filler,
+                       routing_keys=config.routing_keys, zero_values=config.zero_values,
+                       max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                       checkpoint=config.checkpoint, device=str(device))
+            if config.memory:
+                row |= dict(ranks=ranks.world, open_seconds=round(opened, 5),
+                            first_question_seconds=round(first, 4),
+                            resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
+            rows.append(row)
+            say(f"{tokens:>10,} {count:>9,} {row['recall_at_k']:>9.3f} {row['router_top1']:>6.3f} "
+                f"{row['named']:>6.3f} {row['exact_match']:>6.3f} {row['seconds_per_question']:>10.3f}",
+                flush=True)
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early
     ranks.end()

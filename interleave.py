@@ -4,8 +4,8 @@ appends the text of the named ones to the question, and the next round begins, w
     for event in interleave(model, tokenizer, memory, texts, question, config): ...  # Rounds, then the answer
 
 Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that
-train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How each
-of them spells its questions: tokenizer.py and prompts.py.
+train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How
+each of them spells its questions: tokenizer.py and prompts.py.
 """
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # of routing scores in naming; 0: pure generation (the paper), 1000: routing
+    router_weight: float = 1.0      # of routing scores in naming; 0: the paper's generation, 1000: routing
                                     # alone. MSA-4B names by generation, a chat backbone by its router
     max_rounds: int = 4             # retrievals before the answer; 1: no interleave; 0: nothing is named
     max_documents: int = 8          # documents named in one round

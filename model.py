@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import Pretrained, check_config, named_layers
-from common import UserError
 from memory import Cache, Memory, Output, Tally, check_documents, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
@@ -362,7 +361,7 @@ class PaperMSA(Pretrained, nn.Module):
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
         x, found = self.run(self.embed(tokens, cache), rope, attend)
-        for i, (keys, values, selection) in enumerate(found):
+        for i, (keys, values, _) in enumerate(found):
             cache.keys[i], cache.values[i] = keys, values
         if routes and not shared:
             cache.selections = [selection for _, _, selection in found if selection is not None]

@@ -37,13 +37,12 @@ PRECISION = "tf32x3"  # of float32 products on tensor cores: three TF32 products
 
 
 def use_triton(x):
-    """Whether the kernels take over. Raises UserError where MSA_KERNEL asks for something that is not
-    there."""
+    """Whether the kernels take over. Raises UserError where MSA_KERNEL asks for what is not there."""
     if KERNEL not in ("auto", "torch", "triton"):
         raise UserError(f"MSA_KERNEL is {KERNEL!r}; it must be auto, torch or triton")
     if KERNEL == "triton" and not triton:
-        raise UserError("MSA_KERNEL is triton, but triton is not installed; install it or set "
-                        "MSA_KERNEL=torch")
+        raise UserError("MSA_KERNEL is triton, but triton is not installed; install it, "
+                        "or set MSA_KERNEL=torch")
     return KERNEL == "triton" or KERNEL == "auto" and x.is_cuda and triton is not None
 
 
@@ -66,8 +65,7 @@ def check_head_size(D):
 
 
 def power_of_two(n, low=16, high=1 << 30):
-    """The least power of two that is at least n, between low and high: tiles have such sides, and tl.dot
-    wants 16."""
+    """The least power of two that is at least n, between low and high: sides of tiles (tl.dot wants 16)."""
     return min(max(low, 1 << max(n - 1, 0).bit_length()), high)
 
 
@@ -75,26 +73,24 @@ def power_of_two(n, low=16, high=1 << 30):
 # Pooling (section 3.2)
 
 def chunk_offsets(lengths, chunk_size, last=0):
-    """Where each document's chunks begin: (M,) token counts -> (M + 1,) int64, ceil(length / chunk_size)
-    chunks each.
+    """Where each document's chunks begin: (M,) token counts -> (M + 1,) int64.
 
-    last: so many tokens at a document's end (all of its tokens at most) have a chunk of their own.
+    A document has ceil(length / chunk_size) chunks; its `last` tokens, all of them at most, have another.
     """
     chunks = (lengths - last + chunk_size - 1) // chunk_size + (last > 0)
     return F.pad(chunks.cumsum(0), (1, 0))
 
 
-def chunk_owners(offsets, chunks):
-    """The document of each of the `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(),
-                                   output_size=chunks)
+def owners(offsets, chunks):
+    """The document of each of C = `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
+    documents = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(documents, offsets.diff(), output_size=chunks)
 
 
 def ranges(starts, counts):
     """The numbers starts[i], starts[i] + 1, ... (counts[i] of them), for all i one after another."""
-    ends = counts.cumsum(0)
-    return torch.repeat_interleave(starts - ends + counts,
-                                   counts) + torch.arange(int(counts.sum()), device=counts.device)
+    shift = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
+    return shift + torch.arange(len(shift), device=counts.device)
 
 
 def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0, normalize=True):
@@ -118,21 +114,16 @@ def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0, normali
 def chunk_means(x, lengths, chunk_size, last=0):
     """(M, L, G, D) -> (C, G, D), the mean of each chunk's tokens."""
     if last:
-        body, ends = chunk_means(x, lengths - last,
-                                 chunk_size), chunk_offsets(lengths, chunk_size, last)[1:] - 1
-        place = (lengths - last)[:, None] + torch.arange(last, device=x.device)         # (M, last)
+        body = chunk_means(x, lengths - last, chunk_size)
+        place = (lengths - last)[:, None] + torch.arange(last, device=x.device)          # (M, last)
         own = x.gather(1, place[:, :, None, None].expand(-1, -1, *x.shape[2:])).mean(1)  # (M, G, D)
-        is_end = torch.zeros(len(body) + len(own), dtype=torch.bool, device=x.device)
-        is_end[ends] = True
-        return (
-            body.new_empty(is_end.numel(), *x.shape[2:])
-            .index_copy(0, ends, own)
-            .index_copy(0, (~is_end).nonzero().squeeze(1), body)
-        )
+        owner = owners(chunk_offsets(lengths - last, chunk_size), len(body))
+        owner = torch.cat([owner, torch.arange(len(own), device=x.device)])
+        return torch.cat([body, own])[owner.argsort(stable=True)]  # a document's last chunk behind its others
     M, L, G, D = x.shape
-    valid = torch.arange(L, device=x.device) < lengths[:, None]                         # (M, L)
+    valid = torch.arange(L, device=x.device) < lengths[:, None]  # (M, L)
     x = F.pad(x * valid[:, :, None, None], (0, 0, 0, 0, 0, -L % chunk_size))
-    sums = x.view(M, -1, chunk_size, G, D).sum(2)                                       # (M, chunks, G, D)
+    sums = x.view(M, -1, chunk_size, G, D).sum(2)                # (M, chunks, G, D)
     start = torch.arange(sums.size(1), device=x.device) * chunk_size
     counts = (lengths[:, None] - start).clamp(max=chunk_size)  # (M, chunks); <= 0: no such chunk
     return sums[counts > 0] / counts[counts > 0][:, None, None].to(x.dtype)
@@ -141,8 +132,9 @@ def chunk_means(x, lengths, chunk_size, last=0):
 def chunk_spans(lengths, width, chunk_size, last):
     """Which of the M * `width` padded tokens each chunk holds: first (C,) int64 and count (C,) int32."""
     offsets = chunk_offsets(lengths, chunk_size, last)
-    owner = chunk_owners(offsets, int(offsets[-1]))
-    nth, body = torch.arange(len(owner), device=owner.device) - offsets[owner], (lengths - last)[owner]
+    owner = owners(offsets, int(offsets[-1]))
+    nth = torch.arange(len(owner), device=owner.device) - offsets[owner]
+    body = (lengths - last)[owner]
     closing = (nth == offsets.diff()[owner] - 1) & (last > 0)
     first = torch.where(closing, body, nth * chunk_size)
     end = torch.where(closing, lengths[owner], torch.minimum(first + chunk_size, body))
@@ -156,8 +148,8 @@ def chunk_mean(x_ptr, first, count, g, d, G, D, BLOCK_L: tl.constexpr, BLOCK_D: 
     for start in range(0, count, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         at = ((first + l) * G + g)[:, None] * D + d[None, :]
-        total += tl.sum(tl.load(x_ptr + at, mask=(l < count)[:, None] & (d < D)[None, :],
-                                other=0.0).to(tl.float32), 0)
+        inside = (l < count)[:, None] & (d < D)[None, :]
+        total += tl.sum(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), 0)
     return total / count
 
 
@@ -169,11 +161,9 @@ def pool_forward(
     norm_ptr,                                   # (C, G) fp32: what unit was divided by
     G, D, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Program (c, g): one head of one chunk. For each of the three inputs: for BLOCK_L tokens at a time: add;
-    divide; store.
+    """Program (c, g): one head of one chunk. Each input: for BLOCK_L tokens at a time: add; divide; store.
 
-    Every input is read once, every output written once; nothing is padded. Tile: (BLOCK_L tokens, BLOCK_D >=
-    D).
+    Every input is read once, every output written once. Tile: (BLOCK_L tokens, BLOCK_D >= D).
     """
     c, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     first, count = tl.load(first_ptr + c), tl.load(count_ptr + c)
@@ -209,10 +199,10 @@ def pool_backward(
     c, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     first, count = tl.load(first_ptr + c), tl.load(count_ptr + c)
     at = (c * G + g) * D + d
-    spread(d_keys_ptr, tl.load(d_pooled_keys_ptr + at, mask=d < D, other=0.0).to(tl.float32), first, count, g,
-           d, G, D, BLOCK_L)
-    spread(d_values_ptr, tl.load(d_pooled_values_ptr + at, mask=d < D, other=0.0).to(tl.float32), first,
-           count, g, d, G, D, BLOCK_L)
+    d_key = tl.load(d_pooled_keys_ptr + at, mask=d < D, other=0.0).to(tl.float32)
+    spread(d_keys_ptr, d_key, first, count, g, d, G, D, BLOCK_L)
+    d_value = tl.load(d_pooled_values_ptr + at, mask=d < D, other=0.0).to(tl.float32)
+    spread(d_values_ptr, d_value, first, count, g, d, G, D, BLOCK_L)
     unit = tl.load(unit_ptr + at, mask=d < D, other=0.0).to(tl.float32)
     d_unit = tl.load(d_unit_ptr + at, mask=d < D, other=0.0).to(tl.float32)
     d_routing = (d_unit - unit * tl.sum(unit * d_unit, 0)) / tl.load(norm_ptr + c * G + g)
@@ -230,8 +220,9 @@ class Pool(torch.autograd.Function):
             check(name, x, (M, L, G, D))
         pooled = [x.new_empty(len(first), G, D) for x in (keys, values, routing_keys)]
         norm = torch.empty(len(first), G, device=keys.device)
-        pool_forward[len(first), G](keys, values, routing_keys, first, count, *pooled, norm, G, D,
-                                    **Pool.tiles(D))
+        ctx.tiles = dict(BLOCK_L=max(1, 2048 // power_of_two(D)), BLOCK_D=power_of_two(D), num_warps=4)
+        pool_forward[len(first), G](
+            keys, values, routing_keys, first, count, *pooled, norm, G, D, **ctx.tiles)
         ctx.save_for_backward(pooled[2], norm, first, count)
         ctx.inputs = [(x.shape, x.dtype) for x in (keys, values, routing_keys)]
         return tuple(pooled)
@@ -240,14 +231,10 @@ class Pool(torch.autograd.Function):
     def backward(ctx, *gradients):
         unit, norm, first, count = ctx.saved_tensors
         C, G, D = unit.shape
-        found = [torch.zeros(shape, dtype=dtype, device=unit.device) for shape, dtype in ctx.inputs]
-        pool_backward[C, G](*(x.contiguous() for x in gradients), unit, norm, first, count, *found, G, D,
-                            **Pool.tiles(D))
-        return *found, None, None
-
-    @staticmethod
-    def tiles(D):
-        return dict(BLOCK_L=max(1, 2048 // power_of_two(D)), BLOCK_D=power_of_two(D), num_warps=4)
+        gradients = [x.contiguous() for x in gradients]
+        d_inputs = [torch.zeros(shape, dtype=dtype, device=unit.device) for shape, dtype in ctx.inputs]
+        pool_backward[C, G](*gradients, unit, norm, first, count, *d_inputs, G, D, **ctx.tiles)
+        return *d_inputs, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,12 +244,12 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
                      prefix_length=0, bias=None):
     """A question's attention (section 3.3): [the chunks of its selected documents | its own causal past].
 
-    query: (B, T, H, D), the last T of N tokens; keys, values: (B, N, G, D), local; memory_keys,
+    query: (B, T, H, D), the last T of N tokens; keys, values: (B, N, G, D), local; memory_keys and
     memory_values: (C', G, D), read in place; index: (B, S) int64 rows of these, of which the first slots[b]
-    count, each row once. The first `prefix_length` of the N tokens do not see the memory. bias: optional (B,
-    S) fp32, added to the memory's logits, alike in all heads; it gets no gradient from the kernels. Returns
-    (B, T, H, D). Gradients of memory rows that several questions selected are summed (by the kernels in fp32
-    and in no fixed order).
+    count, each row once. The first `prefix_length` of the N tokens do not see the memory. bias: optional
+    (B, S) fp32, added to the memory's logits, alike in all heads; it gets no gradient from the kernels.
+    Returns (B, T, H, D). Gradients of memory rows that several questions selected are summed, by the kernels
+    in fp32 and in no fixed order.
     """
     T, past = query.size(1), keys.size(1) - query.size(1)
     if index is None or index.size(1) == 0:
@@ -271,18 +258,17 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
             q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
             return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
     if use_triton(query):
-        device = query.device.type
-        # As autocast treats SDPA
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-        query, keys, values = (x.to(dtype) for x in (query, keys, values))
-        return Attend.apply(query, keys, values, memory_keys, memory_values, index, slots, prefix_length,
-                            bias)
+        dtype, device = query.dtype, query.device.type
+        if torch.is_autocast_enabled(device):  # it casts what SDPA is given, but not what we are
+            dtype = torch.get_autocast_dtype(device)
+        local = [x.to(dtype) for x in (query, keys, values)]
+        return Attend.apply(*local, memory_keys, memory_values, index, slots, prefix_length, bias)
     q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
     position = torch.arange(past, past + T, device=q.device)[:, None]  # (T, 1) among the N tokens
     mask = (position >= torch.arange(past + T, device=q.device)).expand(len(q), -1, -1)  # (B, T, N)
     if index is not None:
-        visible = torch.arange(index.size(1), device=q.device) < slots[:, None]         # (B, S)
-        mask = torch.cat([visible[:, None] & (position >= prefix_length), mask], 2)     # (B, T, S + N)
+        visible = torch.arange(index.size(1), device=q.device) < slots[:, None]           # (B, S)
+        mask = torch.cat([visible[:, None] & (position >= prefix_length), mask], 2)       # (B, T, S + N)
         k = torch.cat([memory_keys[index].to(k.dtype).transpose(1, 2), k], 2)
         v = torch.cat([memory_values[index].to(v.dtype).transpose(1, 2), v], 2)
         if bias is not None:
@@ -291,9 +277,9 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
 
 
-# In the kernels, the R query heads that share a key are rows of one tile: row r is token r // R, head g * R +
-# r % R. A key is loaded once for all of them, and a single token of decoding still fills R rows. Logits are
-# in powers of two: exp2 is one instruction.
+# In the kernels, the R query heads that share a key are rows of one tile: row r is token r // R, head
+# g * R + r % R. A key is loaded once for all of them, and a single token of decoding still fills R rows.
+# Logits are in powers of two: exp2 is one instruction.
 
 @jit
 def query_rows(r, b, g, T, G, R: tl.constexpr):
@@ -303,8 +289,7 @@ def query_rows(r, b, g, T, G, R: tl.constexpr):
 
 @jit
 def memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS: tl.constexpr):
-    """Rows of the memory that slots s point at, and what is added to their logits: -inf beyond the question's
-    count."""
+    """Rows of the memory that slots s point at, and what is added to their logits: -inf beyond the count."""
     row = tl.load(index_ptr + b * S + s, mask=s < count, other=0)
     added = tl.where(s < count, 0.0, float("-inf"))
     if BIAS:
@@ -321,11 +306,9 @@ def load_rows(x_ptr, row, exists, d, D):
 @jit
 def memory_tile(
     query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g, s, d, count, S,
-    prefix_length, G, D, scale,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    prefix_length, G, D, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Keys and values of memory slots s, gathered through the index, and the logits of rows at `place`: -inf
-    where they do not see them."""
+    """Keys and values of memory slots s, and the logits of rows at `place`: -inf where they cannot see."""
     at, added = memory_slots(index_ptr, bias_ptr, b, s, count, S, BIAS)
     keys = load_rows(memory_keys_ptr, at * G + g, s < count, d, D).to(query.dtype)
     values = load_rows(memory_values_ptr, at * G + g, s < count, d, D).to(query.dtype)
@@ -335,8 +318,7 @@ def memory_tile(
 
 @jit
 def local_tile(query, place, keys_ptr, values_ptr, b, g, n, d, N, G, D, scale, PRECISION: tl.constexpr):
-    """Keys and values of local tokens n, and the logits of rows at `place`: -inf for what comes after
-    them."""
+    """Keys and values of local tokens n, and the logits of rows at `place`: -inf for later tokens."""
     keys = load_rows(keys_ptr, (b * N + n) * G + g, n < N, d, D)
     values = load_rows(values_ptr, (b * N + n) * G + g, n < N, d, D)
     logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
@@ -345,11 +327,11 @@ def local_tile(query, place, keys_ptr, values_ptr, b, g, n, d, N, G, D, scale, P
 
 @jit
 def softmax_step(logits, values, top, total, output, PRECISION: tl.constexpr):
-    """One more tile of keys in the running softmax: row maxima, sums and outputs, rescaled when the maximum
-    grows."""
+    """One more tile of keys in the running softmax: maxima, sums, outputs, rescaled when a maximum grows."""
     new = tl.maximum(top, tl.max(logits, 1))
     finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
-    p, shrink = tl.exp2(logits - finite[:, None]), tl.exp2(top - finite)
+    p = tl.exp2(logits - finite[:, None])
+    shrink = tl.exp2(top - finite)
     output = tl.dot(p.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
     return new, total * shrink + tl.sum(p, 1), output
 
@@ -359,16 +341,15 @@ def attend_forward(
     query_ptr, keys_ptr, values_ptr,            # (B, T, H, D), (B, N, G, D), (B, N, G, D)
     memory_keys_ptr, memory_values_ptr,         # (C', G, D), any type
     index_ptr, slots_ptr, bias_ptr,             # (B, S) int64, (B,) int64, (B, S) fp32
-    output_ptr, lse_ptr,  # (B, T, H, D), (B, T, H) fp32: log2 of the softmax's sum, for the backward
+    output_ptr, lse_ptr,                        # (B, T, H, D), (B, T, H) fp32: log2 of the softmax's sum
     T, N, S, prefix_length, G, D, scale,        # scale: 1 / sqrt(D)
     R: tl.constexpr, MEMORY: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Program (i, b, g): the i-th BLOCK_R rows (tokens x heads of the group) of a question.
 
-        for BLOCK_N slots of the question's memory at a time:  gather their keys and values through the index;
-        softmax_step
-        for BLOCK_N local tokens, up to the rows' last token:   softmax_step, causal
+        for BLOCK_N slots of the question's memory at a time:  gather them through the index; softmax_step
+        for BLOCK_N local tokens, up to the rows' last token:  softmax_step, causal
     """
     tile, b, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     r, d = tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
@@ -379,14 +360,15 @@ def attend_forward(
     if MEMORY:
         count = tl.load(slots_ptr + b).to(tl.int32)
         for s0 in range(0, count, BLOCK_N):
-            _, values, logits = memory_tile(query, place, memory_keys_ptr, memory_values_ptr, index_ptr,
-                                            bias_ptr, b, g,
-                                            s0 + tl.arange(0, BLOCK_N), d, count, S, prefix_length, G, D,
-                                            scale, BIAS, PRECISION)
+            s = s0 + tl.arange(0, BLOCK_N)
+            _, values, logits = memory_tile(
+                query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g, s, d, count, S,
+                prefix_length, G, D, scale, BIAS, PRECISION)
             top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
     for n0 in range(0, tl.minimum(N, N - T + (tile * BLOCK_R + BLOCK_R - 1) // R + 1), BLOCK_N):
-        _, values, logits = local_tile(query, place, keys_ptr, values_ptr, b, g, n0 + tl.arange(0, BLOCK_N),
-                                       d, N, G, D, scale, PRECISION)
+        n = n0 + tl.arange(0, BLOCK_N)
+        _, values, logits = local_tile(
+            query, place, keys_ptr, values_ptr, b, g, n, d, N, G, D, scale, PRECISION)
         top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
     tl.store(output_ptr + row[:, None] * D + d[None, :], output / total[:, None],
              mask=exists[:, None] & (d < D)[None, :])
@@ -395,17 +377,16 @@ def attend_forward(
 
 @jit
 def query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION: tl.constexpr):
-    """One more tile of keys in the query's gradient: + d_logits @ keys, where d_logits = p * (d_output @
-    values^T - delta)."""
-    d_logits = tl.exp2(logits - lse[:, None]) * (tl.dot(d_output, tl.trans(values),
-                                                        input_precision=PRECISION) - delta[:, None])
+    """One more tile of keys in the query's gradient: d_logits = p * (d_output @ values^T - delta)."""
+    d_p = tl.dot(d_output, tl.trans(values), input_precision=PRECISION)
+    d_logits = tl.exp2(logits - lse[:, None]) * (d_p - delta[:, None])
     return tl.dot(d_logits.to(keys.dtype), keys, d_query, input_precision=PRECISION)
 
 
 @jit
-# As in attend_forward
 def attend_backward_query(
-    query_ptr, keys_ptr, values_ptr, memory_keys_ptr, memory_values_ptr, index_ptr, slots_ptr, bias_ptr,
+    query_ptr, keys_ptr, values_ptr, memory_keys_ptr, memory_values_ptr,  # as in attend_forward
+    index_ptr, slots_ptr, bias_ptr,
     d_output_ptr, lse_ptr, delta_ptr,           # (B, T, H, D), (B, T, H), (B, T, H): <d_output, output>
     d_query_ptr,                                # (B, T, H, D)
     T, N, S, prefix_length, G, D, scale,
@@ -416,40 +397,41 @@ def attend_backward_query(
     tile, b, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     r, d = tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     exists, row, place = r < T * R, query_rows(r, b, g, T, G, R), N - T + r // R
-    query, d_output = load_rows(query_ptr, row, exists, d, D), load_rows(d_output_ptr, row, exists, d, D)
-    lse, delta = tl.load(lse_ptr + row, mask=exists,
-                         other=0.0), tl.load(delta_ptr + row, mask=exists, other=0.0)
+    query = load_rows(query_ptr, row, exists, d, D)
+    d_output = load_rows(d_output_ptr, row, exists, d, D)
+    lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
+    delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
     d_query = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     if MEMORY:
         count = tl.load(slots_ptr + b).to(tl.int32)
         for s0 in range(0, count, BLOCK_N):
-            keys, values, logits = memory_tile(query, place, memory_keys_ptr, memory_values_ptr, index_ptr,
-                                               bias_ptr, b, g,
-                                               s0 + tl.arange(0, BLOCK_N), d, count, S, prefix_length, G, D,
-                                               scale, BIAS, PRECISION)
+            s = s0 + tl.arange(0, BLOCK_N)
+            keys, values, logits = memory_tile(
+                query, place, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g, s, d, count, S,
+                prefix_length, G, D, scale, BIAS, PRECISION)
             d_query = query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION)
     for n0 in range(0, tl.minimum(N, N - T + (tile * BLOCK_R + BLOCK_R - 1) // R + 1), BLOCK_N):
-        keys, values, logits = local_tile(query, place, keys_ptr, values_ptr, b, g,
-                                          n0 + tl.arange(0, BLOCK_N), d, N, G, D, scale, PRECISION)
+        n = n0 + tl.arange(0, BLOCK_N)
+        keys, values, logits = local_tile(
+            query, place, keys_ptr, values_ptr, b, g, n, d, N, G, D, scale, PRECISION)
         d_query = query_step(logits, keys, values, d_output, lse, delta, d_query, PRECISION)
     d_query *= scale
     tl.store(d_query_ptr + row[:, None] * D + d[None, :], d_query, mask=exists[:, None] & (d < D)[None, :])
 
 
 @jit
-# Keys, values: (C', G, D) with MEMORY, else (B, N, G, D)
 def attend_backward_keys(
-    query_ptr, keys_ptr, values_ptr, index_ptr, slots_ptr, bias_ptr,
+    query_ptr, keys_ptr, values_ptr,            # keys, values: (C', G, D) with MEMORY, else (B, N, G, D)
+    index_ptr, slots_ptr, bias_ptr,
     d_output_ptr, lse_ptr, delta_ptr,           # as in attend_backward_query
     d_keys_ptr, d_values_ptr,                   # as keys, values; with MEMORY fp32, to which is added
     T, N, S, prefix_length, G, D, scale,
     R: tl.constexpr, MEMORY: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Program (i, b, g): the i-th BLOCK_N memory slots of a question, or without MEMORY its i-th BLOCK_N
-    local tokens.
+    """Program (i, b, g): the i-th BLOCK_N memory slots of a question, or without MEMORY local tokens of it.
 
-        for BLOCK_R rows that may see them at a time:  d_values += p^T @ d_output; d_keys += d_logits^T @ query
+        for BLOCK_R rows that may see them:  d_values += p^T @ d_output; d_keys += d_logits^T @ query
 
     Other questions may have selected the same chunks: their gradients meet in atomic additions.
     """
@@ -458,23 +440,27 @@ def attend_backward_keys(
     if MEMORY:
         count = tl.load(slots_ptr + b).to(tl.int32)
         at, added = memory_slots(index_ptr, bias_ptr, b, n, count, S, BIAS)
-        at, seen_from = at * G + g, tl.zeros([BLOCK_N], tl.int32) + prefix_length
+        at = at * G + g
+        seen_from = tl.zeros([BLOCK_N], tl.int32) + prefix_length
         first, end = 0, tl.where(tile * BLOCK_N < count, T * R, 0)
     else:
-        count, at, seen_from, added = N, (b * N + n) * G + g, n, tl.zeros([BLOCK_N], tl.float32)
+        count, seen_from, added = N, n, tl.zeros([BLOCK_N], tl.float32)
+        at = (b * N + n) * G + g
         first, end = tl.maximum(tile * BLOCK_N - (N - T), 0) * R // BLOCK_R * BLOCK_R, T * R
     query_type = query_ptr.dtype.element_ty
-    keys, values = load_rows(keys_ptr, at, n < count, d,
-                             D).to(query_type), load_rows(values_ptr, at, n < count, d, D).to(query_type)
-    d_keys, d_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    keys = load_rows(keys_ptr, at, n < count, d, D).to(query_type)
+    values = load_rows(values_ptr, at, n < count, d, D).to(query_type)
+    d_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for r0 in range(first, end, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         exists, row, place = r < T * R, query_rows(r, b, g, T, G, R), N - T + r // R
-        query, d_output = load_rows(query_ptr, row, exists, d, D), load_rows(d_output_ptr, row, exists, d, D)
-        lse, delta = tl.load(lse_ptr + row, mask=exists,
-                             other=0.0), tl.load(delta_ptr + row, mask=exists, other=0.0)
-        # (BLOCK_N, BLOCK_R)
-        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E) + added[:, None]
+        query = load_rows(query_ptr, row, exists, d, D)
+        d_output = load_rows(d_output_ptr, row, exists, d, D)
+        lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
+        delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
+        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_R)
+        logits = logits * (scale * LOG2E) + added[:, None]
         seen = (seen_from[:, None] <= place[None, :]) & exists[None, :]
         p = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)
         d_values = tl.dot(p.to(query_type), d_output, d_values, input_precision=PRECISION)
@@ -497,8 +483,8 @@ class Attend(torch.autograd.Function):
     def forward(ctx, query, keys, values, memory_keys, memory_values, index, slots, prefix_length, bias):
         (B, T, H, D), (_, N, G, _) = query.shape, keys.shape
         if H % G or N < T:
-            raise ValueError(f"query has {H} heads and {T} tokens, keys {G} and {N}; heads must be a "
-                             "multiple, tokens no more")
+            raise ValueError(f"query has {H} heads and {T} tokens, keys {G} and {N}; "
+                             "heads must be a multiple, tokens no more")
         check_head_size(D)
         check("query", query, (B, T, H, D))
         check("keys", keys, (B, N, G, D), (query.dtype,))
@@ -515,14 +501,14 @@ class Attend(torch.autograd.Function):
             check("bias", bias, index.shape, (torch.float32,))
         S = index.size(1) if memory else 0
         tensors = (query, keys, values, memory_keys, memory_values, index, slots, bias)
-        # In the place of None: an address that is not read
-        tensors = [query if x is None else x for x in tensors]
-        sizes, options = (T, N, S, prefix_length, G, D,
-                          D ** -0.5), (H // G, memory, bias is not None, PRECISION)
-        output, lse = torch.empty_like(query), torch.empty(B, T, H, device=query.device)
+        tensors = [query if x is None else x for x in tensors]  # in the place of None: what is not read
+        sizes = (T, N, S, prefix_length, G, D, D ** -0.5)
+        options = (H // G, memory, bias is not None, PRECISION)
+        output = torch.empty_like(query)
+        lse = torch.empty(B, T, H, device=query.device)
         tiles = Attend.tiles(T * H // G, D, query.element_size())
-        attend_forward[triton.cdiv(T * H // G, tiles["BLOCK_R"]), B,
-                       G](*tensors, output, lse, *sizes, *options, **tiles)
+        grid = triton.cdiv(T * H // G, tiles["BLOCK_R"]), B, G
+        attend_forward[grid](*tensors, output, lse, *sizes, *options, **tiles)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, output, lse)
             ctx.sizes, ctx.options = sizes, options
@@ -533,62 +519,39 @@ class Attend(torch.autograd.Function):
         *tensors, output, lse = ctx.saved_tensors
         query, keys, values, memory_keys, memory_values, *selection = tensors
         (T, N, S, _, G, D, _), (R, memory, bias, _) = ctx.sizes, ctx.options
-        d_output, delta = d_output.contiguous(), (d_output.float() * output).sum(-1)
+        B, d_output = len(query), d_output.contiguous()
+        delta = (d_output.float() * output).sum(-1)
         d_query, d_keys, d_values = (torch.empty_like(x) for x in (query, keys, values))
-        tiles, B = Attend.backward_tiles(T * R, D, query.element_size()), len(query)
+        tiles = Attend.backward_tiles(T * R, D, query.element_size())
         attend_backward_query[triton.cdiv(T * R, tiles["BLOCK_R"]), B, G](
             *tensors, d_output, lse, delta, d_query, *ctx.sizes, *ctx.options, **tiles)
         attend_backward_keys[triton.cdiv(N, tiles["BLOCK_N"]), B, G](
-            query,
-            keys,
-            values,
-            *selection,
-            d_output,
-            lse,
-            delta,
-            d_keys,
-            d_values,
-            *ctx.sizes,
-            R,
-            False,
-            False,
-            PRECISION,
-            **tiles,
-        )
+            query, keys, values, *selection, d_output, lse, delta, d_keys, d_values, *ctx.sizes,
+            R, False, False, PRECISION, **tiles)
         if not (memory and any(ctx.needs_input_grad[3:5])):
             return d_query, d_keys, d_values, *[None] * 6
-        d_memory = [torch.zeros(x.shape, device=x.device) for x in (memory_keys, memory_values)]
+        stored = memory_keys, memory_values
+        d_memory = [torch.zeros(x.shape, device=x.device) for x in stored]
         attend_backward_keys[triton.cdiv(S, tiles["BLOCK_N"]), B, G](
-            query,
-            memory_keys,
-            memory_values,
-            *selection,
-            d_output,
-            lse,
-            delta,
-            *d_memory,
-            *ctx.sizes,
-            R,
-            True,
-            bias,
-            PRECISION,
-            **tiles,
-        )
-        return d_query, d_keys, d_values, *(x.to(like.dtype) for x,
-                                            like in zip(d_memory, (memory_keys, memory_values))), *[None] * 4
+            query, *stored, *selection, d_output, lse, delta, *d_memory, *ctx.sizes,
+            R, True, bias, PRECISION, **tiles)
+        d_memory = [gradient.to(x.dtype) for gradient, x in zip(d_memory, stored)]
+        return d_query, d_keys, d_values, *d_memory, *[None] * 4
 
     @staticmethod
     def tiles(rows, D, size):
-        """The largest that do not spill (tests/compile_kernels.py). The three TF32 products of float32 take
-        many registers."""
+        """The largest that do not spill (tests/compile_kernels.py): TF32 products take many registers."""
         small = power_of_two(D) * size > (128 if size == 4 else 256)
-        return dict(BLOCK_R=power_of_two(rows, high=16 if small else 64), BLOCK_N=32 if small or size == 4
-                    else 64,
-                    BLOCK_D=power_of_two(D), num_warps=4, num_stages=2)
+        block_r = power_of_two(rows, high=16 if small else 64)
+        block_n = 32 if small or size == 4 else 64
+        return dict(BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_D=power_of_two(D), num_warps=4, num_stages=2)
 
     @staticmethod
     def backward_tiles(rows, D, size):
-        small, large = power_of_two(D) * size > 256, size == 2
-        return dict(BLOCK_R=power_of_two(rows, high=64 if large and not small else 16), BLOCK_N=16 if small
-                    else 64 if large else 32,
-                    BLOCK_D=power_of_two(D), num_warps=8 if large and not small else 4, num_stages=2)
+        block_r, block_n, warps = 16, 32, 4
+        if power_of_two(D) * size > 256:
+            block_n = 16
+        elif size == 2:
+            block_r, block_n, warps = 64, 64, 8
+        return dict(BLOCK_R=power_of_two(rows, high=block_r), BLOCK_N=block_n, BLOCK_D=power_of_two(D),
+                    num_warps=warps, num_stages=2)

@@ -89,8 +89,8 @@ def read_questions(path, documents):
             row = json.loads(line)
             text, answer, names = row["question"], row["answer"], row["documents"]
             pooled = row.get("pooled", False)
-            valid = isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
-            if not (valid and text and answer):
+            if not (isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
+                    and text and answer):
                 raise TypeError
             hops = [hop if isinstance(hop, list) else [hop] for hop in names]
             gold = tuple(tuple(find_document(str(name), places, documents) for name in hop) for hop in hops)
@@ -143,7 +143,8 @@ class RaggedWriter:
     """Rows of unequal length, streamed to `path.bin`; `path.offsets` (int64, rows + 1): where each begins."""
 
     def __init__(self, path, dtype):
-        self.path, self.dtype, self.offsets = path, np.dtype(dtype), array("q", [0])
+        self.path, self.dtype = path, dtype
+        self.offsets = array("q", [0])
         self.file = open(f"{path}.bin", "wb")
 
     def append(self, row):
@@ -168,11 +169,11 @@ class Ragged:
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no such file; prepared by an older version, or incomplete: "
                             "run prepare_data.py again") from None
-        item, self.values = np.dtype(dtype).itemsize, np.zeros(0, dtype)
-        if size >= item:  # nothing cannot be mapped
-            self.values = np.memmap(f"{path}.bin", dtype, "r", shape=size // item)
-        if not len(self.offsets) or self.offsets[-1] * item != size:
+        if not len(self.offsets) or self.offsets[-1] * np.dtype(dtype).itemsize != size:
             raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
+        self.values = np.zeros(0, dtype)
+        if size:  # nothing cannot be mapped
+            self.values = np.memmap(f"{path}.bin", dtype, "r")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -182,49 +183,46 @@ class Ragged:
 
 
 ARRAYS = ("documents", "questions", "answers",  # tokens
-          "gold", "hop_ends", "pooled",  # of a question: its documents; where in them each hop ends; 0 or 1
+          "gold", "hop_ends", "pooled",         # of a question: documents; where in them hops end; 0 or 1
           "pool_documents", "pool_questions")
 
 
+def array_types(vocab_size):
+    """The type of each of ARRAYS: tokens are uint16 where the vocabulary allows, else uint32."""
+    token = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    return {name: token if i < 3 else np.int64 for i, name in enumerate(ARRAYS)}
+
+
 class PoolWriter:
-    """Writes one split. Tokens are uint16 where the vocabulary allows, else uint32."""
+    """Writes one split."""
 
     def __init__(self, folder, tokenizer):
         folder.mkdir(parents=True)
-        self.tokenizer = tokenizer
-        for name, dtype in array_types(tokenizer.vocab_size).items():
-            setattr(self, name, RaggedWriter(folder / name, dtype))
+        self.encode = tokenizer.encode
+        types = array_types(tokenizer.vocab_size)
+        self.rows = {name: RaggedWriter(folder / name, dtype) for name, dtype in types.items()}
 
-    def add_documents(self, texts):
-        """Append documents; returns the index of the first."""
-        first = len(self.documents)
+    def add(self, texts, questions):
+        """Append documents, and Questions whose gold counts from the first of them; returns their indices."""
+        rows, document, asked = self.rows, len(self.rows["documents"]), len(self.rows["questions"])
         for text in texts:
-            self.documents.append(self.tokenizer.encode(text))
-        return first
-
-    def add_questions(self, questions, first_document=0):
-        """Append Questions whose gold indices count from `first_document`; returns the index of the first."""
-        first = len(self.questions)
+            rows["documents"].append(self.encode(text))
         for question in questions:
-            self.questions.append(self.tokenizer.encode(question.text))
-            self.answers.append(self.tokenizer.encode(question.answer))
-            self.gold.append([first_document + i for i in question.documents])
-            self.hop_ends.append(np.cumsum([len(hop) for hop in question.gold]))
-            self.pooled.append([question.pooled])
-        return first
+            rows["questions"].append(self.encode(question.text))
+            rows["answers"].append(self.encode(question.answer))
+            rows["gold"].append([document + i for i in question.documents])
+            rows["hop_ends"].append(np.cumsum([len(hop) for hop in question.gold]))
+            rows["pooled"].append([question.pooled])
+        return range(document, document + len(texts)), range(asked, asked + len(questions))
 
     def add_pool(self, documents, questions):
-        self.pool_documents.append(documents)
-        self.pool_questions.append(questions)
+        """Append a pool of what was added before: indices of documents and of questions."""
+        self.rows["pool_documents"].append(documents)
+        self.rows["pool_questions"].append(questions)
 
     def close(self):
-        for name in ARRAYS:
-            getattr(self, name).close()
-
-
-def array_types(vocab_size):
-    token = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    return {name: token if i < 3 else np.int64 for i, name in enumerate(ARRAYS)}
+        for rows in self.rows.values():
+            rows.close()
 
 
 class Pools:
@@ -244,15 +242,11 @@ class Pools:
     def __getitem__(self, i):
         ids = self.pool_documents[i].tolist()
         place = {document: at for at, document in enumerate(ids)}
-        try:
-            documents = [self.documents[d] for d in ids]
-            questions = []
-            for q in self.pool_questions[i].tolist():
-                hops = np.split(self.gold[q], self.hop_ends[q][:-1])
-                gold = [[place[document] for document in hop.tolist()] for hop in hops]
-                questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
-        except (IndexError, KeyError):
-            raise UserError(f"{self.folder}: pool {i} lacks a row; run prepare_data.py again") from None
+        documents, questions = [self.documents[d] for d in ids], []
+        for q in self.pool_questions[i].tolist():
+            hops = np.split(self.gold[q], self.hop_ends[q][:-1])
+            gold = [[place[document] for document in hop.tolist()] for hop in hops]
+            questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
         rows = [*documents, *(row for question in questions for row in question[:2])]
         largest = max(int(row.max(initial=0)) for row in rows)
         if largest >= self.vocab_size:
@@ -312,7 +306,8 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
     documents, questions = pool
     texts = [document.tolist() for document in documents]
     numbers = draw_numbers(len(texts), number_limit, rng)
-    samples, length = [], lambda sample: len(sample[0]) + 1 + len(sample[1])
+    length = lambda sample: len(sample[0]) + 1 + len(sample[1])
+    samples = []
     for question, answer, gold, pooled in questions:
         prompt, appended = tokenizer.question(question.tolist()), []
         segments = [1] * len(prompt)
@@ -363,6 +358,7 @@ def stack(samples, tokenizer, documents):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The two kinds of data
 
 def make_encoding(config, texts):
     """The tokenizer that the configuration asks for: trained on `texts`, or a known one."""
@@ -372,10 +368,13 @@ def make_encoding(config, texts):
 
 
 def write_synthetic(config, folder):
+    """Pools of the synthetic tasks, each with documents of its own; returns the tokenizer."""
     words = Words()
+
     def pools(split, stream, count):
         for i in range(count):
             yield make_pool(words, config, split, np.random.default_rng([config.seed, stream, i]))
+
     def sample_texts():  # 1,000 pools are enough to learn merges from
         for documents, questions in pools("train", 0, min(1000, config.pools)):
             yield from documents
@@ -384,18 +383,17 @@ def write_synthetic(config, folder):
     for split, stream, count in (("train", 0, config.pools), ("validation", 1, config.validation_pools)):
         writer = PoolWriter(folder / split, tokenizer)
         for texts, asked in tqdm(pools(split, stream, count), f"{split} pools", count, unit="pool"):
-            document = writer.add_documents(texts)
-            question = writer.add_questions(asked, document)
-            writer.add_pool(range(document, document + len(texts)), range(question, question + len(asked)))
+            writer.add_pool(*writer.add(texts, asked))
         writer.close()
     return tokenizer
 
 
 def write_own(config, folder):
-    folder_of, limit = config.documents, config.max_document_tokens
-    texts = (document.text for document in read_documents(folder_of, lambda text: len(text) // 4, limit))
-    tokenizer = make_encoding(config, texts)
-    documents = list(read_documents(folder_of, lambda text: len(tokenizer.encode(text)), limit))
+    """Pools drawn from your own documents, which all of them share; returns the tokenizer."""
+    limit = config.max_document_tokens
+    roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
+    tokenizer = make_encoding(config, (document.text for document in roughly))
+    documents = list(read_documents(config.documents, lambda text: len(tokenizer.encode(text)), limit))
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
@@ -404,8 +402,7 @@ def write_own(config, folder):
                                  ("validation", order[:held_out], config.validation_pools)):
         asked = [questions[i] for i in chosen]
         writer = PoolWriter(folder / split, tokenizer)
-        writer.add_documents([d.text for d in documents])
-        writer.add_questions(asked)
+        writer.add([document.text for document in documents], asked)
         for _ in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
             writer.add_pool(*own_pool(documents, asked, config, rng))
         writer.close()

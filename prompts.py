@@ -148,19 +148,20 @@ def read_optional(path):
 
 def end_tokens(folder, about, encoding):
     """The ids that end an answer: of tokenizer_config.json, config.json and generation_config.json, all."""
-    ends = set()
-    name = name_of(about.get("eos_token"))
+    ends, name = set(), name_of(about.get("eos_token"))
     if name is not None:
         if not isinstance(name, str) or name not in encoding.ids:
-            raise UserError(f"{folder}/tokenizer_config.json: eos_token is {name!r}, which is not in "
-                            "tokenizer.json")
+            raise UserError(f"{folder}/tokenizer_config.json: eos_token is {name!r}, "
+                            "which is not in tokenizer.json")
         ends.add(encoding.ids[name])
     for path in (folder / "config.json", folder / "generation_config.json"):
         found = read_optional(path).get("eos_token_id")
+        if found is None:
+            continue
         listed = found if isinstance(found, list) else [found]
-        if any(type(i) is not int for i in listed) and found is not None:
+        if any(type(i) is not int for i in listed):
             raise UserError(f"{path}: eos_token_id is {found!r}; it must be a token's id, or a list of ids")
-        ends |= {*listed} - {None}
+        ends |= {*listed}
     return ends
 
 
@@ -169,7 +170,7 @@ def name_of(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Chat templates, rendered as transformers does it
 
 def raise_exception(message):
@@ -178,8 +179,8 @@ def raise_exception(message):
 
 def render(template, message, tokens):
     """A chat template with one message of a user's, up to where the answer begins; tokens: bos_token, ..."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -203,8 +204,10 @@ def read_template(folder, about):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
         if template is None:
             return None
-        named = {key: name_of(token) for key, token in about.items() if key.endswith("_token")}
-        tokens = dict(bos_token="", eos_token="") | {key: x for key, x in named.items() if isinstance(x, str)}
+        tokens = dict(bos_token="", eos_token="")
+        for key, token in about.items():
+            if key.endswith("_token") and isinstance(name_of(token), str):
+                tokens[key] = name_of(token)
         rendered = render(template, MARK, tokens)
         parts = rendered.split(MARK)
         if len(parts) != 2:

@@ -1,5 +1,4 @@
-"""Routing, the first operation of a memory layer: scores of documents, and what they select (section 3.2, Eq.
-2).
+"""Routing, the first operation of a memory layer: scores of documents, and what they select (section 3.2).
 
     group_queries       routing queries per head -> one vector a token, such that heads need no loop
     route               a question's routing queries against every chunk's routing key -> a score per document
@@ -16,38 +15,27 @@ from __future__ import annotations  # `tl.constexpr` stays a word where triton i
 import torch
 import torch.nn.functional as F
 
-from msa_kernel import (
-    FLOATS,
-    PRECISION,
-    check,
-    chunk_owners,
-    jit,
-    power_of_two,
-    ranges,
-    tl,
-    triton,
-    use_triton,
-)
+from msa_kernel import FLOATS, PRECISION, check, jit, owners, power_of_two, ranges, tl, triton, use_triton
 
 ROUTE_TILE = 2048  # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes at most
 
 
 def group_queries(routing_query, kv_heads, normalize=True):
-    """L2-normalise routing queries per head, sum them within each KV group, divide by H: (B, T, H, D) -> (B,
-    T, G * D).
+    """Unit length per head, the sum within each KV group, divided by H: (B, T, H, D) -> (B, T, G * D).
 
     Heads are averaged before anything else and the query heads of a group share a key, so that the mean over
     heads of the cosine is one inner product: <(1 / H) * sum of the group's queries, key>. The sum is not
     normalised again. Without `normalize` queries keep their length.
     """
     B, T, H, D = routing_query.shape
-    unit = F.normalize(routing_query.float(), dim=-1) if normalize else routing_query.float()
-    return unit.view(B, T, kv_heads, H // kv_heads, D).sum(3).flatten(2) / H
+    query = routing_query.float()
+    if normalize:
+        query = F.normalize(query, dim=-1)
+    return query.view(B, T, kv_heads, H // kv_heads, D).sum(3).flatten(2) / H
 
 
 def quantize(routing_keys):
-    """(C, G, D) -> (int8 of the same shape, scales (C,) fp32): one scale per chunk, |error| <= scale / 2 in
-    each number."""
+    """(C, G, D) -> (int8 of that shape, scales (C,) fp32): one scale a chunk, every |error| <= scale / 2."""
     scales = routing_keys.float().abs().amax((1, 2)).clamp(min=1e-12) / 127
     return (routing_keys / scales[:, None, None]).round().to(torch.int8), scales
 
@@ -55,7 +43,7 @@ def quantize(routing_keys):
 def share_document(routing_keys, offsets, share):
     """Adds to each routing key (C, G, D) `share` of its document's mean key, brought to unit length, and
     brings the sum to unit length again, per head: what a chunk says, and what its document is about."""
-    owner = chunk_owners(offsets, len(routing_keys))
+    owner = owners(offsets, len(routing_keys))
     sums = torch.zeros(len(offsets) - 1, *routing_keys.shape[1:], device=routing_keys.device)
     means = F.normalize(sums.index_add(0, owner, routing_keys.float()), dim=-1)  # of sums: the same direction
     return F.normalize(routing_keys.float() + share * means[owner], dim=-1).to(routing_keys.dtype)
@@ -76,9 +64,9 @@ def route(query, mask, routing_keys, offsets, scales=None):
     (C, G, D), unit length per head, fp32, bf16, fp16, or int8 with scales (C,) fp32 from `quantize`; offsets:
     (M + 1,). Returns (B, M) fp32; -inf for a question without routing tokens. Nothing of size tokens x chunks
     is stored. A chunk's score does not depend, even in its last bit, on where it lies: equal documents tie.
-    (The gradient of a tie within a document goes to the first of the kernels' tokens and chunks; the
-    reference shares it out.) The kernels round the query to the keys' 16 bits, or to bf16 for int8 keys, and
-    sum in fp32; the reference keeps it in fp32.
+    The gradient of a tie within a document goes to its first token and chunk (kernels) or is shared out
+    (reference). The kernels round the query to the keys' 16 bits, or to bf16 for int8 keys, and sum in fp32;
+    the reference keeps it in fp32.
     """
     if use_triton(query):
         winners = torch.is_grad_enabled() and (query.requires_grad or routing_keys.requires_grad)
@@ -91,35 +79,38 @@ def reduce_tokens(scores, blind, dim):
     """A question's tokens become one score: the best of those that route (section 3.2), -inf where none does.
 
     scores: with the tokens along `dim`; blind: tokens that do not route, broadcast to scores, or None.
-    Training, banks and their second look come here; the kernel `route_chunks` has the same in its loop, and
-    the tests of the kernels fail where they differ.
+    Training, banks and their second look come here; the kernel `route_chunks` does the same in its loop.
     """
-    return (scores if blind is None else scores.masked_fill(blind, float("-inf"))).amax(dim)
+    if blind is not None:
+        scores = scores.masked_fill(blind, float("-inf"))
+    return scores.amax(dim)
 
 
 def chunk_scores(query, mask, keys, scales, tile):
     """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), in padded tiles of `tile` chunks."""
-    (B, T, W), best = query.shape, []
-    queries, blind = query.reshape(B * T, W).T, None if mask.all() else ~mask
+    B, T, W = query.shape
+    queries, best = query.reshape(B * T, W).T, []
+    blind = None if mask.all() else ~mask
     with torch.autocast(query.device.type, enabled=False):  # scores stay float32
         for start in range(0, max(len(keys), 1), tile):
             part = keys[start:start + tile].float()
-            part = part if len(part) == tile else F.pad(part, (0, 0, 0, tile - len(part)))
+            if len(part) < tile:
+                part = F.pad(part, (0, 0, 0, tile - len(part)))
             scores = (part @ queries).view(tile, B, T)  # keys first: the faster order on a CPU
             best.append(reduce_tokens(scores, blind, 2))
-    best = torch.cat(best)[:len(keys)].T                                                # (B, C)
+    best = torch.cat(best)[:len(keys)].T                # (B, C)
     return best if scales is None else best * scales
 
 
 def document_max(best, offsets):
     """The best of each document's chunks: (B, C) -> (B, M)."""
     documents, chunks = len(offsets) - 1, best.size(1)
-    if documents == chunks:                                                             # one chunk each
+    if documents == chunks:  # one chunk each
         return best
     if best.is_cpu:  # much the faster there
         return torch.segment_reduce(best.T.contiguous(), "max", offsets=offsets, axis=0).T
     empty = best.new_full((len(best), documents), float("-inf"))
-    return empty.scatter_reduce(1, chunk_owners(offsets, chunks).expand(len(best), -1), best, "amax")
+    return empty.scatter_reduce(1, owners(offsets, chunks).expand(len(best), -1), best, "amax")
 
 
 @torch.no_grad()
@@ -140,7 +131,9 @@ def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, a
     layers = list(zip(queries, routing_keys, scales))
     if not (query.is_cpu and unit) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         scores = mean_scores([route(query, mask, keys, offsets, scale) for query, keys, scale in layers])
-        return top_documents(scores if alive is None else scores.masked_fill(~alive, float("-inf")), top_k)
+        if alive is not None:
+            scores = scores.masked_fill(~alive, float("-inf"))
+        return top_documents(scores, top_k)
     rough = error = rounding = 0  # sums over layers
     length = lambda x: x.unflatten(2, routing_keys[0].shape[1:]).norm(dim=3).sum(2).amax(1, keepdim=True)
     for query, keys, scale in layers:
@@ -148,7 +141,8 @@ def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, a
         error = error + length(query - query.bfloat16())
         error = error + 2 ** -8 * length(query) * (keys.dtype not in (torch.bfloat16, torch.int8))
         rounding = rounding + 2 ** -8 * length(query)
-    rough = rough if alive is None else rough.masked_fill(~alive, float("-inf"))
+    if alive is not None:
+        rough = rough.masked_fill(~alive, float("-inf"))
     kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
     if len(layers) == 1:  # tighter: what counts is near the k-th score
         rounding = 2 ** -8 * kth.abs().nan_to_num(posinf=0)
@@ -165,7 +159,8 @@ def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, a
 def rough_scores(query, mask, keys, scales):
     """`chunk_scores` by bf16 products: (B, T, W), (B, T), (C, G, D) -> (B, C)."""
     B, T, W = query.shape
-    queries, blind, best = query.reshape(B * T, W).bfloat16(), None if mask.all() else ~mask[:, :, None], []
+    queries, best = query.reshape(B * T, W).bfloat16(), []
+    blind = None if mask.all() else ~mask[:, :, None]
     for part in keys.flatten(1).split(8 * ROUTE_TILE // max(keys.element_size(), 2)):
         scores = (queries @ part.bfloat16().T).view(B, T, -1)  # int8 is exact in bf16
         best.append(reduce_tokens(scores, blind, 1))
@@ -190,8 +185,10 @@ def route_chunks(
 
     b counts fastest, so that the questions of a batch find the tile in the L2 cache: memory is read once.
     """
-    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    best, winner = tl.full([BLOCK_C], float("-inf"), tl.float32), tl.full([BLOCK_C], -1, tl.int32)
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    best = tl.full([BLOCK_C], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK_C], -1, tl.int32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         scores = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
@@ -199,8 +196,8 @@ def route_chunks(
             w = w0 + tl.arange(0, BLOCK_W)
             query = tl.load(query_ptr + (b * T + t)[:, None] * W + w[None, :],
                             mask=(t < T)[:, None] & (w < W)[None, :], other=0.0)
-            keys = tl.load(keys_ptr + c[:, None] * W + w[None, :], mask=(c < C)[:, None] & (w < W)[None, :],
-                           other=0)
+            keys = tl.load(keys_ptr + c[:, None] * W + w[None, :],
+                           mask=(c < C)[:, None] & (w < W)[None, :], other=0)
             scores = tl.dot(query, tl.trans(keys.to(query.dtype)), scores, input_precision=PRECISION)
         routes = tl.load(mask_ptr + b * T + t, mask=t < T, other=0) != 0
         scores = tl.where(routes[:, None], scores, float("-inf"))
@@ -221,11 +218,10 @@ def route_documents(
     scores_ptr, document_token_ptr, document_chunk_ptr,  # (B, M) fp32; (B, M) int32, with WINNERS only
     C, M, WINNERS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """Program (b, i): for the first, second, ... chunk of each of BLOCK_M documents: score = max(score,
-    best)."""
+    """Program (b, i): for the first, second, ... chunk of BLOCK_M documents: score = max(score, best)."""
     b, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start, end = tl.load(offsets_ptr + m, mask=m < M,
-                         other=0), tl.load(offsets_ptr + m + 1, mask=m < M, other=0)
+    start = tl.load(offsets_ptr + m, mask=m < M, other=0)
+    end = tl.load(offsets_ptr + m + 1, mask=m < M, other=0)
     score, chunk = tl.full([BLOCK_M], float("-inf"), tl.float32), start
     for i in range(0, tl.max(end - start, 0).to(tl.int32)):
         best = tl.load(best_ptr + b * C + start + i, mask=start + i < end, other=float("-inf"))
@@ -233,8 +229,8 @@ def route_documents(
         score = tl.maximum(score, best)
     tl.store(scores_ptr + b * M + m, score, mask=m < M)
     if WINNERS:
-        # -1: nothing routed
-        token = tl.load(token_ptr + b * C + chunk, mask=(m < M) & (score > float("-inf")), other=-1)
+        routed = (m < M) & (score > float("-inf"))
+        token = tl.load(token_ptr + b * C + chunk, mask=routed, other=-1)
         tl.store(document_token_ptr + b * M + m, token, mask=m < M)
         tl.store(document_chunk_ptr + b * M + m, chunk.to(tl.int32), mask=m < M)
 
@@ -245,21 +241,17 @@ def route_backward_query(
     keys_ptr, d_query_ptr,                      # (C, W), (B, T, W) fp32
     T, M, W, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """Program (t, b, i): d_query = sum over the documents that token t won of d_score * the chunk that won;
-    BLOCK_W numbers of it."""
-    t, b, w = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W),
-    )
+    """Program (t, b, i): d_query = sum over documents that token t won of d_score * the chunk that won."""
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     total = tl.zeros([BLOCK_W], tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         won = tl.load(token_ptr + b * M + m, mask=m < M, other=-1) == t
         d_score = tl.load(d_scores_ptr + b * M + m, mask=won, other=0.0)
         chunk = tl.load(chunk_ptr + b * M + m, mask=won, other=0).to(tl.int64)
-        keys = tl.load(keys_ptr + chunk[:, None] * W + w[None, :], mask=won[:, None] & (w < W)[None, :],
-                       other=0.0)
+        keys = tl.load(keys_ptr + chunk[:, None] * W + w[None, :],
+                       mask=won[:, None] & (w < W)[None, :], other=0.0)
         total += tl.sum(d_score[:, None] * keys.to(tl.float32), 0)
     tl.store(d_query_ptr + (b * T + t) * W + w, total, mask=w < W)
 
@@ -270,8 +262,7 @@ def route_backward_keys(
     owner_ptr, query_ptr, d_keys_ptr,           # (C,) int64, (B, T, W), (C, W)
     B, T, M, W, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """Program (c, i): d_key = sum over the questions for which chunk c won its document of d_score * the
-    token that won."""
+    """Program (c, i): d_key = sum over questions where c won its document of d_score * the token that won."""
     c, w = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     m, total = tl.load(owner_ptr + c), tl.zeros([BLOCK_W], tl.float32)
     for b0 in range(0, B, BLOCK_B):
@@ -302,14 +293,14 @@ class Route(torch.autograd.Function):
             check("scales", scales, (C,), (torch.float32,))
         elif scales is not None:
             raise ValueError(f"scales belong to int8 routing keys; these are {routing_keys.dtype}")
-        # The interpreter has no bfloat16
-        products = (torch.bfloat16 if query.is_cuda else torch.float32) if int8 else routing_keys.dtype
         if int8 and winners:
-            raise ValueError("int8 routing keys are for questions, they have no gradient; use "
-                             "torch.no_grad()")
+            raise ValueError("int8 routing keys are for questions, without gradients; use torch.no_grad()")
         best = torch.empty(B, C, device=device)
         token = torch.empty(B, C, dtype=torch.int32, device=device) if winners else best
-        query = query.to(products)
+        if not int8:
+            query = query.to(routing_keys.dtype)
+        elif query.is_cuda:  # the interpreter has no bfloat16
+            query = query.bfloat16()
         tiles = Route.tiles(T, W, routing_keys.element_size())
         route_chunks[B, triton.cdiv(C, tiles["BLOCK_C"])](
             query, mask.view(torch.int8), routing_keys, scales if int8 else best, best, token, T, C, W, int8,
@@ -317,19 +308,19 @@ class Route(torch.autograd.Function):
         scores = best
         if M < C or winners:  # else one chunk each: nothing is left to do
             scores = torch.empty(B, M, device=device)
-            found = torch.empty(2, B, M, dtype=torch.int32, device=device) if winners else (scores, scores)
-            route_documents[B, triton.cdiv(M, 256)](best, token, offsets, scores, *found, C, M, winners,
+            won = torch.empty(2, B, M, dtype=torch.int32, device=device) if winners else (scores, scores)
+            route_documents[B, triton.cdiv(M, 256)](best, token, offsets, scores, *won, C, M, winners,
                                                     BLOCK_M=256)
             if winners:
-                ctx.save_for_backward(query, routing_keys, offsets, *found)
+                ctx.save_for_backward(query, routing_keys, offsets, *won)
         return scores
 
     @staticmethod
     def backward(ctx, d_scores):
         query, keys, offsets, token, chunk = ctx.saved_tensors
         (B, T, W), C, M = query.shape, len(keys), d_scores.size(1)
-        d_scores, d_query, d_keys = d_scores.contiguous(), None, None
-        block = power_of_two(W, high=128)
+        d_scores, block = d_scores.contiguous(), power_of_two(W, high=128)
+        d_query = d_keys = None
         if ctx.needs_input_grad[0]:
             d_query = torch.empty(B, T, W, device=query.device)
             route_backward_query[T, B, triton.cdiv(W, block)](d_scores, token, chunk, keys, d_query, T, M, W,
@@ -337,19 +328,17 @@ class Route(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_keys = torch.empty_like(keys)
             route_backward_keys[C, triton.cdiv(W, block)](
-                d_scores, token, chunk, chunk_owners(offsets, C), query, d_keys, B, T, M, W, BLOCK_B=16,
-                BLOCK_W=block)
+                d_scores, token, chunk, owners(offsets, C), query, d_keys, B, T, M, W,
+                BLOCK_B=16, BLOCK_W=block)
         return d_query, None, d_keys, None, None, None
 
     @staticmethod
     def tiles(T, W, size):
-        """The largest that neither spill nor leave the memory idle (tests/compile_kernels.py): 8 to 32 KB of
-        keys are on their way."""
+        """The largest that do not spill (tests/compile_kernels.py); 8 to 32 KB of keys are on their way."""
         block_t = power_of_two(T, high=64)
         block_w = 64 if size == 2 or size == 1 and block_t < 64 else 32
         return dict(BLOCK_T=block_t, BLOCK_C=64 if size == 4 else 128, BLOCK_W=min(block_w, power_of_two(W)),
-                    num_warps=8,
-                    num_stages=3 if size == 4 else 4)
+                    num_warps=8, num_stages=3 if size == 4 else 4)
 
 
 def top_documents(scores, k):
@@ -359,19 +348,15 @@ def top_documents(scores, k):
     places that no document fills (fewer than k, or score -inf) hold index -1 and score -inf.
     """
     B, M = scores.shape
-    # A full sort of millions is slow: keep those that reach the k-th score, ties included
-    if B and M > 4 * k:
-        # Over the batch: one threshold keeps the candidates rectangular
-        kth = scores.topk(k, sorted=False).values.amin()
+    kept = torch.arange(M, device=scores.device)
+    if B and M > 4 * k:  # sorting millions is slow: keep what reaches the k-th score, ties included
+        kth = scores.topk(k, sorted=False).values.amin()  # one for the batch, so that columns are kept whole
         kept = (scores >= kth).any(0).nonzero().squeeze(1)
-        values, order = scores[:, kept].sort(dim=1, descending=True, stable=True)
-        values, order = values[:, :k], kept[order[:, :k]]
-    else:
-        values, order = scores.sort(dim=1, descending=True, stable=True)
-        values, order = values[:, :k], order[:, :k]
-    order = order.masked_fill(values == float("-inf"), -1)
-    return F.pad(order, (0, k - order.size(1)),
-                 value=-1), F.pad(values, (0, k - values.size(1)), value=float("-inf"))
+    values, order = scores[:, kept].sort(dim=1, descending=True, stable=True)
+    missing = k - min(k, len(kept))
+    values = F.pad(values[:, :k], (0, missing), value=float("-inf"))
+    indices = F.pad(kept[order[:, :k]], (0, missing), value=-1)
+    return indices.masked_fill(values == float("-inf"), -1), values
 
 
 def document_slots(documents, offsets):
@@ -380,10 +365,11 @@ def document_slots(documents, offsets):
     documents: (B, K) indices, -1: none. Returns index (B, S), rows of the chunks; slots (B,), how many of the
     S count; owner (B, S), the column of `documents` that a slot belongs to. Slots that do not count hold 0.
     """
-    ordered, column = documents.masked_fill(documents < 0, len(offsets)).sort(1)        # -1 last
+    ordered, column = documents.masked_fill(documents < 0, len(offsets)).sort(1)  # -1 last
     exists = ordered < len(offsets)
     ordered = ordered.clamp(max=len(offsets) - 2)
-    starts, counts = offsets[ordered], (offsets[ordered + 1] - offsets[ordered]) * exists
+    starts = offsets[ordered]
+    counts = (offsets[ordered + 1] - starts) * exists
     ends = counts.cumsum(1)  # (B, K) slots used so far
     slots = ends[:, -1]
     s = torch.arange(int(slots.max()), device=documents.device).expand(len(documents), -1)

@@ -62,9 +62,11 @@ class Words:
             from wonderwords import RandomWord
         except ImportError:
             raise UserError("the synthetic tasks need wonderwords: pip install -e '.[data]'") from None
+
         def words(category):
             found = RandomWord().filter(include_categories=[category])
             return sorted({word for word in found if word.isascii() and word.isalpha() and word.islower()})
+
         self.adjectives, self.nouns, self.verbs = words("adjective"), words("noun"), words("verb")
         draw = np.random.default_rng(0).random(len(self.adjectives) * len(self.nouns), dtype=np.float32)
         self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # 0 test, 1 validation, 2 train
@@ -84,8 +86,7 @@ class Words:
     def similar_pairs(self, split, count, rng, alike=0.0):
         """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives.
 
-        alike: the share of these whose other word is a neighbour of the other's in the dictionary: they often
-        begin with the same token.
+        alike: the share of these whose other words are neighbours in the dictionary, and often begin alike.
         """
         code = ("test", "validation", "train").index(split)
         chosen = []
@@ -135,6 +136,11 @@ def chain_question(keys, numbers, first, hops):
     return Question(NUMBER_QUESTION.format(keys[first]), gold, numbers[first + hops - 1])
 
 
+def colour_question(key, document, colour):
+    """The question about the document that states the colour of `key`."""
+    return Question(COLOUR_QUESTION.format(key), ((document,),), colour, pooled=True)
+
+
 def fill(words, text, count, rng):
     """`text` at a random place among `count` noise sentences."""
     sentences = [words.noise(rng) for _ in range(count)]
@@ -165,15 +171,12 @@ def make_pool(words, config, split, rng):
     for i in range(properties, count):
         colour = COLOURS[rng.integers(len(COLOURS))]
         texts.append(PROPERTY.format(keys[i], colour))
-        asked.append(Question(COLOUR_QUESTION.format(keys[i]), ((i,),), colour, pooled=True))
+        asked.append(colour_question(keys[i], i, colour))
     if config.filler:
         texts = [fill(words, text, int(rng.integers(config.filler + 1)), rng) for text in texts]
     texts += words.distinct_noise(config.noise, rng)
     place = rng.permutation(len(texts))  # document i of this list lies at place[i]
-    documents = [""] * len(texts)
-    for i, text in enumerate(texts):
-        documents[place[i]] = text
-    return documents, [question.moved(place) for question in asked]
+    return [texts[i] for i in np.argsort(place)], [question.moved(place) for question in asked]
 
 
 def make_memory(words, task, documents, questions, seed, filler=0):
@@ -184,20 +187,19 @@ def make_memory(words, task, documents, questions, seed, filler=0):
     memory is its own needle and the noise. Everything depends on `seed` alone; more documents extend it.
     `filler`: so many noise sentences stand around each document's own sentence.
     """
-    stream, hops = [seed, list(TASKS).index(task)], TASKS[task]
+    hops = TASKS[task]
+    stream = [seed, list(TASKS).index(task)]
     rng = np.random.default_rng(stream)
     count = questions if task == "niah_single" else max(documents, questions * hops)
     count += -count % hops  # whole chains
     keys = [words.key(pair) for pair in words.pairs("test", count, rng)]
     numbers = values(count, rng)
+    texts = chain_texts(keys, numbers, hops)
+    asked = [chain_question(keys, numbers, i, hops) for i in range(0, questions * hops, hops)]
     if task == "read_pooled":
         colours = [COLOURS[int(number) % len(COLOURS)] for number in numbers]
         texts = [PROPERTY.format(key, colour) for key, colour in zip(keys, colours)]
-        asked = [Question(COLOUR_QUESTION.format(keys[i]), ((i,),), colours[i], pooled=True)
-                 for i in range(questions)]
-    else:
-        texts = chain_texts(keys, numbers, hops)
-        asked = [chain_question(keys, numbers, i, hops) for i in range(0, questions * hops, hops)]
+        asked = [colour_question(keys[i], i, colours[i]) for i in range(questions)]
     if task == "niah_single":
         texts += words.distinct_noise(documents - questions, rng)
     texts = texts[:documents]
@@ -235,7 +237,8 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
 
     The documents that answer are shuffled into the shortest length. Raises UserError where they do not fit.
     """
-    rng, single = np.random.default_rng(seed), task == "niah_single"
+    rng = np.random.default_rng(seed)
+    single = task == "niah_single"
     example = make_memory(words, task, 64, 1, seed, filler)[0][-1]
     count = lengths[-1] // (len(tokenizer.encode(example)) + 8) + questions  # a guess
     if not single:
@@ -269,9 +272,7 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
 def count_tokens(tokenizer, texts, batch=20000):
     """(M,) token counts of texts."""
     counts = []
-    with tqdm(desc="counting tokens", total=len(texts), unit=" documents", unit_scale=True, leave=False,
-              delay=1, disable=os.environ.get("RANK", "0") != "0") as bar:
-        for first in range(0, len(texts), batch):
-            counts += map(len, tokenizer.encode_batch(texts[first:first + batch]))
-            bar.update(len(counts) - first)
+    for first in tqdm(range(0, len(texts), batch), "counting tokens", unit=" documents", unit_scale=batch,
+                      leave=False, delay=1, disable=os.environ.get("RANK", "0") != "0"):
+        counts += map(len, tokenizer.encode_batch(texts[first:first + batch]))
     return np.array(counts)

@@ -152,7 +152,7 @@ class Tokenizer:
     """An encoding and how things are spelled in it. All methods return plain lists of token ids."""
 
     def __init__(self, encoding):
-        """`encoding`: a tiktoken.Encoding or a HubEncoding that has SPECIAL_TOKENS."""
+        """`encoding`: a tiktoken.Encoding or a HubEncoding that has SPECIAL_TOKENS. Raises UserError."""
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
         self.special_tokens = encoding.own if isinstance(encoding, HubEncoding) else encoding._special_tokens
@@ -161,12 +161,11 @@ class Tokenizer:
             raise UserError(f"encoding {encoding.name}: it lacks the special tokens {', '.join(missing)}")
         self.question_start, self.retrieve, self.stop, self.end_of_retrieval, self.end = (
             self.special_tokens[token] for token in SPECIAL_TOKENS)
-        # the number tokens follow each other; None: numbers are spelled in digits
-        self.first_number = self.special_tokens.get("<|0:0|>")
-        self.open_bracket, self.close_bracket = self.encode("["), self.encode("]")
-        if len(self.open_bracket) != 1 or len(self.close_bracket) != 1:
+        self.first_number = self.special_tokens.get("<|0:0|>")  # None: numbers are spelled in digits
+        brackets = [*self.encode("["), *self.encode("]")]
+        if len(brackets) != 2:
             raise UserError(f"encoding {encoding.name}: '[' and ']' must be one token each, to spell numbers")
-        self.open_bracket = self.open_bracket[0]
+        self.open_bracket, self.close_bracket = brackets
 
     def encode(self, text):
         """Ordinary text to ids; special tokens in it are not parsed."""
@@ -189,8 +188,8 @@ class Tokenizer:
             return self.encoding.decode(tokens)
         except (KeyError, OverflowError) as error:  # "Invalid token for decoding: 533"
             found = str(error).strip("'").split()[-1]
-            raise UserError(f"token id {found} is not in the vocabulary of {self.vocab_size} tokens"
-                            ) from None
+            message = f"token id {found} is not in the vocabulary of {self.vocab_size} tokens"
+            raise UserError(message) from None
 
     def check_number_chunk(self, number_chunk):
         """Raises UserError unless the model's `number_chunk` is 0 or the length of every spelled number."""
@@ -208,13 +207,13 @@ class Tokenizer:
     def number(self, number):
         """`[n]`, as the model writes it to name a document. Raises UserError where number tokens end."""
         if self.first_number is None:
-            return [self.open_bracket, *self.encode(str(number)), *self.close_bracket]
+            return [self.open_bracket, *self.encode(str(number)), self.close_bracket]
         limit = NUMBER_BASE ** NUMBER_PLACES
         if number >= limit:
             raise UserError(f"document number {number}: this tokenizer spells numbers below {limit:,}")
         digits = [number // NUMBER_BASE ** place % NUMBER_BASE for place in range(NUMBER_PLACES)]
         places = [self.first_number + place * NUMBER_BASE + digit for place, digit in enumerate(digits)]
-        return [self.open_bracket, *places, *self.close_bracket]
+        return [self.open_bracket, *places, self.close_bracket]
 
     def document(self, number, text):
         """`[n]. text[n]`; `text` is a list of ids."""
@@ -229,10 +228,12 @@ class Tokenizer:
         return [self.question_start, *text, *self.encode("\n")]
 
     def base(self):
-        """What spells a text, as (a pattern, bytes): all but the special tokens."""
+        """What spells a text, as (a pattern, a file's bytes): all but the special tokens."""
         if isinstance(self.encoding, HubEncoding):
             return "", self.encoding.data
-        return self.encoding._pat_str, tiktoken_bytes(self.encoding._mergeable_ranks)
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]  # tiktoken's format
+        return self.encoding._pat_str, b"".join(lines)
 
     def fingerprint(self):
         """16 hexadecimal digits that differ for tokenizers that spell a text differently."""
@@ -271,29 +272,19 @@ class Tokenizer:
                 if about.get("fingerprint") != tokenizer.fingerprint():
                     raise ValueError("its tokenizer.json is not the one that was saved")
                 return tokenizer
-            ranks = parse_tiktoken((folder / "tokenizer.tiktoken").read_bytes())
+            lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+            pairs = (line.split() for line in lines if line)
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             ids = {*ranks.values(), *special.values()}
             if len(ids) != about["tokens"] or len(ids) != len(ranks) + len(special) or min(ids) < 0:
                 raise ValueError(f"{len(ids)} different ids, but {about['tokens']} tokens were saved")
             return Tokenizer(tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
                                                special_tokens=special))
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: no tokenizer here; give a folder that train.py or "
-                            "prepare_data.py wrote") from None
+            raise UserError(f"{error.filename}: no tokenizer here; "
+                            "give a folder that train.py or prepare_data.py wrote") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
-
-
-def tiktoken_bytes(ranks):
-    """Mergeable ranks in tiktoken's file format: one "base64 rank" line per token."""
-    pairs = sorted(ranks.items(), key=lambda pair: pair[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in pairs)
-
-
-def parse_tiktoken(data):
-    """The inverse of `tiktoken_bytes`."""
-    pairs = (line.split() for line in data.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def special_tokens(first, number_tokens):
@@ -312,8 +303,8 @@ def train_encoding(texts, vocab_size, number_tokens=False, name="bpe"):
         raise UserError("training a tokenizer needs rustbpe: pip install -e '.[data]'") from None
     own = len(special_tokens(0, number_tokens))
     if vocab_size < 256 + own:
-        raise UserError(f"vocab_size is {vocab_size}; 256 bytes and {own} special tokens need at least "
-                        f"{256 + own}")
+        raise UserError(f"vocab_size is {vocab_size}; "
+                        f"256 bytes and {own} special tokens need at least {256 + own}")
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), vocab_size - own, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}

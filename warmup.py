@@ -1,7 +1,7 @@
 """Routers for a backbone that is left untouched: what enters its memory layers is computed once, then only
 the routers' maps are made.
 
-    python train.py config/smol.toml --init-from out/smollm2 --router-data SET  # SET: a folder in BEIR's layout, or SQuAD's file
+    python train.py config/smol.toml --init-from out/smollm2 --router-data SET  # BEIR's layout, or SQuAD's file
 
 The routing key of a chunk is a linear map of the mean of its tokens' layer inputs: of a document no more than
 these means is kept. In a trained language model a few directions of the layer inputs are hundreds of times

@@ -45,7 +45,7 @@ def write(folder, merges=("q u",), special=SPECIAL, post_processor=None, **about
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Templates and spelling
 
 def test_chat_template(tmp_path):
@@ -67,10 +67,8 @@ def test_chat_template(tmp_path):
 def test_where_templates_stand(where, tmp_path):
     """Newer files keep the template elsewhere; it would be taken for a base model's."""
     if where == "list":
-        write(
-            tmp_path,
-            chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}],
-        )
+        write(tmp_path, chat_template=[{"name": "tool_use", "template": "x"},
+                                       {"name": "default", "template": CHATML}])
     elif where == "object":
         write(tmp_path, eos_token={"content": "<|endoftext|>", "special": True})
     else:
@@ -155,19 +153,16 @@ def test_templates_in_every_kind_of_tokenizer(kind, tmp_path):
     library = test_tokenizer.make(kind)
     library.add_special_tokens([AddedToken("<|end|>", rstrip=True, normalized=False)])  # as Phi 3 has it
     library.save(str(tmp_path / "tokenizer.json"))
-    template = (
-        f"{{{{ bos_token }}}}[INST] {LOOP}the {CONTENT} end{{% endfor %}} [/INST]<|turn|>\n\nuser <tool> a"
-        "<|end|>  \n b</s>"
-    )
+    template = (f"{{{{ bos_token }}}}[INST] {LOOP}the {CONTENT} end{{% endfor %}} [/INST]<|turn|>\n\n"
+                "user <tool> a<|end|>  \n b</s>")
     about = dict(bos_token="<s>", chat_template=template)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **about)
     t = ChatTokenizer(tmp_path)
     ids = t.encoding.ids
     for text in ("model", "  memory   of\n\ndocuments ", "the <tool>"):
-        assert t.message(text) == theirs.apply_chat_template(
-            [{"role": "user", "content": text}], return_dict=False
-        )
+        messages = [{"role": "user", "content": text}]
+        assert t.message(text) == theirs.apply_chat_template(messages, return_dict=False)
     found = t.message("a </s> <|turn|>")  # in the text these are text
     assert [found.count(ids[name]) for name in ("<s>", "</s>", "<|turn|>", "<|end|>")] == [1, 1, 1, 1]
 
@@ -178,51 +173,34 @@ def test_a_base_model(tmp_path):
     t = ChatTokenizer(tmp_path)
     assert t.template == ("", "\n", False) and t.decode(t.message("Why?")) == "Why?\n" and t.head == []
     t = ChatTokenizer(write(tmp_path, chat_template=None, post_processor=BOS))
-    assert t.decode(t.message("Why?")) == "<|endoftext|>Why?\n" and t.head == [
-        t.encoding.ids["<|endoftext|>"]
-    ]
+    assert t.decode(t.message("Why?")) == "<|endoftext|>Why?\n"
+    assert t.head == [t.encoding.ids["<|endoftext|>"]]
     assert t.question("Why?") == (t.head + t.encode("Why?"), [False] + [True] * 4)
     assert t.document(3, t.encode("x")) == t.encode("[3]. x[3]")
 
 
-@pytest.mark.parametrize(
-    "about,message",
-    [
-        (dict(chat_template="{{ messages[0].content "), "chat template cannot be used .TemplateSyntaxError"),
-        (
-            dict(chat_template="no message"),
-            "chat template cannot be used .*it writes the user's message 0 times; it must",
-        ),
-        (
-            dict(chat_template=CHATML + CHATML),
-            "chat template cannot be used .*it writes the user's message 2 times",
-        ),
-        (
-            dict(chat_template="{{ raise_exception('no users') }}"),
-            "chat template cannot be used .TemplateError: no users",
-        ),
-        (
-            dict(chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-            "cannot be used .SecurityError",
-        ),
-        (dict(chat_template="{{ 'a' * 10 ** 18 }}"), "chat template cannot be used .(Memory|Overflow)Error"),
-        (dict(chat_template=["x"]), "chat template cannot be used .TypeError"),
-        (
-            dict(chat_template=[{"name": "rag", "template": CHATML}]),
-            "chat template cannot be used .KeyError: 'default'",
-        ),
-        (dict(eos_token=["x"]), "eos_token is \\['x'\\], which is not"),
-        (dict(eos_token={"content": {}}), "eos_token is {}, which is not"),
-        (
-            dict(eos_token="<|gone|>"),
-            "tokenizer_config.json: eos_token is '<|gone|>', which is not in tokenizer.json",
-        ),
-    ],
-)
+@pytest.mark.parametrize("about,message", [
+    (dict(chat_template="{{ messages[0].content "), "chat template cannot be used .TemplateSyntaxError"),
+    (dict(chat_template="no message"),
+     "chat template cannot be used .*it writes the user's message 0 times; it must"),
+    (dict(chat_template=CHATML + CHATML),
+     "chat template cannot be used .*it writes the user's message 2 times"),
+    (dict(chat_template="{{ raise_exception('no users') }}"),
+     "chat template cannot be used .TemplateError: no users"),
+    (dict(chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"), "cannot be used .SecurityError"),
+    (dict(chat_template="{{ 'a' * 10 ** 18 }}"), "chat template cannot be used .(Memory|Overflow)Error"),
+    (dict(chat_template=["x"]), "chat template cannot be used .TypeError"),
+    (dict(chat_template=[{"name": "rag", "template": CHATML}]),
+     "chat template cannot be used .KeyError: 'default'"),
+    (dict(eos_token=["x"]), "eos_token is \\['x'\\], which is not"),
+    (dict(eos_token={"content": {}}), "eos_token is {}, which is not"),
+    (dict(eos_token="<|gone|>"),
+     r"tokenizer_config.json: eos_token is '<\|gone\|>', which is not in tokenizer.json"),
+])
 def test_bad_templates(about, message, tmp_path):
     """A template that cannot be used would end in a traceback, or run what it likes."""
     write(tmp_path, **about)
-    with pytest.raises(UserError, match=message.replace("|", r"\|") if "gone" in message else message):
+    with pytest.raises(UserError, match=message):
         ChatTokenizer(tmp_path)
 
 
@@ -241,9 +219,9 @@ def test_where_an_answer_ends(prompts, eos, config, generation, ends, tmp_path):
     t = load_tokenizer(tmp_path, ModelConfig(prompts=prompts))
     assert t.ends == ends and t.encoding.ids["<|im_end|>"] == 258
     t.save(tmp_path / "saved")
-    names = {"tokenizer.json", "tokenizer_config.json"} | (
-        {"generation_config.json"} if generation is not None else set()
-    )
+    names = {"tokenizer.json", "tokenizer_config.json"}
+    if generation is not None:
+        names.add("generation_config.json")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == names
     assert all((tmp_path / "saved" / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
@@ -254,9 +232,8 @@ def test_bad_ends(name, wrong, tmp_path):
     """An end that is no token's id would be ignored, or end in a traceback."""
     write(tmp_path)
     (tmp_path / name).write_text(json.dumps({"eos_token_id": wrong}))
-    with pytest.raises(
-        UserError, match=f"{name}: eos_token_id is .*; it must be a token's id, or a list of ids"
-    ):
+    message = f"{name}: eos_token_id is .*; it must be a token's id, or a list of ids"
+    with pytest.raises(UserError, match=message):
         ChatTokenizer(tmp_path)
 
 
@@ -293,14 +270,13 @@ def test_msa_spelling(tmp_path):
         tokens, routes = t.question("Why?", later)
         asked = ("\nPlease answer the question based on the above historical document information\n\nWhy?\n"
                  "Please return all documents related to the question\n")
-        assert t.decode(tokens) == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>" and len(
-            tokens
-        ) == len(routes)
+        assert t.decode(tokens) == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>"
+        assert len(tokens) == len(routes)
         assert t.decode([x for x, r in zip(tokens, routes) if r]) == asked[:len(asked) - later]
     assert len(t.encode_template("<|im_start|>user\n")) == len(t.head) and t.head[0] == t.im_start[0]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loops
 
 NUMBERS = [0, 1, 3, 12]
@@ -313,38 +289,25 @@ class Scripted:
 
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
-        self.config = SimpleNamespace(
-            prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4, router_temperature=0.1,
-            routing_layers=""
-        )
+        self.config = SimpleNamespace(prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4,
+                                      router_temperature=0.1, routing_layers="")
         self.device = torch.device("cpu")
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
         t, row = self.tokenizer, tokens[0].tolist()
         if cache.length == 0:
-            routed = (
-                t.decode([x for x, r in zip(row, routing_mask[0].tolist()) if r])
-                if memory is not None
-                else None
-            )
-            self.asked.append(
-                SimpleNamespace(text=t.decode(row), routed=routed, prefix=prefix_length, read=[])
-            )
+            routed = None
+            if memory is not None:
+                routed = t.decode([x for x, r in zip(row, routing_mask[0].tolist()) if r])
+            asked = SimpleNamespace(text=t.decode(row), routed=routed, prefix=prefix_length, read=[])
+            self.asked.append(asked)
             self.left = list(self.said[len(self.asked) - 1]) if len(self.said) >= len(self.asked) else []
             if memory is not None:
                 empty = torch.zeros(0, 1, 2)
-                cache.selections.append(
-                    Selection(
-                        empty,
-                        empty,
-                        torch.zeros(1, 0, dtype=torch.long),
-                        torch.tensor([0]),
-                        torch.zeros(1, 0),
-                        torch.tensor([self.ranking]),
-                        torch.tensor([[0.9, 0.5, 0.3, 0.1]]),
-                        None,
-                    )
-                )
+                cache.selections.append(Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long),
+                                                  torch.tensor([0]), torch.zeros(1, 0),
+                                                  torch.tensor([self.ranking]),
+                                                  torch.tensor([[0.9, 0.5, 0.3, 0.1]]), None))
         else:
             assert memory is None and prefix_length == 0
             self.asked[-1].read += row
@@ -363,9 +326,8 @@ def ask(tmp_path):
         t = load_tokenizer(tmp_path, ModelConfig(prompts=prompts))
         model = Scripted(t, prompts, [t.encode_template(text) for text in said], ranking)
         memory = Memory([], [], [], torch.arange(5), NUMBERS) if memory else None
-        answer, rounds = answer_question(
-            model, t, memory, [t.encode(text) for text in TEXTS], "Why?", InterleaveConfig(**options)
-        )
+        texts = [t.encode(text) for text in TEXTS]
+        answer, rounds = answer_question(model, t, memory, texts, "Why?", InterleaveConfig(**options))
         return answer, rounds, model.asked
     return ask
 
@@ -379,23 +341,17 @@ CLOSING = "<|im_start|>The user's question is: Why?\n<|object_ref_end|>"
 def test_three_rounds(ask):
     """A round would not be read from the start with all that was said and appended; other tokens would
     route; texts would not be in the order of their numbers."""
-    answer, rounds, asked = ask(
-        "msa",
-        "[12][3]<|object_ref_end|>",
-        "[0] and [7][99999999999999999999]<|object_ref_end|>",
-        "<End-of-Retrieve>It is.<|im_end|>",
-    )
+    answer, rounds, asked = ask("msa", "[12][3]<|object_ref_end|>",
+                                "[0] and [7][99999999999999999999]<|object_ref_end|>",
+                                "<End-of-Retrieve>It is.<|im_end|>")
     assert answer == "It is." and len(asked) == 3 and all(one.prefix == 6 for one in asked)
     assert [(r.named, r.appended) for r in rounds] == [([12, 3], [3, 12]), ([0], [0]), ([], [])]
     assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1] and rounds[0].routed[0][1] == pytest.approx(0.9)
     first = "[12][3]<|object_ref_end|>[3]. three\n[12]. twelve\n<|object_ref_end|>"
     second = "[0] and [7][99999999999999999999]<|object_ref_end|>[0]. zero\n<|object_ref_end|>"
     assert [one.text for one in asked] == [START, START + first, START + first + second]
-    assert [one.routed for one in asked] == [
-        ASKED + "\n",
-        ASKED + "[3]. three\n[12]. twelve\n",
-        ASKED + "[0]. zero\n",
-    ]
+    assert [one.routed for one in asked] == [ASKED + "\n", ASKED + "[3]. three\n[12]. twelve\n",
+                                             ASKED + "[0]. zero\n"]
 
 
 def test_what_is_read_behind_the_retrieval(ask, tmp_path):
@@ -415,28 +371,20 @@ def test_a_round_that_names_nothing(ask, tmp_path, said):
 
 def test_the_cap_on_rounds(ask):
     """A model that never has enough would retrieve for ever; or with no rounds it would not answer."""
-    answer, rounds, asked = ask(
-        "msa", "[1]<|object_ref_end|>", "[1]<|object_ref_end|>", "fine<|im_end|>", max_rounds=2
-    )
+    answer, rounds, asked = ask("msa", "[1]<|object_ref_end|>", "[1]<|object_ref_end|>", "fine<|im_end|>",
+                                max_rounds=2)
     assert answer == "fine" and len(rounds) == 2 and len(asked) == 3
-    assert (
-        asked[2].text.endswith("<|object_ref_end|><End-of-Retrieve>" + CLOSING)
-        and asked[2].routed == ASKED + "[1]. one\n"
-    )
+    assert asked[2].text.endswith("<|object_ref_end|><End-of-Retrieve>" + CLOSING)
+    assert asked[2].routed == ASKED + "[1]. one\n"
     answer, rounds, asked = ask("msa", "fine<|im_end|>", max_rounds=0)
-    assert (
-        answer == "fine"
-        and not rounds
-        and asked[0].text == START + "<End-of-Retrieve>" + CLOSING
-        and asked[0].routed == ASKED + "\n"
-    )
+    assert answer == "fine" and not rounds and asked[0].text == START + "<End-of-Retrieve>" + CLOSING
+    assert asked[0].routed == ASKED + "\n"
 
 
 def test_documents_of_a_round(ask):
     """One round would append more documents than --max-documents allows."""
-    _, rounds, asked = ask(
-        "msa", "[12][3][1]<|object_ref_end|>", "<End-of-Retrieve>ok<|im_end|>", max_documents=2
-    )
+    _, rounds, asked = ask("msa", "[12][3][1]<|object_ref_end|>", "<End-of-Retrieve>ok<|im_end|>",
+                           max_documents=2)
     assert rounds[0].named == [12, 3] and "[1]. one" not in asked[1].text
 
 
@@ -446,14 +394,10 @@ def test_chat(ask):
     answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
     assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
     assert (asked[0].text, asked[0].routed, asked[0].prefix) == ("<|im_start|>user\nWhy?", "Why?", 6)
-    assert (
-        asked[1].text
-        == f"<|im_start|>user\n{ANSWER}[0]. zero\n\n[3]. three\n\nQuestion: Why?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert (
-        asked[1].routed is None and asked[1].prefix == 0 and [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
-    )
+    assert asked[1].text == (f"<|im_start|>user\n{ANSWER}[0]. zero\n\n[3]. three\n\n"
+                             "Question: Why?<|im_end|>\n<|im_start|>assistant\n")
+    assert asked[1].routed is None and asked[1].prefix == 0
+    assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
 
 
 def test_chat_in_shared_mode(ask, monkeypatch):
@@ -486,11 +430,8 @@ def test_chat_in_shared_mode(ask, monkeypatch):
 def test_chat_without_retrieval(ask, options):
     """Without a memory, or without rounds, it would fail instead of answering by itself."""
     answer, rounds, asked = ask("chat", "So.<|im_end|>", **options)
-    assert (
-        answer == "So."
-        and not rounds
-        and asked[0].text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert answer == "So." and not rounds
+    assert asked[0].text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("prompts,expected", [
