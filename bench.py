@@ -366,7 +366,7 @@ def bench_modes(bench, fraction=0.25, top_k=16):
         mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
         bank = RandomBank(layout, chunks // 16, 16)  # 1,024 tokens a document
         memory, shared = ParallelMemory(bank, device, Ranks(device)), mode == "shared mode"
-        run = lambda: ask(memory, query, mask, top_k, shared)
+        run = lambda memory=memory: ask(memory, query, mask, top_k, shared)
         alone, beside = memory.ranks, BesideAnEmptyRank(device)
         beside.world, memory.ranks = 2, beside
         run()
