@@ -235,6 +235,9 @@ def script():
     if config.router_data:
         for wrong, fix in ((not config.init_from, "name the backbone with --init-from"),
                            (world > 1, f"start one process, not {world}"),
+                           (config.model.query_reduction != "max" or config.model.document_share > 0,
+                            "it trains routers by the best token and chunk; leave out model.query_reduction "
+                            "and model.document_share"),
                            (config.resume, "leave --resume out: it takes minutes, and starts anew")):
             if wrong:
                 raise UserError(f"--router-data {config.router_data}: {fix}")
