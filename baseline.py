@@ -86,7 +86,8 @@ def join(pool, tokenizer, count):
         found = {place[document] for hop in gold for document in hop}
         if len(found) == 1:
             target = [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
-            samples.append((tokenizer.question(question.tolist()), target, [], []))
+            prompt = tokenizer.question(question.tolist())
+            samples.append((prompt, target, [], [], [1] * len(prompt)))
             places += found
     if not samples:
         return None

@@ -18,7 +18,8 @@ Multiplying and adding are 2 operations; W = G * D:
               `loss within`: the largest relative difference of the two losses over 20 steps on one seed
     memory    the demo's bank on disk (not where only torch, triton and numpy are installed): opening, asking,
               cold (not in the page cache) and warm; a document added and removed. Then random contents of
-              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys
+              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys; and the
+              paper's mode, which selects in 18 layers, beside shared mode: 4 layers route once for all
     load      not part of `all`: a random checkpoint of Qwen3-4B's shape (8.5 GB, in a temporary folder) is
               loaded in bfloat16 by a process of its own, which then answers. Limit: the size of its weights
 
@@ -147,7 +148,7 @@ def bench_route(bench, chunks, tokens):
                 keys, scales = full.to(dtype), None
                 peers = {"authors": lambda: scores_as_published(unit.to(dtype), keys).topk(16),
                          "per-head": lambda: scores_per_head(unit.to(dtype), keys).topk(16)}
-            run = lambda: R.select_documents(grouped, mask, keys, offsets, 16, scales)
+            run = lambda: R.select_documents([grouped], mask, [keys], offsets, 16, [scales])
             documents, _ = run()
             same = len(published & set(documents[0].tolist()))
             product = torch.bfloat16 if dtype == torch.int8 else dtype
@@ -261,7 +262,7 @@ def bench_train(bench, cases, steps=20):
 
 # ------------------------------------------------------------------------------------------------------------
 
-SHAPE = Layout("random", 18, G, D)  # Qwen3-4B: the upper half of 36 layers
+SHAPE = Layout("random", 18, G, D, 18, G, D)  # Qwen3-4B: the upper half of 36 layers
 CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
 
 
@@ -273,11 +274,11 @@ class RandomBank:
         self.chunks = np.full(documents, chunks_per_document, np.int32)
         self.digests, self.segment_of, self.row_of = np.zeros((3, documents), np.int32)
         dtype, size = (torch.bfloat16, 1) if layout.content == "bfloat16" else (torch.int8, 40)
-        shape = (layout.layers, documents * chunks_per_document, 2, layout.kv_heads, layout.head_dim)
-        self.held = torch.empty(shape, dtype=dtype)
+        shape = (documents * chunks_per_document, layout.layers, 2, layout.kv_heads, layout.head_dim)
+        self.held, self.reads = torch.empty(shape, dtype=dtype), 0
         for part in self.held.flatten(0, 1).split(4096):
             part.copy_(size * torch.randn(part.shape, dtype=torch.bfloat16))
-        int8_scales = np.full((chunks_per_document, 2), 0.03, np.float32)
+        int8_scales = np.full((chunks_per_document, layout.layers, 2), 0.03, np.float32)
         self.scales = int8_scales if layout.content == "int8" else None
 
     def __len__(self):
@@ -288,12 +289,13 @@ class RandomBank:
 
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
-            keys = torch.randn(len(rows), self.layout.kv_heads, self.layout.head_dim)
+            keys = torch.randn(len(rows), self.layout.routing_heads, self.layout.routing_dim)
             yield rows, to_numpy(F.normalize(keys, dim=-1), "bfloat16")
 
-    def content(self, layer, position):
+    def content(self, position):
+        self.reads += 1
         rows = slice(position * self.chunks[0], (position + 1) * self.chunks[0])
-        return to_numpy(self.held[layer, rows], self.layout.content), self.scales
+        return to_numpy(self.held[rows], self.layout.content), self.scales
 
 
 def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
@@ -313,7 +315,7 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
             each = 1 if name == "full chunks" else 2  # chunks of a document
             bank = RandomBank(layout, chunks // each, each)
             memory = ParallelMemory(bank, device, Ranks(device), kind)
-            run = lambda memory=memory: [memory.select(i, query, mask, top_k) for i in range(SHAPE.layers)]
+            run = lambda memory=memory: ask(memory, query, mask, top_k, shared=False)
             held = int(bank.chunks.sum())
             sizes = lambda n: f"keys {keys * n / 1e9:.1f} GB, content {content * n / 1e9:.1f} GB"
             title = f"memory {kind}, {held / per_token / 1e6:,.1f}M tokens, {name}"
@@ -322,6 +324,61 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
             operations = 2 * tokens * SHAPE.layers * G * D * held
             bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
             del memory, bank, run
+
+
+def ask(memory, query, mask, top_k, shared):
+    """What a question asks of a memory: one selection for all layers, or one in each."""
+    layout = memory.bank.layout
+    if shared:
+        queries = dict.fromkeys(range(layout.routing_layers), query)
+        memory.select(queries, mask, top_k, range(layout.layers))
+    else:
+        for i in range(layout.layers):
+            memory.select({i: query}, mask, top_k, [i])
+
+
+class BesideAnEmptyRank(Ranks):
+    """This process as one of two, of which the other holds no document: collectives are counted."""
+
+    collectives = 0
+
+    def gather(self, x):
+        self.collectives += 1
+        none = x.new_tensor([float("-inf"), -1])[:, None, None].expand_as(x)  # scores, numbers
+        return torch.stack([x, none])
+
+    def sum(self, x):
+        self.collectives += 1
+        return x
+
+
+def bench_modes(bench, fraction=0.25, top_k=16):
+    """A question in the paper's mode and in shared mode, Qwen3-4B's shape: what it reads, asks and costs."""
+    device = bench.device
+    keys, content = SHAPE.chunk_bytes()
+    chunks = int(fraction * proc_bytes("meminfo", "MemAvailable") / (keys + content))
+    if bench.cuda:
+        chunks = min(chunks, int(fraction * torch.cuda.mem_get_info()[0] / keys))
+    for mode, layers, tokens in (("paper's mode", SHAPE.routing_layers, 16), ("shared mode", 4, 1)):
+        layout = dataclasses.replace(SHAPE, routing_layers=layers)
+        query = torch.randn(1, tokens, 4 * layout.routing_heads, layout.routing_dim, device=device)
+        query = R.group_queries(query, layout.routing_heads)
+        mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        bank = RandomBank(layout, chunks // 16, 16)  # 1,024 tokens a document
+        memory, shared = ParallelMemory(bank, device, Ranks(device)), mode == "shared mode"
+        run = lambda memory=memory: ask(memory, query, mask, top_k, shared)
+        alone, beside = memory.ranks, BesideAnEmptyRank(device)
+        beside.world, memory.ranks = 2, beside
+        run()
+        memory.ranks, counted, reads = alone, beside.collectives, bank.reads
+        held, keys = int(bank.chunks.sum()), layout.chunk_bytes()[0]
+        note = (f"{layers} routing layers, {tokens} routing tokens; {counted} collectives, {reads} content "
+                f"reads; keys {keys * held / 1e9:.2f} GB; 100M tokens: {keys * 1e8 / 64 / 1e9:.1f} GB")
+        operations = 2 * tokens * layers * layout.routing_heads * layout.routing_dim * held
+        title = f"memory {mode}, {held * 64 / 1e6:,.1f}M tokens"
+        bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
+        bench.rows[-1] |= dict(collectives=counted, content_reads=reads, routing_key_bytes=keys * held)
+        del memory, bank, run
 
 
 def proc_bytes(file, name):
@@ -392,7 +449,7 @@ def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
             times["ask warm"] = statistics.median(seconds for seconds, _ in answers)
             number = int(memory.bank.next_number)
             encoded = model.encode([torch.tensor(tokenizer.document(number, last))], [number])
-            records = to_records(encoded, [last], ["new"], [1], [1], "bfloat16")
+            records = to_records(encoded, [last], ["new"], [1], [1], memory.bank.layout)
             with Writer(folder) as writer:
                 times["add one"], _ = timed(lambda: writer.add(records))
                 times["follow"], _ = timed(memory.refresh)
@@ -482,6 +539,7 @@ def script():
         if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
             bench_bank(bench)
         bench_random_memory(bench)
+        bench_modes(bench)
     if args.what == "load":
         bench_load(bench)
     if args.json:

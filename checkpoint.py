@@ -23,8 +23,8 @@ PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
                 "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
                 "qk_norm")
 # Fields that change nothing of what a model encodes
-ROUTING_ONLY = ("top_k", "router_temperature", "attend_memory", "max_document_tokens", "score_bias",
-                "copy_init", "equal_routers")
+ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
+                "equal_routers")
 
 
 def find(name):
@@ -286,12 +286,14 @@ class Pretrained:
         found = {name: shape for name, shape in weights.shapes.items() if not re.search(unused, name)}
         untrained = (stored.prompts == "chat" and config.decouple_router
                      and not any("router_" in name for name in found))
+        of_router = lambda name: "router_" in name or name == "model.token_weights"
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
-               if not (untrained and "router_" in name)}
+               if not (untrained and of_router(name))}
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(weights.read(name, device, dtype)))
+            module, tensor = model.get_submodule(parent), weights.read(name, device, dtype)
+            setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
         if untrained:
             model.init_routers()
         model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
@@ -337,15 +339,31 @@ class Pretrained:
             digest.update(name.encode() + sample.tobytes())
         return digest.hexdigest()
 
+    def check_ids(self, tokens):
+        """Raises UserError for a token id outside the vocabulary."""
+        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if len(outside):
+            raise UserError(f"token id {int(outside[0])} is outside the model's vocabulary of "
+                            f"{self.config.vocab_size} tokens; the tokenizer is not this model's")
+
     def init_routers(self):
-        """Memory layers route as they attend, but without RoPE: routers become the layer's own query and key
-        maps, with the weights of QK-norm in them (what it divides by is normalised away)."""
-        for i in self.config.memory_layers:
+        """Routers of a backbone that has none. Their layers route as they attend, but without RoPE: routers
+        become the layer's own query and key maps, with the weights of QK-norm in them (what it divides by is
+        normalised away). Of `routing_dim` numbers, they start at random. All tokens count alike."""
+        config, like = self.config, self.model.embed_tokens.weight
+        if config.query_reduction == "mean":
+            self.model.token_weights = torch.ones(config.vocab_size, device=like.device, dtype=like.dtype)
+        for i in config.router_layers:
             attention = self.model.layers[i].self_attn
             for router, own, norm in ((attention.router_q_proj, attention.q_proj, attention.q_norm),
                                       (attention.router_k_proj, attention.k_proj, attention.k_norm)):
-                scale = norm.weight[:, None] if self.config.qk_norm else 1
-                maps = own.weight.detach().unflatten(0, (-1, self.config.head_dim)) * scale
+                if config.routing_dim:
+                    weight = torch.randn(config.routing_dim, config.hidden_size) * config.hidden_size ** -0.5
+                    router[0].weight = nn.Parameter(weight.to(like))
+                    router[0].bias = nn.Parameter(like.new_zeros(config.routing_dim))
+                    continue
+                scale = norm.weight[:, None] if config.qk_norm else 1
+                maps = own.weight.detach().unflatten(0, (-1, config.head_dim)) * scale
                 router[0].weight = nn.Parameter(maps.flatten(0, 1))
 
     def resize_vocabulary(self, size):
@@ -358,7 +376,48 @@ class Pretrained:
                 old = module.weight.detach()
                 noise = torch.randn(size - len(old), old.size(1), device=old.device, dtype=old.dtype)
                 module.weight = nn.Parameter(torch.cat([old, old.mean(0) + 0.1 * old.std(0) * noise]))
-        self.config = replace(self.config, vocab_size=len(self.model.embed_tokens.weight))
+        size = len(self.model.embed_tokens.weight)
+        if self.config.query_reduction == "mean":
+            old = self.model.token_weights
+            self.model.token_weights = torch.cat([old, old.new_ones(size - len(old))])
+        self.config = replace(self.config, vocab_size=size)
+
+
+def named_layers(text, count):
+    """Indices of the layers, of `count`, that a field of the configuration names; [] where it names none, or
+    says something else."""
+    layers = list(range(count))
+    if text == "all":
+        return layers
+    named = [int(i) if i.strip().isdecimal() else -1 for i in text.split(",")]
+    return named if named == [i for i in layers if i in named] else []
+
+
+def check_config(config, names):
+    """Raises UserError for a model.PaperConfig that cannot work; names: its fields, not a subclass's."""
+    for name in names:
+        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share")
+        if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
+            allowed = "positive" if type(value) is float else "at least 1"
+            raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")
+    if config.num_hidden_layers < 2:
+        raise UserError("model.num_hidden_layers is 1; it must be at least 2, the upper half reads")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(f"model.num_attention_heads is {config.num_attention_heads}; it must be a multiple "
+                        f"of model.num_key_value_heads, {config.num_key_value_heads}")
+    if config.head_dim % 2:
+        raise UserError(f"model.head_dim is {config.head_dim}; RoPE needs an even number")
+    for name in ("router_layer_idx", "routing_layers"):
+        if getattr(config, name) and not named_layers(getattr(config, name), config.num_hidden_layers):
+            raise UserError(f'model.{name} is {getattr(config, name)!r}; it must be "all", empty, or '
+                            f"increasing numbers below {config.num_hidden_layers} with commas between")
+    if not config.decouple_router and (config.routing_dim or config.query_reduction == "mean"):
+        raise UserError("model.decouple_router is off: routers have no maps of their own; leave out "
+                        f"model.routing_dim ({config.routing_dim}) and model.query_reduction "
+                        f"({config.query_reduction}), which are about them")
+    if config.document_share and not config.normalize_routing:
+        raise UserError(f"model.document_share is {config.document_share}, a share of routing keys of unit "
+                        "length; leave it out, or model.normalize_routing on")
 
 
 def check_shapes(own, found, file_of):

@@ -154,11 +154,12 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
     what it did not see.
     """
     prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
+    segments = [1] * len(prompt)  # of the question and of each appended text, which route
     number_of = lambda d: int(memory.numbers[d])
     for rounds in range(config.max_rounds + 1):
         cache = Cache()
         # Generated tokens never route
-        mask = torch.tensor([[True] * len(prompt) + [False]], device=model.device)
+        mask = torch.tensor([segments + [0]], device=model.device)
         logits = read(model, [*prompt, tokenizer.retrieve], memory=memory, routing_mask=mask, cache=cache)
         ranked = ranking(cache.selections)
         named = []
@@ -180,7 +181,9 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
             break
         seen.update(named)
         for d in sorted(named):
-            prompt = prompt + tokenizer.appended(number_of(d), texts[d])
+            text = tokenizer.appended(number_of(d), texts[d])
+            prompt = prompt + text
+            segments = segments + [segments[-1] + 1] * len(text)
     yield from spell(tokenizer, generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end},
                                          config.max_answer_tokens, pick))
 
@@ -191,8 +194,11 @@ def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
     cache, found, number_of = Cache(), [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = (torch.tensor([x], device=model.device) for x in tokenizer.question(question))
-        model.read(tokens, memory, routes, cache, prefix_length=len(tokenizer.head),
-                   positions=torch.zeros_like(routes))
+        about = dict(routing_mask=routes, prefix_length=len(tokenizer.head))
+        if not model.config.routing_layers:
+            model.read(tokens, memory, cache=cache, positions=torch.zeros_like(routes), **about)
+        elif len(memory):
+            cache.selections = [model.find(tokens, memory, **about)]
         ranked = ranking(cache.selections)
         found = sorted(d for d, _ in ranked[:config.max_documents])
         numbers = list(map(number_of, found))
@@ -219,7 +225,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
         retrieving = rounds < config.max_rounds
         if not retrieving:
             prompt += end + closing
-        mask = [*own, *routes, *[False] * (len(prompt) - len(own) - len(routes))]
+        mask = [*map(int, own), *routes, *[0] * (len(prompt) - len(own) - len(routes))]
         about = dict(memory=memory, routing_mask=torch.tensor([mask], device=model.device),
                      prefix_length=len(tokenizer.head))
         if not retrieving:
@@ -238,7 +244,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
             break
         appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))]))
                                        for n in sorted(named)])
-        routes = [False] * (len(context) + len(written) + 1) + [True] * len(appended) + [False]
+        routes = [0] * (len(context) + len(written) + 1) + [2] * len(appended) + [0]
         context = context + written + tokenizer.ref_end + appended + tokenizer.ref_end
     yield from spell(tokenizer, generate(model, prompt, cache, tokenizer.ends, config.max_answer_tokens, pick,
                                          **about))

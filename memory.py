@@ -1,5 +1,5 @@
 """What `encode` makes and `read` consumes: a memory as tensors, what routing selected of it, a question's
-cache.
+cache; and what training measures of it.
 
     B questions   T question tokens   M documents   C chunks   K documents selected
     S memory slots of a question   G key/value heads   D head size
@@ -11,15 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from msa_kernel import ranges
-from routing import document_slots, quantize, route, top_documents
+from routing import document_slots, mean_scores, quantize, route, top_documents
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor               # (B, T, V) fp32; or (N, V) for the N positions asked for
+    selections: list                   # of Selection: one per memory layer, or one that all of them read
 
 
 @dataclass
 class Selection:
-    """What one memory layer's routing chose for B questions. Document indices count in the order of
-    numbers."""
-    keys: torch.Tensor                 # (C', G, D) chunk keys; every question reads its own rows of them
-    values: torch.Tensor               # (C', G, D)
+    """What routing chose for B questions. Document indices count in the order of numbers."""
+    keys: list     # of (C', G, D), one per layer that reads it: chunk keys; a question reads its own rows
+    values: list                       # of (C', G, D)
     index: torch.Tensor                # (B, S) int64, rows of keys and values, in document order
     slots: torch.Tensor                # (B,) how many of the S count
     slot_scores: torch.Tensor          # (B, S) fp32, the score of each slot's document
@@ -36,10 +41,10 @@ class Selection:
 
 @dataclass
 class Memory:
-    """A memory held as tensors, one entry per memory layer; documents in the order of their numbers."""
-    keys: list  # of (C, G, D): attention keys after QK-norm and RoPE, mean of each chunk
+    """A memory held as tensors; documents in the order of their numbers."""
+    keys: list  # of (C, G, D), one per reading layer: attention keys after QK-norm and RoPE, chunks' means
     values: list                       # of (C, G, D): attention values, mean of each chunk
-    routing_keys: list                 # of (C, G, D): unit length per head; int8 with scales
+    routing_keys: list  # of (C, G, D), one per routing layer: unit length per head; int8 with scales
     offsets: torch.Tensor              # (M + 1,) int64: document m's chunks are offsets[m]:offsets[m + 1]
     numbers: list                      # M document numbers, increasing
     scales: list = None                # of (C,) fp32, with int8 routing keys
@@ -47,18 +52,33 @@ class Memory:
     def __len__(self):
         return len(self.numbers)
 
-    def select(self, layer, routing_query, routing_mask, top_k):
+    def select(self, queries, mask, top_k, readers):
         """Route (section 3.2) and point at what was found; nothing is copied. Returns a Selection.
 
-        layer: counts memory layers from 0; routing_query: (B, T, G * D) from `group_queries`; routing_mask:
-        (B, T) bool, the tokens that route; top_k: documents that a question selects.
+        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; a document's
+        score is the mean over them. mask: (B, T) bool, the tokens that route; top_k: documents that a
+        question selects; readers: places of the reading layers whose keys and values are wanted.
         """
-        scales = None if self.scales is None else self.scales[layer]
-        scores = route(routing_query, routing_mask, self.routing_keys[layer], self.offsets, scales)
+        scales = self.scales or [None] * len(self.routing_keys)
+        scores = mean_scores([route(query, mask, self.routing_keys[place], self.offsets, scales[place])
+                              for place, query in queries.items()])
         documents, best = top_documents(scores.detach(), top_k)
         index, slots, owner = document_slots(documents, self.offsets)
-        return Selection(self.keys[layer], self.values[layer], index, slots, best.gather(1, owner), documents,
-                         best, scores)
+        keys, values = ([xs[place] for place in readers] for xs in (self.keys, self.values))
+        return Selection(keys, values, index, slots, best.gather(1, owner), documents, best, scores)
+
+    @staticmethod
+    def in_order(parts, encoded, offsets, numbers):
+        """The Memory of documents that were encoded in another order: parts, what was made of batch after
+        batch, (keys, values, routing keys), lists of (C, G, D); encoded: documents' indices in that order."""
+        counts = offsets.diff()
+        encoded = torch.tensor(encoded, device=offsets.device)
+        rows = ranges(F.pad(counts[encoded].cumsum(0), (1, 0))[encoded.argsort()], counts)
+        stored = [[torch.cat(xs) for xs in zip(*kind)] for kind in zip(*parts)]
+        for x in [x for kind in stored for x in kind]:
+            assert len(x) == offsets[-1], "what was encoded is not what was given"
+        keys, values, routing_keys = ([x[rows] for x in kind] for kind in stored)
+        return Memory(keys, values, routing_keys, offsets, numbers)
 
     def subset(self, documents):
         """The memory of these documents only: a copy. documents: increasing indices, else ValueError."""
@@ -92,13 +112,36 @@ class Memory:
         return Memory(**joined, offsets=F.pad(counts.cumsum(0), (1, 0)), numbers=numbers)
 
 
+def check_documents(documents, numbers):
+    """Raises ValueError for no or empty documents, and for numbers that do not increase."""
+    if not documents or min(map(len, documents)) == 0:
+        raise ValueError("encode needs at least one document, and no empty one")
+    if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+        raise ValueError("encode needs one number per document, increasing")
+
+
+def padded_batches(documents, batch_tokens):
+    """Documents (L,) in batches of similar length, of at most `batch_tokens` tokens with their padding on the
+    right: yields (indices, tokens (M, L)), the longest first."""
+    lengths = torch.tensor([len(document) for document in documents])
+    order = lengths.argsort(stable=True).tolist()
+    while order:
+        width = int(lengths[order[-1]])
+        batch = order[-max(1, batch_tokens // width):]
+        del order[-len(batch):]
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, i in enumerate(batch):
+            tokens[row, :lengths[i]] = documents[i]
+        yield batch, tokens
+
+
 class Cache:
     """A question's local keys and values and its Selections; a read that is given a filled one does not
     route."""
 
     def __init__(self):
         self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
-        self.selections = []                   # one per memory layer; empty without a memory
+        self.selections = []                   # as in Output; empty without a memory
         self.length, self.prefix_length = 0, 0
         self.last = {}                         # what an `embed` needs of the tokens before, name -> (B, ...)
 
@@ -131,7 +174,7 @@ def rank_documents(selections):
     """The one ranking of training curves, evaluation and naming: the mean over memory layers of a document's
     score.
 
-    A layer that did not select a document counts its own k-th score for it. selections: one per memory layer.
+    A layer that did not select a document counts its own k-th score for it. selections: as in Output.
     Returns documents (B, n) int64 and scores (B, n) fp32: what some layer selected, best first, ties to the
     lower number; -1 and -inf where a question has fewer.
     """
@@ -163,3 +206,47 @@ def hit_rate(documents, positive):
     found = torch.zeros(len(positive), positive.size(1) + 1, dtype=torch.bool, device=positive.device)
     found.scatter_(1, documents.masked_fill(documents < 0, positive.size(1)), True)  # the last column: none
     return (found[:, :-1] & positive).sum(1) / positive.sum(1)
+
+
+class Tally:
+    """What training prints of a pool, added up over its batches; nothing here has a gradient.
+
+    naming, answer: the parts of the loss in samples that name documents and in those that answer; named and
+    answered: the shares of these samples whose every token is the likeliest. recall (rankings + 1,): the
+    share of positives among what each Selection holds, then among the first top_k of `rank_documents`,
+    documents in the sample left out; top1: the same of the first alone.
+    """
+
+    def __init__(self, rankings, device):
+        """rankings: how many Selections a question has."""
+        self.losses, self.predicted, self.right, self.samples = torch.zeros(4, 2, device=device)
+        self.recall = torch.zeros(rankings + 1, device=device)
+        self.top1, self.asked = torch.zeros((), device=device), 0
+
+    @torch.no_grad()
+    def add_tokens(self, batch, logits, token_losses):
+        """batch: as for `MSA.forward`; logits (N, V) and losses (N,) of its predicted tokens."""
+        answers, target = batch["answers"].long(), batch["target_mask"]
+        row = target.nonzero()[:, 0]                                                            # (N,)
+        wrong = torch.bincount(row, (logits.argmax(-1) != batch["tokens"][target]).float(), len(target))
+        self.losses += torch.bincount(answers[row], token_losses.float(), 2)
+        self.predicted += torch.bincount(answers[row], minlength=2)
+        self.samples += torch.bincount(answers, minlength=2)
+        self.right += torch.bincount(answers, (wrong == 0).float(), 2)
+
+    @torch.no_grad()
+    def add_rankings(self, selections, positive, appended, top_k):
+        """Selections of questions that have positives (B, M) bool; appended: documents in the question."""
+        first = leave_out(rank_documents(selections)[0], appended)
+        found = [selection.documents for selection in selections] + [first[:, :top_k]]
+        self.recall += torch.stack([hit_rate(documents, positive).sum() for documents in found])
+        self.top1 += hit_rate(first[:, :1], positive).sum()
+        self.asked += len(positive)
+
+    def means(self):
+        """A dict of these, each a mean over what was added."""
+        naming, answer = self.losses / self.predicted.clamp(min=1)
+        named, answered = self.right / self.samples.clamp(min=1)
+        asked = max(self.asked, 1)
+        return dict(naming=naming, answer=answer, named=named, answered=answered, recall=self.recall / asked,
+                    top1=self.top1 / asked)

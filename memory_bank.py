@@ -10,7 +10,8 @@ Readers keep the snapshot that they opened: its files stay readable to them when
 that is read has been summed (CRC-32): the manifest, each segment's header and table, each document's text and
 content, each tile of routing keys.
 
-    M documents   C chunks   N tokens of text   L memory layers   G key/value heads   D head size
+    M documents   C chunks   N tokens of text   G key/value heads   D head size
+    L layers that read: all of a document's lie side by side, it is one read   R layers that route
 
 Numpy only. Numbers are stored as the model made them, rounded to bfloat16 (held as uint16, numpy has none) or
 to int8 with one scale for each vector of G * D.
@@ -33,7 +34,7 @@ import numpy as np
 
 from common import UserError, atomic_file
 
-FORMAT = 1
+FORMAT = 2
 SEGMENT_BYTES = 256 << 20   # of a full segment: what a writer holds in memory, what merging rewrites
 SMALL, MANY = 8, 8          # more than MANY segments below SEGMENT_BYTES / SMALL are merged
 TILE = 1024                 # chunks of routing keys that share a checksum
@@ -44,7 +45,7 @@ TABLE = {"numbers": np.int64, "chunks": np.int32, "tokens": np.int32, "sources":
          "id_hashes": np.uint64, "digests": np.uint64}
 SUMS = ("record_sums", "content_sums", "routing_sums")
 BY_CHUNK = ("routing_keys", "content", "scales")
-AXIS = {**dict.fromkeys([*TABLE, "text", "source"], 0), **dict.fromkeys(BY_CHUNK, 1)}
+AXIS = {**dict.fromkeys([*TABLE, "text", "source", "content", "scales"], 0), "routing_keys": 1}
 COUNTS = ("documents", "chunks", "tokens", "source_bytes")  # of a segment, in the manifest
 ON_DISK = {"id_hashes": "keys"}  # what a segment calls them
 REPAIR = "restore it from a copy or encode the bank anew"
@@ -54,34 +55,37 @@ REPAIR = "restore it from a copy or encode the bank anew"
 class Layout:
     """What a bank stores of a chunk. Fixed when it is created."""
     fingerprint: str            # of the model and tokenizer that encoded it
-    layers: int                 # memory layers
+    layers: int                 # L, that read; 0: neither keys nor values are stored
     kv_heads: int               # G
     head_dim: int               # D
+    routing_layers: int         # R, that route
+    routing_heads: int          # of a routing key
+    routing_dim: int            # numbers of such a head
     content: str = "bfloat16"   # type of keys and values: bfloat16 or int8; routing keys are bfloat16
     unit_keys: bool = True      # routing keys have unit length per head
 
     def chunk_bytes(self, routing_keys="bfloat16"):
         """Bytes of a chunk in all layers: (routing keys held in this type, content)."""
-        numbers = self.kv_heads * self.head_dim
-        vector = {"bfloat16": 2 * numbers, "int8": numbers + 4}  # 4: its scale
-        return self.layers * vector[routing_keys], 2 * self.layers * vector[self.content]
+        size = lambda numbers, kind: 2 * numbers if kind == "bfloat16" else numbers + 4  # 4: its scale
+        return (self.routing_layers * size(self.routing_heads * self.routing_dim, routing_keys),
+                2 * self.layers * size(self.kv_heads * self.head_dim, self.content))
 
     def shapes(self, documents, chunks, tokens, source_bytes):
         """The tensors of a segment: name -> (dtype, shape)."""
-        G, D, L, M = self.kv_heads, self.head_dim, self.layers, documents
+        G, D, L, M, R = self.kv_heads, self.head_dim, self.layers, documents, self.routing_layers
         scaled = chunks if self.content == "int8" else 0
         return {**{name: (dtype, (M,)) for name, dtype in TABLE.items()},
-                "record_sums": (np.uint32, (M,)), "content_sums": (np.uint32, (L, M)),
-                "routing_sums": (np.uint32, (L, -(-chunks // TILE))),
-                "routing_keys": (np.uint16, (L, chunks, G, D)),
-                "content": (CONTENT[self.content], (L, chunks, 2, G, D)),
-                "scales": (np.float32, (L, scaled, 2)),
+                "record_sums": (np.uint32, (M,)), "content_sums": (np.uint32, (M,)),
+                "routing_sums": (np.uint32, (R, -(-chunks // TILE))),
+                "routing_keys": (np.uint16, (R, chunks, self.routing_heads, self.routing_dim)),
+                "content": (CONTENT[self.content], (chunks, L, 2, G, D)),
+                "scales": (np.float32, (scaled, L, 2)),
                 "text": (np.int32, (tokens,)), "source": (np.uint8, (source_bytes,))}
 
 
 # Encoded documents are `records`: a dict of numpy arrays, joined along AXIS.
 #   numbers, chunks, tokens, sources (bytes), id_hashes, digests (hash of id, place and text): (M,), the table
-#   routing_keys (L, C, G, D)   content (L, C, 2, G, D): keys and values   scales (L, C, 2): of int8 content
+#   routing_keys (R, C, ., .)   content (C, L, 2, G, D): keys and values   scales (C, L, 2): of int8 content
 #   text (N,) token ids   source (bytes,) UTF-8: where each document comes from
 
 def join(parts):
@@ -123,14 +127,13 @@ def add_sums(records):
         ends = ends_of(records[name])
         return [slice(start, stop) for start, stop in zip(ends, ends[1:])]
 
-    L, C = records["routing_keys"].shape[:2]
+    R, C = records["routing_keys"].shape[:2]
     tiles = [slice(start, start + TILE) for start in range(0, C, TILE)]
     text, source, routing_keys = records["text"], records["source"], records["routing_keys"]
     content = [records["content"], records["scales"]] if records["scales"].size else [records["content"]]
     sums = {"record_sums": [checksum(text[a], source[b]) for a, b in zip(spans("tokens"), spans("sources"))],
-            "content_sums": [[checksum(*(x[layer, rows] for x in content)) for rows in spans("chunks")]
-                             for layer in range(L)],
-            "routing_sums": [[checksum(routing_keys[layer, rows]) for rows in tiles] for layer in range(L)]}
+            "content_sums": [checksum(*(x[rows] for x in content)) for rows in spans("chunks")],
+            "routing_sums": [[checksum(routing_keys[layer, rows]) for rows in tiles] for layer in range(R)]}
     return {**records, **{name: np.array(values, np.uint32) for name, values in sums.items()}}
 
 
@@ -258,13 +261,13 @@ class Segment:
             raise self.damaged(f"the text of document [{self.table['numbers'][row]}] has a wrong checksum")
         return text, source.tobytes().decode()
 
-    def content(self, layer, row):
-        """A document's keys and values in a layer (chunks, 2, G, D), scales (chunks, 2) or None; verified."""
+    def content(self, row):
+        """A document's keys and values (chunks, L, 2, G, D), scales (chunks, L, 2) or None; verified."""
         rows = slice(*self.ends["chunks"][row:row + 2])
-        parts = [self.read("content", rows, layer)]
+        parts = [self.read("content", rows)]
         if self.layout.content == "int8":
-            parts.append(self.read("scales", rows, layer))
-        if checksum(*parts) != self.table["content_sums"][layer, row]:
+            parts.append(self.read("scales", rows))
+        if checksum(*parts) != self.table["content_sums"][row]:
             raise self.damaged(f"the content of document [{self.table['numbers'][row]}] has a wrong checksum")
         return parts[0], parts[1] if len(parts) > 1 else None
 
@@ -322,6 +325,9 @@ def read_manifest(folder):
         body = file["bank"]
         if file["sum"] != zlib.crc32(json.dumps(body).encode()):
             raise ValueError("its checksum is wrong")
+        if body["format"] == 1:
+            raise UserError(f"{folder}: made by an earlier version; encode the documents again into another "
+                            "--memory")
         if body["format"] != FORMAT:
             raise ValueError(f"format {body['format']!r} is not {FORMAT}; this is another version's bank")
         layout, next_number = read_layout(body["layout"]), body["next_number"]
@@ -332,6 +338,8 @@ def read_manifest(folder):
             raise ValueError("it names a segment twice")
         state = int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")
         return layout, entries, next_number, state, stat
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {REPAIR}") from None
 
@@ -347,11 +355,12 @@ def stat_manifest(path):
 
 def read_layout(values):
     layout = Layout(**values)
-    sizes = (layout.layers, layout.kv_heads, layout.head_dim)
-    types = (type(layout.fingerprint), type(layout.unit_keys), *map(type, sizes))
-    if types != (str, bool, int, int, int) or layout.content not in CONTENT:
+    sizes = [layout.layers, layout.kv_heads, layout.head_dim, layout.routing_layers, layout.routing_heads,
+             layout.routing_dim]
+    types = [type(layout.fingerprint), type(layout.unit_keys), *map(type, sizes)]
+    if types != [str, bool] + [int] * 6 or layout.content not in CONTENT:
         raise ValueError("its layout has values of wrong types")
-    if min(sizes) < 1 or max(sizes) > 1 << 16:
+    if layout.layers < 0 or min(sizes[1:]) < 1 or max(sizes) > 1 << 16:
         raise ValueError("its layout has invalid sizes")
     return layout
 
@@ -452,9 +461,9 @@ class Bank:
         """A document's text as token ids, and its source."""
         return self.segments[self.segment_of[position]].document(self.row_of[position])
 
-    def content(self, layer, position):
+    def content(self, position):
         """See Segment.content."""
-        return self.segments[self.segment_of[position]].content(layer, self.row_of[position])
+        return self.segments[self.segment_of[position]].content(self.row_of[position])
 
     def plan(self, positions):
         """Where the chunks of these documents lie: (segment, source, rows) for each segment that holds some.

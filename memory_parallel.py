@@ -4,11 +4,13 @@
     memory.refresh()                                         # after documents have come or gone
 
 Every rank runs the model on the same tokens and holds the routing keys of its own documents, about C / world
-chunks of them. Per memory layer it scores them. A first collective brings the (score, number) of every rank's
+chunks of them. For a selection it scores them. A first collective brings the (score, number) of every rank's
 best k, of which all ranks choose the same best k. A second one brings their content, each row from the rank
-that owns it. One process is the plain case, without a process group.
+that owns it. The paper's mode selects in every memory layer, shared mode once. One process is the plain case,
+without a process group.
 
     B questions   K documents selected   M documents   C chunks   G key/value heads   D head size
+    L layers that read
 """
 import contextlib
 import json
@@ -36,16 +38,19 @@ def to_tensor(array):
     return x.view(torch.bfloat16) if x.dtype == torch.uint16 else x
 
 
-def to_records(memory, texts, sources, id_hashes, digests, content):
+def to_records(memory, texts, sources, id_hashes, digests, layout):
     """What `model.encode` made of documents, rounded as a bank stores it (memory_bank.Layout): its `records`.
 
     texts: token ids of each document's text; sources: where each comes from, as text; id_hashes, digests:
-    unsigned 64-bit numbers; content: bfloat16 or int8.
+    unsigned 64-bit numbers; layout: the bank's.
     """
-    layers = [torch.stack([keys, values], 1) for keys, values in zip(memory.keys, memory.values)]
-    pairs = torch.stack(layers)  # (L, C, 2, G, D)
-    scales = torch.zeros(len(pairs), 0, 2)
-    if content == "int8":
+    chunks = int(memory.offsets[-1])
+    layers = [torch.stack(pair, 1) for pair in zip(memory.keys, memory.values)]
+    pairs = torch.zeros(chunks, 0, 2, layout.kv_heads, layout.head_dim)
+    if layers:
+        pairs = torch.stack(layers, 1)  # (C, L, 2, G, D)
+    scales = torch.zeros(0, pairs.size(1), 2)
+    if layout.content == "int8":
         rounded, scales = quantize(pairs.flatten(0, 2))
         pairs, scales = rounded.view(pairs.shape), scales.view(pairs.shape[:3])
     sources = [source.encode() for source in sources]
@@ -54,7 +59,8 @@ def to_records(memory, texts, sources, id_hashes, digests, content):
         tokens=np.array([len(text) for text in texts], np.int32),
         sources=np.array([len(source) for source in sources], np.int32),
         id_hashes=np.array(id_hashes, np.uint64), digests=np.array(digests, np.uint64),
-        routing_keys=to_numpy(torch.stack(memory.routing_keys), "bfloat16"), content=to_numpy(pairs, content),
+        routing_keys=to_numpy(torch.stack(memory.routing_keys), "bfloat16"),
+        content=to_numpy(pairs, layout.content),
         scales=to_numpy(scales, "float32"), text=np.concatenate([np.array(text, np.int32) for text in texts]),
         source=np.frombuffer(b"".join(sources), np.uint8))
 
@@ -176,12 +182,12 @@ class Block:
         self.ends = memory_bank.ends_of(bank.chunks[positions])
         self.offsets = torch.from_numpy(self.ends).to(device)
         self.numbers_on_device = torch.from_numpy(self.numbers).to(device)
-        self.routing_keys, self.scales, self.content = [], [], []  # by layer
-        G, D, C = bank.layout.kv_heads, bank.layout.head_dim, self.ends[-1]
+        self.routing_keys, self.scales, self.content = [], [], None  # the first two by routing layer
+        shape = self.ends[-1], bank.layout.routing_heads, bank.layout.routing_dim
         plan, int8 = bank.plan(positions), routing_keys == "int8"
-        for layer in range(bank.layout.layers):
-            keys = torch.empty(C, G, D, dtype=getattr(torch, routing_keys))
-            scales = torch.empty(C) if int8 else None
+        for layer in range(bank.layout.routing_layers):
+            keys = torch.empty(shape, dtype=getattr(torch, routing_keys))
+            scales = torch.empty(shape[0]) if int8 else None
             for rows, tile in bank.routing_keys(layer, plan):
                 if int8:
                     keys[rows], scales[rows] = quantize(to_tensor(tile))
@@ -191,10 +197,10 @@ class Block:
                     progress(tile.nbytes)
             self.routing_keys.append(keys.to(device))
             self.scales.append(scales.to(device) if int8 else None)
-            if host:
-                content, scales = zip(*(bank.content(layer, position) for position in positions))
-                scales = None if scales[0] is None else torch.from_numpy(np.concatenate(scales))
-                self.content.append((to_tensor(np.concatenate(content)), scales))
+        if host:
+            content, scales = zip(*(bank.content(position) for position in positions))
+            scales = None if scales[0] is None else torch.from_numpy(np.concatenate(scales))
+            self.content = to_tensor(np.concatenate(content)), scales
 
     def keep(self, bank):
         """Let the documents go that are no longer in the bank, or have another text there."""
@@ -264,6 +270,7 @@ class ParallelMemory:
             place = np.searchsorted(self.bank.numbers, block.numbers[block.alive])
             self.block_of[place], self.row_of[place] = i, np.flatnonzero(block.alive)
         self.numbers_on_device = torch.from_numpy(self.bank.numbers).to(self.device)
+        self.recent = {}  # what this rank has read of the disk for the question at hand: position -> content
 
     def refresh(self):
         """Follow the bank: load documents that came, find those that went no longer. Collective."""
@@ -284,18 +291,21 @@ class ParallelMemory:
 
     # --------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def select(self, layer, routing_query, routing_mask, top_k, force=None):
-        """As Memory.select: the layer's best documents of every question, and their content. Collective."""
-        B = len(routing_query)
-        scores = [torch.full((B, top_k), float("-inf"), device=self.device)]
+    def select(self, queries, mask, top_k, readers):
+        """As Memory.select: the best documents of every question, and their content. Collective."""
+        if 0 in queries:  # the first routing layer: a new question
+            self.recent = {}
+        B, places = len(mask), list(queries)
+        found = [torch.full((B, top_k), float("-inf"), device=self.device)]
         numbers = [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
+            keys, scales = ([xs[place] for place in places] for xs in (block.routing_keys, block.scales))
             documents, best = select_documents(
-                routing_query, routing_mask, block.routing_keys[layer], block.offsets, top_k,
-                block.scales[layer], block.alive_on_device, self.bank.layout.unit_keys)
-            scores.append(best)
+                list(queries.values()), mask, keys, block.offsets, top_k, scales, block.alive_on_device,
+                self.bank.layout.unit_keys)
+            found.append(best)
             numbers.append(block.numbers_on_device[documents].masked_fill(documents < 0, -1))
-        scores, numbers = best_of(torch.cat(scores, 1), torch.cat(numbers, 1), top_k)
+        scores, numbers = best_of(torch.cat(found, 1), torch.cat(numbers, 1), top_k)
         if self.ranks.world > 1:
             both = torch.stack([scores.double(), numbers.double()])         # exact: numbers are below 2^53
             everyone = self.ranks.gather(both).permute(1, 2, 0, 3).flatten(2)   # (2, B, world * top_k)
@@ -308,31 +318,38 @@ class ParallelMemory:
         ends = memory_bank.ends_of(chunks)
         local = torch.searchsorted(union, documents).masked_fill(documents < 0, -1)
         index, slots, owner = document_slots(local, torch.from_numpy(ends).to(self.device))
-        keys, values = self.fetch(layer, positions, ends)
+        keys, values = self.fetch(readers, positions, ends)
         return Selection(keys, values, index, slots, scores.gather(1, owner), documents, scores, None)
 
-    def fetch(self, layer, positions, ends):
-        """Keys and values of these documents, (C', G, D) each: every rank brings its own."""
-        layout = self.bank.layout
+    def fetch(self, readers, positions, ends):
+        """Keys and values of these documents in the reading layers at these places, lists of (C', G, D):
+        every rank brings its own."""
+        layout, readers = self.bank.layout, list(readers)
+        if not readers:
+            return [], []
         dtype = torch.bfloat16 if layout.content == "bfloat16" else torch.float32
-        rows = torch.zeros(ends[-1], 2, layout.kv_heads, layout.head_dim, dtype=dtype,
+        rows = torch.zeros(ends[-1], len(readers), 2, layout.kv_heads, layout.head_dim, dtype=dtype,
                            pin_memory=self.device.type == "cuda")
         for start, stop, position in zip(ends, ends[1:], positions):
             if self.block_of[position] >= 0:
-                content, scales = self.content(layer, position)
-                rows[start:stop] = content if scales is None else content * scales[:, :, None, None]
+                content, scales = self.content(position)
+                content = content[:, readers]
+                rows[start:stop] = content if scales is None else content * scales[:, readers, :, None, None]
         rows = self.ranks.sum(rows.to(self.device))  # what other ranks own is zero here: the sum is exact
-        return rows[:, 0].contiguous(), rows[:, 1].contiguous()
+        layers = range(len(readers))
+        return [rows[:, i, 0].contiguous() for i in layers], [rows[:, i, 1].contiguous() for i in layers]
 
-    def content(self, layer, position):
-        """A document's keys and values (chunks, 2, G, D), and scales or None, from the host or the disk."""
+    def content(self, position):
+        """A document's keys and values (chunks, L, 2, G, D), scales or None, from the host or the disk."""
         block = self.blocks[self.block_of[position]]
-        if not block.content:
-            content, scales = self.bank.content(layer, position)
-            return to_tensor(content), None if scales is None else torch.from_numpy(scales)
-        rows = slice(*block.ends[self.row_of[position]:self.row_of[position] + 2])
-        content, scales = block.content[layer]
-        return content[rows], None if scales is None else scales[rows]
+        if block.content is not None:
+            rows = slice(*block.ends[self.row_of[position]:self.row_of[position] + 2])
+            content, scales = block.content
+            return content[rows], None if scales is None else scales[rows]
+        if position not in self.recent:
+            content, scales = self.bank.content(position)
+            self.recent[position] = to_tensor(content), None if scales is None else torch.from_numpy(scales)
+        return self.recent[position]
 
 
 class Texts:

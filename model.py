@@ -3,13 +3,13 @@
     memory = model.encode(documents, numbers)              # once per document
     output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
 
-Training and inference are these two calls; `forward` is encode + read + losses. Read this file from here: the
-configuration, the transformer's blocks, the model. What `encode` makes and `read` consumes: memory.py.
+Training and inference are these two calls; `forward` is encode + read + losses. What `encode` makes and
+`read` consumes: memory.py.
 
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
 
@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import Pretrained
-from common import UserError
-from memory import Cache, Memory, hit_rate, leave_out, rank_documents
-from msa_kernel import chunk_offsets, pool_chunks, ranges, sparse_attention
-from routing import group_queries
+from checkpoint import Pretrained, check_config, named_layers
+from memory import Cache, Memory, Output, Tally, check_documents, padded_batches
+from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
+from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
 
 
@@ -42,6 +41,10 @@ class PaperConfig:
     top_k: int = 16                     # documents that each memory layer selects
     router_temperature: float = 0.1     # tau of Eq. 5 and of the naming rule
     router_layer_idx: str = ""          # the memory layers, as "18,19,20" or "all"; empty: the upper half
+    routing_layers: str = ""            # these route for all, as "0,3"; empty: each memory layer for itself
+    query_reduction: Literal["max", "mean"] = "max"  # of routing tokens: the best counts, or their mean
+    routing_dim: int = 0                # numbers of a routing key, one vector; 0: shaped as attention's keys
+    document_share: float = 0.0         # of its document's mean that is added to each routing key
     decouple_router: bool = True        # routers have their own maps; off: attention's queries and keys route
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
@@ -49,32 +52,34 @@ class PaperConfig:
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
-        for name in [own.name for own in fields(PaperConfig)]:
-            value = getattr(self, name)
-            if type(value) in (int, float) and not value > 0:
-                allowed = "at least 1" if type(value) is int else "positive"
-                raise UserError(f"model.{name} is {value}; it must be {allowed}")
-        if self.num_hidden_layers < 2:
-            raise UserError("model.num_hidden_layers is 1; it must be at least 2, the upper half reads")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"model.num_attention_heads is {self.num_attention_heads}; it must be a multiple "
-                            f"of model.num_key_value_heads, {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim is {self.head_dim}; RoPE needs an even number")
-        if not self.memory_layers:
-            raise UserError(f'model.router_layer_idx is {self.router_layer_idx!r}; it must be "all", empty, '
-                            f"or increasing numbers below {self.num_hidden_layers} with commas between")
+        check_config(self, [own.name for own in fields(PaperConfig)])
 
     @property
     def memory_layers(self):
-        """Indices of the layers that route and read the memory: the upper half (section 3.2), or as named."""
-        layers = list(range(self.num_hidden_layers))
-        if self.router_layer_idx == "all":
-            return layers
-        if not self.router_layer_idx:
-            return layers[self.num_hidden_layers // 2:]
-        named = [int(i) if i.strip().isdecimal() else -1 for i in self.router_layer_idx.split(",")]
-        return named if named == [i for i in layers if i in named] else []  # empty: not what is allowed
+        """Indices of the layers that read the memory: the upper half (section 3.2), or as named."""
+        layers = self.num_hidden_layers
+        return named_layers(self.router_layer_idx, layers) or list(range(layers // 2, layers))
+
+    @property
+    def reading_layers(self):
+        """The layers whose keys and values a memory holds."""
+        return self.memory_layers if self.attend_memory else []
+
+    @property
+    def router_layers(self):
+        """The layers whose routing keys a memory holds."""
+        return named_layers(self.routing_layers, self.num_hidden_layers) or self.memory_layers
+
+    @property
+    def rankings(self):
+        """How many Selections a question has."""
+        return 1 if self.routing_layers else len(self.memory_layers)
+
+    @property
+    def routing_shape(self):
+        """(query heads, key heads, size) of routing."""
+        shape = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return (1, 1, self.routing_dim) if self.routing_dim else shape
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, is_memory_layer):
+    def __init__(self, config, routes):
         super().__init__()
         E, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
@@ -115,10 +120,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, E, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        if is_memory_layer and config.decouple_router:  # Sequential: the authors say router_q_proj.0.weight
-            self.router_q_proj = nn.Sequential(nn.Linear(E, H * D, bias=False))
-            self.router_k_proj = nn.Sequential(nn.Linear(E, G * D, bias=False))
-        self.kv_heads, self.head_dim = G, D
+        self.kv_heads, self.head_dim, self.routing_shape = G, D, config.routing_shape
+        H, G, D = config.routing_shape
+        if routes and config.decouple_router:  # Sequential: the authors say router_q_proj.0.weight
+            self.router_q_proj = nn.Sequential(nn.Linear(E, H * D, bias=config.routing_dim > 0))
+            self.router_k_proj = nn.Sequential(nn.Linear(E, G * D, bias=config.routing_dim > 0))
         self.decouple_router, self.normalize_routing = config.decouple_router, config.normalize_routing
 
     def heads(self, x):
@@ -134,15 +140,16 @@ class Attention(nn.Module):
         return rotate(self.k_norm(self.heads(self.k_proj(h))), rope), self.heads(self.v_proj(h))
 
     def routing_query(self, h, query):
-        """(B, T, E) -> (B, T, G * D); no RoPE: routing is about content, not place. query: attention's, which
+        """(B, T, E) -> (B, T, W); no RoPE: routing is about content, not place. query: attention's, which
         routes in its place where the router has no maps of its own."""
-        own = self.heads(self.router_q_proj(h)) if self.decouple_router else query
-        scale = 1 if self.decouple_router and self.normalize_routing else self.head_dim ** -0.5
-        return group_queries(own, self.kv_heads, self.normalize_routing) * scale
+        _, groups, size = self.routing_shape
+        own = self.router_q_proj(h).unflatten(-1, (-1, size)) if self.decouple_router else query
+        scale = 1 if self.decouple_router and self.normalize_routing else size ** -0.5
+        return group_queries(own, groups, self.normalize_routing) * scale
 
     def routing_key(self, h, keys):
-        """(M, L, E) -> (M, L, G, D), not yet pooled or normalised; keys: attention's."""
-        return self.heads(self.router_k_proj(h)) if self.decouple_router else keys
+        """(M, L, E) -> (M, L, groups, size), not yet pooled or normalised; keys: attention's."""
+        return self.router_k_proj(h).unflatten(-1, self.routing_shape[1:]) if self.decouple_router else keys
 
 
 class MLP(nn.Module):
@@ -158,10 +165,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, is_memory_layer):
+    def __init__(self, config, routes):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, is_memory_layer)
+        self.self_attn = Attention(config, routes)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -184,14 +191,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(Block(config, i in config.memory_layers) for i in layers)
+        self.layers = nn.ModuleList(Block(config, i in config.router_layers) for i in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-@dataclass
-class Output:
-    logits: torch.Tensor               # (B, T, V) fp32; or (N, V) for the N positions asked for
-    selections: list = field(default_factory=list)  # of Selection, one per memory layer
+        if config.query_reduction == "mean":  # what a token counts in a question's mean
+            self.register_buffer("token_weights", torch.ones(config.vocab_size))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,6 +218,8 @@ class PaperMSA(Pretrained, nn.Module):
             if parameter.ndim == 2:
                 is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 * (shrink if is_output else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def embed(self, tokens, cache):
         """(B, T) ids that continue those of a Cache -> (B, T, E)."""
@@ -225,7 +230,7 @@ class PaperMSA(Pretrained, nn.Module):
         return chunk_offsets(lengths, self.config.chunk_size)
 
     def pool(self, keys, values, routing_keys, lengths):
-        """Three (M, L, G, D) -> three (C, G, D): the mean of each chunk's tokens (section 3.2)."""
+        """(M, L, G, D) each, or None -> (C, G, D): the mean of each chunk's tokens (section 3.2)."""
         return pool_chunks(keys, values, routing_keys, lengths, self.config.chunk_size,
                            normalize=self.config.normalize_routing)
 
@@ -255,72 +260,79 @@ class PaperMSA(Pretrained, nn.Module):
         UserError for an id outside the vocabulary, ValueError for no or empty documents or wrong numbers.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
-        if not documents or min(map(len, documents)) == 0:
-            raise ValueError("encode needs at least one document, and no empty one")
-        if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
-            raise ValueError("encode needs one number per document, increasing")
+        check_documents(documents, numbers)
         lengths = torch.tensor([len(document) for document in documents])
         offsets, parts, encoded = self.chunk_offsets(lengths), [], []
-        order = lengths.argsort(stable=True).tolist()
-        while order:
-            width = int(lengths[order[-1]])
-            batch = order[-max(1, batch_tokens // width):]
-            del order[-len(batch):]
-            tokens = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, i in enumerate(batch):
-                tokens[row, :lengths[i]] = documents[i]
+        for batch, tokens in padded_batches(documents, batch_tokens):
             self.check_ids(tokens)
             parts.append(self.encode_batch(tokens.to(self.device), lengths[batch].to(self.device)))
             encoded += batch
             if progress:
                 progress(int(lengths[batch].sum()))
-        counts = offsets.diff()
-        starts = F.pad(counts[encoded].cumsum(0), (1, 0))[torch.tensor(encoded).argsort()]  # in the parts
-        rows = ranges(starts, counts).to(self.device)
-        stored = [[torch.cat(xs) for xs in zip(*layers)] for layers in zip(*parts)]  # of layers: keys, ...
-        assert all(len(xs[0]) == offsets[-1] for xs in stored), "what was encoded is not what was given"
-        keys, values, routing_keys = ([xs[kind][rows] for xs in stored] for kind in range(3))
-        return Memory(keys, values, routing_keys, offsets.to(self.device), numbers)
+        return Memory.in_order(parts, encoded, offsets.to(self.device), numbers)
 
     def encode_batch(self, tokens, lengths):
-        """(M, L) padded documents -> per memory layer: chunk keys, values, routing keys, each (C, G, D).
-
-        Attention is causal, so that padding on the right needs no mask. Positions count from 0 (document-wise
-        RoPE). Stops after the last memory layer's projections.
-        """
-        memory_layers = self.config.memory_layers
+        """(M, L) padded documents -> keys and values of reading layers, routing keys of routing layers, all
+        (C, G, D). Attention is causal, so that padding on the right needs no mask. Positions count from 0
+        (document-wise RoPE). Stops after the projections of the last layer that is needed."""
+        reading, routing = self.config.reading_layers, self.config.router_layers
         rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)
+        last = max(reading + routing)
 
         def attend(i, attention, h, keys, values):
-            pooled, attended = None, None
-            if i in memory_layers:
-                pooled = self.pool(keys, values, attention.routing_key(h, keys), lengths)
-            if i < memory_layers[-1]:
-                attended = sparse_attention(attention.query(h, rope), keys, values)
-            return attended, pooled
+            kept = (keys, values) if i in reading else (None, None)
+            routing_keys = attention.routing_key(h, keys) if i in routing else None
+            attended = sparse_attention(attention.query(h, rope), keys, values) if i < last else None
+            return attended, self.pool(*kept, routing_keys, lengths)
 
-        _, found = self.run(self.embed(tokens, Cache()), rope, attend, memory_layers[-1] + 1)
-        return [pooled for pooled in found if pooled is not None]
+        _, found = self.run(self.embed(tokens, Cache()), rope, attend, last + 1)
+        keys, values, routing_keys = ([x for x in xs if x is not None] for xs in zip(*found))
+        if self.config.document_share:
+            offsets = self.chunk_offsets(lengths)
+            routing_keys = [share_document(x, offsets, self.config.document_share) for x in routing_keys]
+        return keys, values, routing_keys
 
-    def check_ids(self, tokens):
-        """Raises UserError for a token id outside the vocabulary."""
-        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if len(outside):
-            raise UserError(f"token id {int(outside[0])} is outside the model's vocabulary of "
-                            f"{self.config.vocab_size} tokens; the tokenizer is not this model's")
+    def routing_inputs(self, h, tokens, mask):
+        """What becomes routing queries, and which of them route (bool): h (B, T, E) itself, or the weighted
+        mean of each segment (B, S, E). mask: (B, T) as for `read`."""
+        if self.config.query_reduction == "max":
+            return h, mask != 0
+        segments = torch.arange(1, max(int(mask.max()), 1) + 1, device=tokens.device)[:, None]      # (S, 1)
+        weights = (mask[:, None] == segments) * self.model.token_weights[tokens][:, None]   # (B, S, T)
+        total = weights.sum(2, keepdim=True)
+        return (weights / total.clamp(min=1e-9)).to(h.dtype) @ h, total[..., 0] > 0
 
-    # --------------------------------------------------------------------------------------------------------
+    def find(self, tokens, memory, routing_mask, prefix_length=0):
+        """The Selection that all reading layers share: one pass of the question through the routing layers
+        alone, which see no memory. Arguments as for `read`."""
+        config, layers = self.config, self.config.router_layers
+        place = torch.arange(tokens.size(1), device=tokens.device)
+        rope = rope_angles(place + config.top_k * (place >= prefix_length), config)
+
+        def attend(i, attention, h, keys, values):
+            query, routed = attention.query(h, rope), None
+            if i in layers:
+                inputs, mask = self.routing_inputs(h, tokens, routing_mask)
+                routed = attention.routing_query(inputs, query), mask
+            return sparse_attention(query, keys, values) if i < layers[-1] else None, routed
+
+        _, found = self.run(self.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+        queries = {place: found[i][0] for place, i in enumerate(layers)}
+        return memory.select(queries, found[-1][1], config.top_k, range(len(config.reading_layers)))
+
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
-        """Question tokens -> Output: logits, and each memory layer's Selection (section 3.3).
+        """Question tokens -> Output: logits, and the Selections (section 3.3).
 
         tokens: (B, T) int64; rows of unequal length are padded on the right. memory: what has `select`, or
-        None. routing_mask: (B, T) bool, the tokens that route; none of them: nothing is selected. cache: a
-        Cache, filled by this call; when it already holds tokens these continue them, and nothing is routed
-        again. prefix_length: so many first tokens are a template's head: at positions 0.., blind to the
-        memory. positions: optional (B, T) bool, where logits are wanted; default everywhere. The question
-        stands at prefix_length + top_k, however many documents there are (global RoPE, section 3.3).
+        None. routing_mask: (B, T), the tokens that route, bool or int64: 0 none, 1 the question, 2, 3, ...
+        texts appended later, which are means of their own; no token: nothing is selected. cache: a Cache,
+        filled by this call; when it already holds tokens these continue them, and nothing is routed again.
+        prefix_length: so many first tokens are a template's head: at positions 0.., blind to the memory.
+        positions: optional (B, T) bool, where logits are wanted; default everywhere. The question stands at
+        prefix_length + top_k, however many documents there are (global RoPE, section 3.3).
         """
         config, memory_layers = self.config, self.config.memory_layers
+        shared = config.routing_layers != ""
         cache = Cache() if cache is None else cache
         if cache.length == 0:
             cache.prefix_length = prefix_length
@@ -329,25 +341,30 @@ class PaperMSA(Pretrained, nn.Module):
         routes = cache.length == 0 and memory is not None and len(memory) > 0
         if routes and routing_mask is None:
             raise ValueError("read needs a routing_mask with a memory: which tokens route?")
+        if routes and shared:
+            cache.selections = [self.find(tokens, memory, routing_mask, prefix_length)]
 
         def attend(i, attention, h, keys, values):
             query, selection, chosen = attention.query(h, rope), None, ()
             keys, values = cache.extended(i, keys, values)
-            if i in memory_layers and routes:
-                routing_query = attention.routing_query(h, query)
-                of_layer = memory_layers.index(i)
-                selection = memory.select(of_layer, routing_query, routing_mask, config.top_k)
-            elif i in memory_layers and cache.selections:
-                selection = cache.selections[memory_layers.index(i)]
+            nth = memory_layers.index(i) if i in memory_layers else None
+            if nth is not None and routes and not shared:
+                inputs, mask = self.routing_inputs(h, tokens, routing_mask)
+                queries = {nth: attention.routing_query(inputs, query)}
+                selection = memory.select(queries, mask, config.top_k, [nth] * config.attend_memory)
+            elif nth is not None and cache.selections:
+                selection = cache.selections[0 if shared else nth]
             if selection is not None and config.attend_memory:
-                chosen = (selection.keys, selection.values, selection.index, selection.slots,
+                at = nth if shared else 0
+                chosen = (selection.keys[at], selection.values[at], selection.index, selection.slots,
                           cache.prefix_length, self.memory_bias(selection))
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
         x, found = self.run(self.embed(tokens, cache), rope, attend)
         for i, (keys, values, _) in enumerate(found):
             cache.keys[i], cache.values[i] = keys, values
-        cache.selections = [selection for _, _, selection in found if selection is not None]
+        if routes and not shared:
+            cache.selections = [selection for _, _, selection in found if selection is not None]
         cache.length += tokens.size(1)
         x = self.model.norm(x if positions is None else x[positions])
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
@@ -360,26 +377,17 @@ class PaperMSA(Pretrained, nn.Module):
         documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T),
         answers (B,), positive and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of
         scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over positives, layers and
-        questions) carry gradients; the others do not. `naming` and `answer`: the parts of `lm` in samples
-        that name documents and in those that answer; `named` and `answered`: the shares of these samples
-        whose every token is the likeliest. `recall` (layers + 1,): the share of positives among what each
-        layer selected, then among the first top_k of `rank_documents`, documents in the sample left out;
-        `top1`: the same of the first alone; `chance`: the recall of a random ranking.
+        questions) carry gradients; those of `memory.Tally` do not, nor `chance`, a random ranking's recall.
         """
         config, memory = self.config, self.encode(documents, numbers)
-        zeros = partial(torch.zeros, device=self.device)
-        aux, routed, top1, recall = zeros(()), 0, zeros(()), zeros(len(config.memory_layers) + 1)
-        losses, predicted, right, samples = (zeros(2) for _ in range(4))  # of samples that name, that answer
+        lm = aux = torch.zeros((), device=self.device)
+        tally = Tally(config.rankings, self.device)
         for batch in batches:
-            tokens, target, answers = batch["tokens"], batch["target_mask"], batch["answers"].long()
+            tokens, target = batch["tokens"], batch["target_mask"]
             output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
-            row = target.nonzero()[:, 0]                                                    # (N,)
-            token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")
-            losses = losses.index_add(0, answers[row], token_losses)
-            wrong = zeros(len(tokens)).index_add(0, row, (output.logits.argmax(-1) != tokens[target]).float())
-            predicted += torch.bincount(answers[row], minlength=2)
-            samples += torch.bincount(answers, minlength=2)
-            right += torch.bincount(answers, (wrong == 0).float(), minlength=2)
+            token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")         # (N,)
+            lm = lm + token_losses.sum()
+            tally.add_tokens(batch, output.logits, token_losses)
             asks = batch["positive"].any(1)  # the others have read their documents
             if not asks.any():
                 continue
@@ -387,18 +395,10 @@ class PaperMSA(Pretrained, nn.Module):
             selections = [selection.map(lambda x, asks=asks: x[asks]) for selection in output.selections]
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
-            routed += len(positive)
-            first = leave_out(rank_documents(selections)[0], appended)
-            found = [selection.documents for selection in selections] + [first[:, :config.top_k]]
-            recall += torch.stack([hit_rate(documents, positive).sum() for documents in found])
-            top1 += hit_rate(first[:, :1], positive).sum()
-        asked = max(routed, 1)
-        naming, answer = losses.detach() / predicted.clamp(min=1)
-        named, answered = right / samples.clamp(min=1)
-        chance = zeros(()) + min(1.0, config.top_k / len(numbers))
-        return dict(lm=losses.sum() / predicted.sum().clamp(min=1), aux=aux / asked, naming=naming,
-                    answer=answer, named=named, answered=answered, recall=recall / asked, top1=top1 / asked,
-                    chance=chance)
+            tally.add_rankings(selections, positive, appended, config.top_k)
+        chance = torch.zeros_like(lm) + min(1.0, config.top_k / len(numbers))
+        return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1), chance=chance,
+                    **tally.means())
 
 
 def contrastive_loss(scores, positive, excluded, temperature):

@@ -32,6 +32,7 @@ except ImportError:  # macOS, Windows
 jit = triton.jit if triton else lambda kernel: kernel
 LOG2E = tl.constexpr(1.4426950408889634) if triton else None  # kernels may read a global only as a constexpr
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256  # of pooling and attention in the kernels
 PRECISION = "tf32x3"  # of float32 products on tensor cores: three TF32 products, within 1e-6 of float32
 
 
@@ -57,9 +58,9 @@ def check(name, x, shape, dtypes=FLOATS):
 
 
 def check_head_size(D):
-    """Pooling and attention hold whole heads in registers: raises ValueError above 256."""
-    if D > 256:
-        raise ValueError(f"the head size is {D}; the Triton kernels take at most 256 "
+    """Attention holds whole heads in registers, as pooling does: raises ValueError above MAX_HEAD_SIZE."""
+    if D > MAX_HEAD_SIZE:
+        raise ValueError(f"the head size is {D}; the Triton kernels take at most {MAX_HEAD_SIZE} "
                          "(MSA_KERNEL=torch takes all)")
 
 
@@ -95,16 +96,19 @@ def ranges(starts, counts):
 def pool_chunks(keys, values, routing_keys, lengths, chunk_size, last=0, normalize=True):
     """Means over each chunk's tokens (section 3.2); a last short chunk is averaged over what it has.
 
-    keys, values, routing_keys: (M, L, G, D), right-padded; lengths: (M,) tokens of each document, at least 1;
-    last: as for `chunk_offsets`. Returns three (C, G, D), documents one after another; routing keys have unit
-    length per head after pooling (Eq. 1), or are left as they are without `normalize`, which has no kernel.
+    keys, values, routing_keys: (M, L, G, D), right-padded, or None for what is not wanted; lengths: (M,)
+    tokens of each document, at least 1; last: as for `chunk_offsets`. Returns three (C, G, D), or None,
+    documents one after another; routing keys are brought to unit length per head after pooling (Eq. 1), or
+    left as they are without `normalize`. The kernel is for all three, equally shaped and normalised.
     """
-    if use_triton(keys) and normalize:
-        return Pool.apply(keys, values, routing_keys, *chunk_spans(lengths, keys.size(1), chunk_size, last))
-    pooled = [chunk_means(x, lengths, chunk_size, last) for x in (keys, values, routing_keys)]
-    if normalize:
-        pooled[2] = F.normalize(pooled[2].float(), dim=-1).to(pooled[2].dtype)
-    return tuple(pooled)
+    inputs = keys, values, routing_keys
+    if normalize and all(x is not None and x.shape == inputs[0].shape for x in inputs):
+        if use_triton(keys) and keys.size(3) <= MAX_HEAD_SIZE:
+            return Pool.apply(*inputs, *chunk_spans(lengths, keys.size(1), chunk_size, last))
+    keys, values, pooled = [None if x is None else chunk_means(x, lengths, chunk_size, last) for x in inputs]
+    if normalize and pooled is not None:
+        pooled = F.normalize(pooled.float(), dim=-1).to(pooled.dtype)
+    return keys, values, pooled
 
 
 def chunk_means(x, lengths, chunk_size, last=0):

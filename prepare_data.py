@@ -297,7 +297,8 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
     appended: reading the text is easier, but must not be forgotten. Documents get random numbers, increasing
     with their place: the order of a pool is random already.
     Returns (documents, numbers, batches): LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
-        tokens (B, T) int64; routing_mask (B, T) bool: tokens that route
+        tokens (B, T) int64; routing_mask (B, T) int64: 1 the question, 2, 3, ... texts appended to it, which
+        route; 0 what does not
         target_mask (B, T) bool: tokens to predict; answers (B,) bool: they are an answer, not numbers
         positive (B, M) bool: documents to route to; appended (B, M) bool: those whose text is in the sample
     Samples of similar length share a batch of at most `batch_tokens` tokens, padding included.
@@ -309,19 +310,22 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
     samples = []
     for question, answer, gold, pooled in questions:
         prompt, appended = tokenizer.question(question.tolist()), []
+        segments = [1] * len(prompt)
         answer = [tokenizer.end_of_retrieval, *answer.tolist(), tokenizer.end]
         if pooled:
-            samples.append((prompt, answer, gold[0], []))
+            samples.append((prompt, answer, gold[0], [], segments))
             if rng.random() > 0.25:
                 continue
         for hop in map(sorted, gold):
             if not pooled:
                 names = [token for document in hop for token in tokenizer.number(numbers[document])]
-                samples.append((prompt, [*names, tokenizer.stop], hop, appended))
+                samples.append((prompt, [*names, tokenizer.stop], hop, appended, segments))
             for document in hop:
-                prompt = prompt + tokenizer.appended(numbers[document], texts[document])
+                text = tokenizer.appended(numbers[document], texts[document])
+                prompt = prompt + text
+                segments = segments + [segments[-1] + 1] * len(text)
             appended = appended + hop
-        samples.append((prompt, answer, [], appended))
+        samples.append((prompt, answer, [], appended, segments))
     samples.sort(key=length)
     batches, batch = [], []
     for sample in reversed(samples):  # longest first: the first of a batch sets its width
@@ -334,16 +338,17 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
 
 
 def stack(samples, tokenizer, documents):
-    """Samples (prompt, target, positive, appended) as the padded tensors of one batch; see `collate`."""
-    size = len(samples), max(len(prompt) + 1 + len(target) for prompt, target, _, _ in samples)
-    tokens = torch.zeros(size, dtype=torch.long)
-    routing_mask, target_mask = torch.zeros(2, *size, dtype=torch.bool)
+    """Samples (prompt, target, positive, appended, segments) as the padded tensors of one batch; see
+    `collate`."""
+    size = len(samples), max(len(prompt) + 1 + len(target) for prompt, target, *_ in samples)
+    tokens, routing_mask = torch.zeros(2, *size, dtype=torch.long)
+    target_mask = torch.zeros(size, dtype=torch.bool)
     positive, appended = torch.zeros(2, len(samples), documents, dtype=torch.bool)
     answers = torch.zeros(len(samples), dtype=torch.bool)
-    for i, (prompt, target, gold, seen) in enumerate(samples):
+    for i, (prompt, target, gold, seen, segments) in enumerate(samples):
         begin, end = len(prompt) + 1, len(prompt) + 1 + len(target)
         tokens[i, :end] = torch.tensor([*prompt, tokenizer.retrieve, *target])
-        routing_mask[i, :len(prompt)] = True
+        routing_mask[i, :len(prompt)] = torch.tensor(segments)
         target_mask[i, begin:end] = True
         answers[i] = target[0] == tokenizer.end_of_retrieval
         positive[i, gold] = True

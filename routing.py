@@ -40,6 +40,23 @@ def quantize(routing_keys):
     return (routing_keys / scales[:, None, None]).round().to(torch.int8), scales
 
 
+def share_document(routing_keys, offsets, share):
+    """Adds to each routing key (C, G, D) `share` of its document's mean key, brought to unit length, and
+    brings the sum to unit length again, per head: what a chunk says, and what its document is about."""
+    owner = owners(offsets, len(routing_keys))
+    sums = torch.zeros(len(offsets) - 1, *routing_keys.shape[1:], device=routing_keys.device)
+    means = F.normalize(sums.index_add(0, owner, routing_keys.float()), dim=-1)  # of sums: the same direction
+    return F.normalize(routing_keys.float() + share * means[owner], dim=-1).to(routing_keys.dtype)
+
+
+def mean_scores(scores):
+    """The mean over routing layers, [(B, M)] -> (B, M), added up in their order."""
+    total = scores[0]
+    for of_layer in scores[1:]:
+        total = total + of_layer
+    return total / len(scores)
+
+
 def route(query, mask, routing_keys, offsets, scales=None):
     """Document scores (section 3.2, Eq. 2): mean over heads of the cosine, max over tokens, max over chunks.
 
@@ -97,45 +114,58 @@ def document_max(best, offsets):
 
 
 @torch.no_grad()
-def select_documents(query, mask, routing_keys, offsets, top_k, scales=None, alive=None, unit=True):
-    """The first top_k of `route`'s ranking, without gradients, as `top_documents` returns them.
+def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, alive=None, unit=True):
+    """The first top_k by the mean over layers of `route`'s scores, without gradients: indices (B, top_k)
+    int64, scores (B, top_k), as `top_documents`.
 
-    alive: optional (M,) bool; the others are not found. unit: routing keys have unit length per head.
+    queries, routing_keys, scales: lists, one of `route`'s per layer. alive: optional (M,) bool; the others
+    are not found. unit: routing keys have unit length per head.
 
     Some CPUs multiply bf16 at more than twice the rate of fp32, but round the score to bf16 as well as what
     is multiplied. How far this moves a score is known: by the length of the query's rounding error, summed
-    over groups (keys have unit length), by 2^-9 of the query's own where keys are rounded, and by half a unit
-    in the score's last place. Documents that could still be among the first k by their rough scores are
-    scored again in fp32: the result is exact.
+    over groups (keys have unit length), by 2^-8 of the query's own where keys are rounded, and by half a unit
+    in the score's last place, 2^-8 of it. Documents that could still be among the first k by their rough
+    scores are scored again in fp32, in all layers: the result is exact.
     """
+    query, scales = queries[0], scales or [None] * len(queries)
+    layers = list(zip(queries, routing_keys, scales))
     if not (query.is_cpu and unit) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        scores = route(query, mask, routing_keys, offsets, scales)
+        scores = mean_scores([route(query, mask, keys, offsets, scale) for query, keys, scale in layers])
         if alive is not None:
             scores = scores.masked_fill(~alive, float("-inf"))
         return top_documents(scores, top_k)
-    (B, T, W), (_, G, D) = query.shape, routing_keys.shape
-    queries, rough = query.reshape(B * T, W).bfloat16(), []
-    blind = None if mask.all() else ~mask[:, :, None]
-    for part in routing_keys.flatten(1).split(8 * ROUTE_TILE // max(routing_keys.element_size(), 2)):
-        scores = (queries @ part.bfloat16().T).view(B, T, -1)  # int8 is exact in bf16
-        rough.append(reduce_tokens(scores, blind, 1))
-    rough = torch.cat(rough, 1).float()
-    rough = document_max(rough if scales is None else rough * scales, offsets)  # (B, M)
+    rough = error = rounding = 0  # sums over layers
+    length = lambda x: x.unflatten(2, routing_keys[0].shape[1:]).norm(dim=3).sum(2).amax(1, keepdim=True)
+    for query, keys, scale in layers:
+        rough = rough + document_max(rough_scores(query, mask, keys, scale), offsets)       # (B, M)
+        error = error + length(query - query.bfloat16())
+        error = error + 2 ** -8 * length(query) * (keys.dtype not in (torch.bfloat16, torch.int8))
+        rounding = rounding + 2 ** -8 * length(query)
     if alive is not None:
         rough = rough.masked_fill(~alive, float("-inf"))
     kth = rough.topk(min(top_k, rough.size(1)), sorted=False).values.amin(1, keepdim=True)
-    length = lambda x: x.unflatten(2, (G, D)).norm(dim=3).sum(2).amax(1, keepdim=True)
-    error = length(query - queries.view(B, T, W))
-    if routing_keys.dtype not in (torch.bfloat16, torch.int8):
-        error += 2 ** -9 * length(query)
-    margin = 1.1 * (2 * error + 2 ** -8 * kth.abs().nan_to_num(posinf=0))  # 2: the k-th may be off as well
+    if len(layers) == 1:  # tighter: what counts is near the k-th score
+        rounding = 2 ** -8 * kth.abs().nan_to_num(posinf=0)
+    margin = 1.1 * 2 * (error + rounding)  # twice: the k-th score may be off as well
     kept = ((rough >= kth - margin) & (rough > float("-inf"))).any(0).nonzero().squeeze(1)
     counts = offsets.diff()[kept]
-    rows = ranges(offsets[kept], counts)
-    scales = None if scales is None else scales[rows]
-    exact = chunk_scores(query, mask, routing_keys[rows].flatten(1), scales, tile=64)
-    documents, scores = top_documents(document_max(exact, F.pad(counts.cumsum(0), (1, 0))), top_k)
-    return torch.cat([kept, kept.new_tensor([-1])])[documents], scores  # -1 stays -1
+    rows, ends = ranges(offsets[kept], counts), F.pad(counts.cumsum(0), (1, 0))
+    exact = [chunk_scores(query, mask, keys[rows].flatten(1), None if scale is None else scale[rows], tile=64)
+             for query, keys, scale in layers]
+    documents, scores = top_documents(mean_scores([document_max(x, ends) for x in exact]), top_k)
+    return torch.cat([kept, kept.new_tensor([-1])])[documents], scores                  # -1 stays -1
+
+
+def rough_scores(query, mask, keys, scales):
+    """`chunk_scores` by bf16 products: (B, T, W), (B, T), (C, G, D) -> (B, C)."""
+    B, T, W = query.shape
+    queries, best = query.reshape(B * T, W).bfloat16(), []
+    blind = None if mask.all() else ~mask[:, :, None]
+    for part in keys.flatten(1).split(8 * ROUTE_TILE // max(keys.element_size(), 2)):
+        scores = (queries @ part.bfloat16().T).view(B, T, -1)  # int8 is exact in bf16
+        best.append(reduce_tokens(scores, blind, 1))
+    best = torch.cat(best, 1).float()
+    return best if scales is None else best * scales
 
 
 @jit

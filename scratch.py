@@ -48,7 +48,7 @@ class Scratch:
         if self.config.copy_init:
             copy_init(self)
         if self.config.equal_routers:
-            for i in self.config.memory_layers:
+            for i in self.config.router_layers:
                 attention = self.model.layers[i].self_attn
                 start_equal(attention.router_q_proj[0], attention.router_k_proj[0], attention)
 
@@ -70,11 +70,9 @@ class Scratch:
         config = self.config
         keys, values, routing_keys = pool_chunks(keys, values, routing_keys, lengths, config.chunk_size,
                                                  config.number_chunk, config.normalize_routing)
-        return (
-            keys,
-            F.rms_norm(values, values.shape[-1:]) if config.normalize_values else values,
-            routing_keys,
-        )
+        if config.normalize_values and values is not None:
+            values = F.rms_norm(values, values.shape[-1:])
+        return keys, values, routing_keys
 
     def memory_bias(self, selection):
         if not self.config.score_bias:
@@ -106,5 +104,6 @@ def copy_init(model):
 
 def start_equal(queries, keys, attention):
     """Give the query map of every head the key map of its group; both are nn.Linear."""
-    shape = (attention.kv_heads, -1, attention.head_dim, keys.in_features)
+    _, groups, size = attention.routing_shape
+    shape = (groups, -1, size, keys.in_features)
     queries.weight.data.view(shape).copy_(keys.weight.data.view(shape).expand_as(queries.weight.view(shape)))

@@ -41,8 +41,10 @@ def fingerprint(model, tokenizer):
 def bank_layout(model, tokenizer, content="bfloat16"):
     """What a bank of this model holds; content: bfloat16 or int8, the type of its keys and values."""
     config = model.config
-    return Layout(fingerprint(model, tokenizer), len(config.memory_layers), config.num_key_value_heads,
-                  config.head_dim, content, config.normalize_routing)
+    _, routing_heads, routing_dim = config.routing_shape
+    return Layout(fingerprint(model, tokenizer), len(config.reading_layers), config.num_key_value_heads,
+                  config.head_dim, len(config.router_layers), routing_heads, routing_dim, content,
+                  config.normalize_routing)
 
 
 def check_fingerprint(layout, folder, model, tokenizer):
@@ -175,7 +177,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
                 replaced += held  # with what is encoded now, in one change
                 share = sorted(due[ranks.rank::ranks.world], key=lambda entry: entry[0])
                 if share:
-                    records, tokens = encode_records(model, tokenizer, share, bank.layout.content)
+                    records, tokens = encode_records(model, tokenizer, share, bank.layout)
                     pieces.append(records)
                     encoded += tokens
                 bar.update(sum(len(document.text.encode()) for document in group))
@@ -189,13 +191,13 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
     return done
 
 
-def encode_records(model, tokenizer, due, content):
+def encode_records(model, tokenizer, due, layout):
     """Encode what is `due` (see Changes.compare), in the order of numbers: (records, tokens of the texts)."""
     numbers, documents, id_hashes, digests = zip(*due)
     texts = tokenizer.encode_batch([document.text for document in documents])
     spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
     sources = [document.where() for document in documents]
-    records = to_records(model.encode(spelled, numbers), texts, sources, id_hashes, digests, content)
+    records = to_records(model.encode(spelled, numbers), texts, sources, id_hashes, digests, layout)
     return records, sum(map(len, texts))
 
 
@@ -227,4 +229,5 @@ def describe(bank):
         f"content       {content} in {layout.content}, on disk or on the hosts",
         f"on disk       {on_disk} in {len(bank.segments):,} segments",
         f"made by       {layout.fingerprint} (model-tokenizer)",
-        f"of a chunk    {layout.layers} memory layers, {layout.kv_heads} heads of {layout.head_dim}"])
+        f"of a chunk    routing keys of {layout.routing_layers} layers, {layout.routing_heads} x "
+        f"{layout.routing_dim}; keys and values of {layout.layers}, {layout.kv_heads} x {layout.head_dim}"])

@@ -116,7 +116,8 @@ def start_from(config, folder, tokenizer, device):
     return model.train()
 
 
-ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx")  # new routers are free to have
+ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "routing_layers",
+           "query_reduction", "routing_dim", "document_share")  # new routers are free to have
 
 
 def settings(config, loaded, names):
@@ -137,7 +138,8 @@ def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
         for batch in batches:
-            questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], batch["routing_mask"])]
+            routing = batch["routing_mask"] > 0
+            questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], routing)]
     start_routers(model, documents, questions, dtype)
 
 
@@ -152,8 +154,9 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     rng = np.random.default_rng([config.seed, position])
     documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
-        kept = batch["routing_mask"] & torch.from_numpy(rng.random(batch["routing_mask"].shape) >= dropout)
-        batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, batch["routing_mask"])
+        routes = batch["routing_mask"]
+        kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
+        batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, routes)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     return documents, numbers, batches
 
@@ -232,6 +235,9 @@ def script():
     if config.router_data:
         for wrong, fix in ((not config.init_from, "name the backbone with --init-from"),
                            (world > 1, f"start one process, not {world}"),
+                           (config.model.query_reduction != "max" or config.model.document_share > 0,
+                            "it trains routers by the best token and chunk; leave out model.query_reduction "
+                            "and model.document_share"),
                            (config.resume, "leave --resume out: it takes minutes, and starts anew")):
             if wrong:
                 raise UserError(f"--router-data {config.router_data}: {fix}")
@@ -317,7 +323,7 @@ def script():
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(len(METRICS) + len(config.model.memory_layers) + 2, device=device)  # last: pools
+        sums = torch.zeros(len(METRICS) + config.model.rankings + 2, device=device)  # last: pools
         model.eval()
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):

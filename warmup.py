@@ -52,7 +52,7 @@ def compute_inputs(model, texts, reduce, label, prefix_length=0, shift=0):
     lengths = np.array([len(text) for text in texts])
     order, layers, kept, counts = (
         np.argsort(-lengths, kind="stable").tolist(),
-        [[] for _ in model.config.memory_layers],
+        [[] for _ in model.config.router_layers],
         [],
         [],
     )
@@ -83,13 +83,13 @@ def layer_inputs(model, tokens, prefix_length, shift):
     prefix_length on they stand `shift` further."""
     place = torch.arange(tokens.size(1), device=tokens.device)
     rope, last = rope_angles(place + shift * (place >= prefix_length),
-                             model.config), model.config.memory_layers[-1]
+                             model.config), model.config.router_layers[-1]
 
     def attend(i, attention, h, keys, values):
         return None if i == last else sparse_attention(attention.query(h, rope), keys, values), h
 
     _, found = model.run(model.embed(tokens, Cache()), rope, attend, last + 1)
-    return [found[i] for i in model.config.memory_layers]
+    return [found[i] for i in model.config.router_layers]
 
 
 def document_inputs(model, documents):
@@ -150,20 +150,20 @@ def whiten(inputs, known=None):
 
 
 def shape_of(config):
-    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return config.routing_shape
 
 
 def first_maps(config):
     """For each memory layer a random orthogonal map for keys, and the same for the queries of every head."""
     (H, G, D), E = shape_of(config), config.hidden_size
-    keys = [torch.nn.init.orthogonal_(torch.empty(G * D, E)) for _ in config.memory_layers]
+    keys = [torch.nn.init.orthogonal_(torch.empty(G * D, E)) for _ in config.router_layers]
     return [[key.view(G, 1, D, E).expand(-1, H // G, -1, -1).reshape(H * D, E).clone(), key] for key in keys]
 
 
 def write_routers(model, maps, whitenings):
     """Give the model routers that do to inputs as they are what `maps` do to whitened ones; whitenings:
     (questions', documents')."""
-    for i, pair, whites in zip(model.config.memory_layers, maps, zip(*whitenings)):
+    for i, pair, whites in zip(model.config.router_layers, maps, zip(*whitenings)):
         attention = model.model.layers[i].self_attn
         for router, x, white in zip((attention.router_q_proj[0], attention.router_k_proj[0]), pair, whites):
             router.weight.data.copy_(x @ white)
@@ -265,7 +265,7 @@ def train_routers(config, folder, changes, device, dtype, say):
     tokenizer, config = load_tokenizer(folder, model.config), replace(config, model=model.config)
     out.mkdir(parents=True, exist_ok=True)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
-        f"{model.config.memory_layers}")
+        f"{model.config.router_layers}")
     measured = warm_up(config, model, tokenizer, dtype, say)
     model.to(model.stored_dtype).save(out)
     tokenizer.save(out)
@@ -327,7 +327,7 @@ def warm_up(config, model, tokenizer, dtype, say):
     except UserError:  # bm25s is not installed
         measured["bm25"] = None
     say(f"recall@{at} of {len(test):,} test questions: chance {measured['chance']}, BM25 {measured['bm25']}")
-    attention = [model.model.layers[i].self_attn for i in c.memory_layers]
+    attention = [model.model.layers[i].self_attn for i in c.router_layers]
     measure("as attention", [[router[0].weight.detach().float().cpu()
                               for router in (a.router_q_proj, a.router_k_proj)] for a in attention])
     torch.manual_seed(config.seed)

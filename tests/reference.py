@@ -6,7 +6,7 @@ dict with Hugging Face names and a configuration with plain attributes. Everythi
 operations, so that autograd gives the true gradients.
 
     reference = Reference(state_dict, config)
-    memory = reference.encode(documents)              # [document][memory layer][chunk] -> Chunk
+    memory = reference.encode(documents)              # [document][layer][chunk] -> Chunk
     reading = reference.read(tokens, memory, routes)  # logits; per memory layer: scores, chosen documents
     losses = reference.losses(documents, samples)     # what training minimises and prints
 """
@@ -135,13 +135,17 @@ class Reference:
     def __init__(self, state_dict, config):
         self.config = config
         self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
-        layers = range(config.num_hidden_layers)
-        # By default the upper half, the larger one if they are unequal.
-        self.memory_layers = list(layers[len(layers) // 2:])
-        if config.router_layer_idx == "all":
-            self.memory_layers = list(layers)
-        elif config.router_layer_idx:
-            self.memory_layers = [int(layer) for layer in config.router_layer_idx.split(",")]
+        # the upper half, the larger one if they are unequal
+        upper_half = list(range(config.num_hidden_layers // 2, config.num_hidden_layers))
+        self.memory_layers = self.named(config.router_layer_idx) or upper_half
+        self.shared = self.named(config.routing_layers)  # in the paper's mode there are none
+        self.routing_layers = self.shared or self.memory_layers
+        self.reading_layers = self.memory_layers if config.attend_memory else []
+
+    def named(self, text):
+        if text == "all":
+            return list(range(self.config.num_hidden_layers))
+        return [int(layer) for layer in text.split(",")] if text else []
 
     # ---- a transformer, token by token
 
@@ -195,56 +199,95 @@ class Reference:
         return [self.encode_document(document) for document in documents]
 
     def encode_document(self, tokens):
-        """One document, alone, at positions 0, 1, ...: per memory layer its list of Chunks."""
-        xs, stored = self.embed(tokens), []
+        """One document, alone, at positions 0, 1, ...: its list of Chunks of each layer that is stored."""
+        xs, stored = self.embed(tokens), {}
+        cut = lambda x: spans(x, self.config.chunk_size, self.config.number_chunk)
+        pool = lambda x: [mean(span) for span in cut(x)]
         for layer in range(self.config.num_hidden_layers):
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, t) for t, h in enumerate(hs)))
-            if layer in self.memory_layers:
-                routing = [self.heads(layer, "router_k_proj.0", self.config.num_key_value_heads, h)
-                           for h in hs]
-                cut = lambda x: spans(x, self.config.chunk_size, self.config.number_chunk)
-                pooled = zip(*([mean(span) for span in cut(x)] for x in (keys, values, routing)))
-                chunks = []
-                for key, value, routing_key in pooled:
-                    if self.config.normalize_values:
-                        value = torch.stack([unit_rms(head) for head in value])
-                    chunks.append(Chunk(key, value, torch.stack([unit(head) for head in routing_key])))
-                stored.append(chunks)
+            chunks = [Chunk(None, None, None) for _ in cut(hs)]
+            if layer in self.reading_layers:
+                chunks = [Chunk(key, value, None) for key, value in zip(pool(keys), pool(values))]
+                if self.config.normalize_values:
+                    chunks = [chunk._replace(value=torch.stack([unit_rms(head) for head in chunk.value]))
+                              for chunk in chunks]
+            if layer in self.routing_layers:
+                routing_keys = self.share_document(pool([self.router(layer, "k", h) for h in hs]))
+                chunks = [chunk._replace(routing_key=key) for chunk, key in zip(chunks, routing_keys)]
+            stored[layer] = chunks
             xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1]))
                   for t, x in enumerate(xs)]
         return stored
 
-    def route(self, layer, hs, memory):
-        """The documents' scores in one layer for the normed inputs of the routing tokens."""
-        queries = [self.heads(layer, "router_q_proj.0", self.config.num_attention_heads, h) for h in hs]
-        at = self.memory_layers.index(layer)
-        return [document_score(queries, [chunk.routing_key for chunk in document[at]]) for document in memory]
+    def router(self, layer, which, h):
+        """A routing query ("q", one per query head) or key ("k") of one normed input."""
+        if self.config.routing_dim:
+            name = f"model.layers.{layer}.self_attn.router_{which}_proj.0"
+            return (linear(self.weights[f"{name}.weight"], h) + self.weights[f"{name}.bias"])[None]
+        heads = self.config.num_attention_heads if which == "q" else self.config.num_key_value_heads
+        return self.heads(layer, f"router_{which}_proj.0", heads, h)
+
+    def share_document(self, keys):
+        """Pooled routing keys of one document at unit length, with a share of what the document is about."""
+        keys = [torch.stack([unit(head) for head in key]) for key in keys]
+        if not self.config.document_share:
+            return keys
+        about = self.config.document_share * torch.stack([unit(head) for head in mean(keys)])
+        return [torch.stack([unit(head) for head in key + about]) for key in keys]
+
+    def route(self, layer, hs, tokens, routes, memory):
+        """The documents' scores in one layer; hs: normed inputs of all tokens; routes: 0 where a token does
+        not route, else the number of its segment."""
+        queries = [h for h, segment in zip(hs, routes) if segment]
+        if self.config.query_reduction == "mean":
+            queries = []
+            for segment in sorted(set(map(int, routes)) - {0}):
+                own = [(h, self.weights["model.token_weights"][token])
+                       for h, token, its_segment in zip(hs, tokens, routes) if its_segment == segment]
+                queries.append(sum(weight * h for h, weight in own) / sum(weight for _, weight in own))
+        queries = [self.router(layer, "q", h) for h in queries]
+        return [document_score(queries, [chunk.routing_key for chunk in document[layer]])
+                for document in memory]
+
+    def find(self, tokens, positions, routes, memory):
+        """Shared mode: the documents' mean scores over the routing layers, in a pass that sees no memory."""
+        xs, found = self.embed(tokens), []
+        for layer in range(max(self.shared) + 1):
+            hs = [self.norm(layer, "input_layernorm", x) for x in xs]
+            if layer in self.shared:
+                found.append(self.route(layer, hs, tokens, routes, memory))
+            queries, keys, values = zip(*(self.query_key_value(layer, h, p) for h, p in zip(hs, positions)))
+            xs = [self.finish(layer, x, attend(queries[t], keys[:t + 1], values[:t + 1]))
+                  for t, x in enumerate(xs)]
+        return [None if None in scores else mean(scores) for scores in zip(*found)]
 
     # ---- section 3.3: read
 
     def read(self, tokens, memory=None, routes=None, prefix_length=0):
-        """One question. tokens: a list; routes: a list of bools, the tokens that route; the first
-        `prefix_length` tokens are a prefix."""
+        """One question. tokens: a list; routes: a list, 0 where a token does not route, 1 in the question, 2,
+        3, ... in texts that were appended; the first `prefix_length` tokens are a prefix."""
         memory = memory or []
         behind = prefix_length + self.config.top_k
         positions = [*range(prefix_length), *range(behind, behind + len(tokens) - prefix_length)]
         xs, all_scores, all_chosen = self.embed(tokens), [], []
+        if self.shared and memory:
+            all_scores.append(self.find(tokens, positions, routes, memory))
+            all_chosen.append(choose(all_scores[0], self.config.top_k))
         for layer in range(self.config.num_hidden_layers):
             hs = [self.norm(layer, "input_layernorm", x) for x in xs]
             queries, keys, values = zip(*(self.query_key_value(layer, h, p) for h, p in zip(hs, positions)))
             slots, biases = [], []
-            if layer in self.memory_layers and memory:
-                of_layer = self.memory_layers.index(layer)
-                scores = self.route(layer, [h for h, routing in zip(hs, routes) if routing], memory)
-                chosen = choose(scores, self.config.top_k)
-                slots = [chunk for m in sorted(chosen) for chunk in memory[m][of_layer]]
+            if layer in self.memory_layers and memory and not self.shared:
+                all_scores.append(self.route(layer, hs, tokens, routes, memory))
+                all_chosen.append(choose(all_scores[-1], self.config.top_k))
+            if layer in self.reading_layers and memory:
+                scores, chosen = all_scores[-1], all_chosen[-1]
+                slots = [chunk for m in sorted(chosen) for chunk in memory[m][layer]]
                 if self.config.score_bias and chosen:
                     best = max(scores[m].item() for m in chosen)
                     biases = [(scores[m].item() - best) / self.config.router_temperature
-                              for m in sorted(chosen) for _ in memory[m][of_layer]]
-                all_scores.append(scores)
-                all_chosen.append(chosen)
+                              for m in sorted(chosen) for _ in memory[m][layer]]
             following = []
             for t, x in enumerate(xs):
                 seen = slots if t >= prefix_length else []

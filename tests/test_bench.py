@@ -57,7 +57,8 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
 def test_memory_benchmarks(toy, monkeypatch):
     """Bytes of 100M tokens would be counted wrongly; a bank's times would be those of another."""
     monkeypatch.setattr(bench, "SHAPE",
-                        bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16))
+                        bench.dataclasses.replace(bench.SHAPE, layers=2, kv_heads=2, head_dim=16,
+                                                  routing_layers=2, routing_heads=2, routing_dim=16))
     bench.bench_random_memory(toy, fraction=1e6 / bench.proc_bytes("meminfo", "MemAvailable"))
     kinds = [row["what"].split(",")[0].split()[1] for row in toy.rows]
     assert kinds == ["bfloat16", "bfloat16", "int8", "int8"]
@@ -68,8 +69,14 @@ def test_memory_benchmarks(toy, monkeypatch):
         each = 1 / 64 if full else 2 / 75
         sizes = f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB"
         assert sizes in row["note"]
+    bench.bench_modes(toy, fraction=1e6 / bench.proc_bytes("meminfo", "MemAvailable"), top_k=3)
+    paper, shared = toy.rows[4:]
+    assert "paper's mode" in paper["what"] and "shared mode" in shared["what"]
+    assert [row["collectives"] for row in (paper, shared)] == [2 * 2, 2]
+    assert 3 <= paper["content_reads"] <= 2 * 3 and shared["content_reads"] == 3
+    assert shared["routing_key_bytes"] == 2 * paper["routing_key_bytes"] == shared["bytes"]  # 4 layers and 2
     bench.bench_bank(toy, lengths=(2000, 4000), questions=2)
-    for row, tokens in zip(toy.rows[4:], (2000, 4000)):
+    for row, tokens in zip(toy.rows[6:], (2000, 4000)):
         assert tokens - 60 < row["tokens"] <= tokens
         assert set(row["seconds"]) == set(bench.TIMES)
         assert min(row["seconds"].values()) > 0

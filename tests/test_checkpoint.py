@@ -145,6 +145,33 @@ def test_bfloat16_reads_a_memory(tmp_path):
     assert (logits[0] - logits[1]).abs().max() < 0.1 * logits[0].abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("routing_dim", [0, 12])
+def test_a_backbone_in_shared_mode(tmp_path, routing_dim):
+    """A backbone would get routers in other layers than it routes in, or of another size; a token's weight
+    would be missing, lost with the vocabulary's growth, or not count in what a bank says of its model."""
+    backbone(tmp_path / "plain", "Qwen3")
+    options = dict(routing_layers="0", query_reduction="mean", routing_dim=routing_dim)
+    model = MSA.from_pretrained(tmp_path / "plain", **options)
+    assert not model.trained_routers and model.model.token_weights.eq(1).all()
+    assert not hasattr(model.model.layers[1].self_attn, "router_q_proj")
+    memory = model.encode([torch.arange(1 + i, 20 + 3 * i) for i in range(3)])
+    size = routing_dim or model.config.head_dim
+    assert [x.shape[2] for x in memory.routing_keys] == [size] and not memory.keys
+    question = torch.tensor([[5, 6, 7]])
+    before = model.find(question, memory, torch.ones_like(question)).all_scores
+    fingerprint, size = model.fingerprint(), len(model.model.token_weights)
+    model.model.token_weights[5] = 4.0
+    assert model.fingerprint() != fingerprint
+    model.resize_vocabulary(size + 3)
+    model.save(tmp_path / "saved")
+    again = MSA.from_pretrained(tmp_path / "saved")
+    assert again.trained_routers and "token_weights" in dict(again.model.named_buffers())
+    assert again.model.token_weights.tolist() == [1.0] * 5 + [4.0] + [1.0] * (size - 3)
+    after = again.find(question, memory, torch.ones_like(question)).all_scores
+    assert (before - after).abs().max() > 1e-4
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Saving
 

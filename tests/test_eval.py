@@ -240,7 +240,7 @@ def test_bank(evaluate, task, tmp_path):
         assert found.question == plain.question and found.texts == plain.texts
         assert found.memory.numbers.tolist() == plain.memory.numbers
         query = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1))
-        a, b = (m.select(0, query, torch.ones(1, 3).bool(), 3) for m in (found.memory, plain.memory))
+        a, b = (m.select({0: query}, torch.ones(1, 3).bool(), 3, [0]) for m in (found.memory, plain.memory))
         assert a.documents.equal(b.documents)
         torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-6)
     state = (tmp_path / "bank" / "manifest.json").read_bytes()

@@ -52,7 +52,7 @@ class Scripted:
     def read(self, tokens, memory=None, routing_mask=None, cache=None, positions=None):
         if memory is not None:
             assert cache.length == 0 and not cache.selections and tokens.shape == routing_mask.shape
-            self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0]].tolist()),
+            self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0] > 0].tolist()),
                                  self.tokenizer.decode(tokens[0].tolist())))
             cache.selections.extend(self.selected[min(self.read_so_far, len(self.selected) - 1)])
             self.read_so_far += 1

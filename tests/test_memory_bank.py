@@ -165,8 +165,8 @@ def test_numbers(bank):
 
 
 @pytest.mark.parametrize("change", [
-    dict(routing_keys=np.zeros((2, 1, 1, 4), np.float32)), dict(chunks=np.array([9], np.int32)),
-    dict(content=np.zeros((2, 7, 2, 1, 4), np.uint16)), dict(text=np.zeros(40, np.int32))])
+    dict(routing_keys=np.zeros((3, 1, 2, 4), np.float32)), dict(chunks=np.array([9], np.int32)),
+    dict(content=np.zeros((7, 2, 2, 1, 4), np.uint16)), dict(text=np.zeros(40, np.int32))])
 def test_wrong_records(tmp_path, change):
     """Records that do not fit the bank would be written and not be readable."""
     (tmp_path / "segments").mkdir()
@@ -201,8 +201,8 @@ def test_sums_cover_every_byte():
 @pytest.mark.parametrize("name, read, message", [
     ("text", lambda s: s.document(1), "the text of document [1] has a wrong checksum"),
     ("source", lambda s: s.document(1), "the text of document [1] has a wrong checksum"),
-    ("content", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
-    ("scales", lambda s: s.content(0, 1), "the content of document [1] has a wrong checksum"),
+    ("content", lambda s: s.content(1), "the content of document [1] has a wrong checksum"),
+    ("scales", lambda s: s.content(1), "the content of document [1] has a wrong checksum"),
     ("routing_keys", lambda s: list(s.routing_keys(0)),
      "its routing keys have a wrong checksum (layer 0, chunks from 0)"),
     ("digests", None, "the checksum of its header and table is wrong"),
@@ -214,7 +214,7 @@ def test_every_reader_checks(tmp_path, name, read, message):
     segment, = Bank(tmp_path / "bank").segments
     unit = {"text": "tokens", "source": "sources"}.get(name, "chunks")
     row, (_, shape) = int(segment.ends[unit][1]), segment.shapes[name]
-    item = segment.read(name, slice(0, 1), *[0] * (name in ("content", "scales", "routing_keys"))).nbytes
+    item = segment.read(name, slice(0, 1), *[0] * (name == "routing_keys")).nbytes
     assert shape[0] and item
     data = bytearray(segment.path.read_bytes())
     data[segment.begins[name] + row * item] ^= 1
@@ -238,16 +238,16 @@ def test_tiles(tmp_path, monkeypatch):
     wanted = {number: make(number, 0, LAYOUT)["routing_keys"] for number in bank.numbers.tolist()}
     for positions in (np.arange(8), np.array([1]), np.array([7, 0, 3]), np.array([6, 5])):
         numbers, found = bank.numbers[positions].tolist(), {}
-        for layer in range(2):
+        for layer in range(3):
             ends = memory_bank.ends_of(bank.chunks[positions])
-            keys, filled = np.zeros((ends[-1], 1, 4), np.uint16), np.zeros(ends[-1], int)
+            keys, filled = np.zeros((ends[-1], 2, 4), np.uint16), np.zeros(ends[-1], int)
             for rows, part in bank.routing_keys(layer, bank.plan(positions)):
                 keys[rows] = part
                 filled[rows] += 1
             assert (filled == 1).all()
             found[layer] = [keys[a:b] for a, b in zip(ends, ends[1:])]
         for i, number in enumerate(numbers):
-            assert all(np.array_equal(found[layer][i], wanted[number][layer]) for layer in range(2))
+            assert all(np.array_equal(found[layer][i], wanted[number][layer]) for layer in range(3))
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -335,11 +335,15 @@ def edit_manifest(folder, edit):
 
 
 def test_another_format(bank):
-    """A bank of a later version would be misread."""
-    edit_manifest(bank, lambda body: body.update(format=2))
+    """A bank of another version would be misread, or called damaged where it is an earlier version's."""
+    edit_manifest(bank, lambda body: body.update(format=3))
     with pytest.raises(UserError,
-                       match="manifest.json: damaged .*format 2 is not 1; this is another version's bank"):
+                       match="manifest.json: damaged .*format 3 is not 2; this is another version's bank"):
         read_manifest(bank)
+    edit_manifest(bank, lambda body: body.update(format=1))
+    with pytest.raises(UserError, match="bank: made by an earlier version; encode the documents again into "
+                                        "another --memory$"):
+        Bank(bank)
 
 
 @pytest.mark.parametrize("changes", [
@@ -347,7 +351,9 @@ def test_another_format(bank):
     dict(chunks=1 << 62), dict(chunks=1), dict(bytes=1), dict(bytes=1 << 70), dict(sum=-5), dict(tokens=None),
     dict(source_bytes=1.0), dict(deleted=""), dict(deleted="!!!"), dict(deleted="AAAA"), dict(deleted=[]),
     dict(file="../manifest.json"), dict(file="x"), dict(file=7), "twice", "not an object", dict(layers=0),
-    dict(layers=1 << 20), dict(head_dim="x"), dict(kv_heads=2.0), dict(content="float32"), dict(content=[]),
+    dict(layers=1 << 20), dict(head_dim="x"), dict(kv_heads=2.0), dict(layers=-1), dict(routing_layers=0),
+    dict(routing_heads=3), dict(routing_dim=1 << 20), dict(routing_dim=True), dict(content="float32"),
+    dict(content=[]),
     dict(fingerprint=None), dict(more=1)])
 def test_a_hostile_manifest(bank, changes):
     """Sizes in a manifest would be believed because its checksum is right: huge allocations, files elsewhere,
@@ -358,7 +364,7 @@ def test_a_hostile_manifest(bank, changes):
         elif changes == "not an object":
             body["segments"][0] = 5
         else:
-            of_layout = set(changes) & {"layers", "head_dim", "kv_heads", "content", "fingerprint", "more"}
+            of_layout = set(changes) & {*body["layout"], "more"}
             (body["layout"] if of_layout else body["segments"][0]).update(changes)
     edit_manifest(bank, edit)
     with pytest.raises(UserError, match=r"manifest.json: damaged|safetensors: (damaged|missing)"):

@@ -62,7 +62,7 @@ def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
     asked, select = [], memory_parallel.select_documents
     monkeypatch.setattr(memory_parallel, "select_documents",
                         lambda *args: asked.append(args[-1]) or select(*args))
-    memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 2)
+    memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 2, [0])
     assert asked == [bank.layout.unit_keys]
 
 
@@ -89,9 +89,11 @@ def same_selection(found, expected, atol=1e-6):
     for b, slots in enumerate(found.slots.tolist()):
         torch.testing.assert_close(found.slot_scores[b, :slots], expected.slot_scores[b, :slots], rtol=0,
                                    atol=atol)
-        for name in ("keys", "values"):
-            rows = [getattr(s, name)[s.index[b, :slots]].float() for s in (found, expected)]
-            torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
+        assert len(found.keys) == len(found.values) == len(expected.keys) == len(expected.values)
+        for layer in range(len(found.keys)):
+            for name in ("keys", "values"):
+                rows = [getattr(s, name)[layer][s.index[b, :slots]].float() for s in (found, expected)]
+                torch.testing.assert_close(*rows, rtol=0, atol=2e-2 if atol > 1e-5 else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -109,8 +111,87 @@ def test_select(loaded, tmp_path, kind, place, documents):
                  torch.tensor([[True] * 5, [False] * 5, [False, True] * 2 + [False]]),
                  torch.zeros(3, 5, dtype=torch.bool)):
         for k in (1, 2, 20):
-            same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+            same_selection(memory.select({0: query}, mask, k, [0]), wanted.select({0: query}, mask, k, [0]))
     assert len(memory) == documents and memory.texts[documents - 1] == tokenizer.encode(TEXTS[documents - 1])
+
+
+SHARED = {
+    "means": dict(num_hidden_layers=4, routing_layers="0,1", routing_dim=12, query_reduction="mean",
+                  document_share=0.5),
+    "above": dict(num_hidden_layers=4, routing_layers="0,2,3", num_attention_heads=4, router_layer_idx="1,2"),
+    "no reading": dict(num_hidden_layers=3, routing_layers="0,1", attend_memory=False),
+}
+
+
+def model_of(loaded, changes):
+    """An untrained model and the tokenizer; its weights are large enough to tell documents apart."""
+    torch.manual_seed(2)
+    model = MSA(dataclasses.replace(loaded[0].config, **changes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+    return model, loaded[1]
+
+
+def count_reads(monkeypatch):
+    """The documents whose content was read from the disk since."""
+    reads, content = [], Bank.content
+    monkeypatch.setattr(Bank, "content",
+                        lambda bank, position: reads.append(int(position)) or content(bank, position))
+    return reads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, place", [("bfloat16", "disk"), ("int8", "host"), ("int8", "disk")])
+@pytest.mark.parametrize("changes", SHARED)
+def test_shared_mode(loaded, tmp_path, monkeypatch, kind, place, changes):
+    """In shared mode a bank would be asked otherwise than a memory; or a document be read more than once; or
+    the scores would depend on the blocks in which a bank is held."""
+    model, tokenizer = model_of(loaded, SHARED[changes])
+    for count in (4, 5, 11):
+        sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:count]), ALONE)
+        if count == 4:
+            grown = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
+        grown.refresh()
+    assert len(grown.blocks) == 3
+    memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, kind, place)
+    wanted, _ = in_memory((model, tokenizer), memory.bank, kind)
+    spelled = tokenizer.encode("The number of fir is unknown, that of ash")
+    tokens = torch.tensor([spelled, spelled[::-1], spelled])
+    mask = torch.ones_like(tokens)
+    mask[0, len(spelled) // 2:], mask[2] = 2, 0
+    reads = count_reads(monkeypatch)
+    found = [model.read(tokens, m, mask) for m in (memory, grown, wanted)]
+    selected = found[0].selections[0].documents
+    selected = selected[selected >= 0].unique().tolist()
+    stored = memory.bank.layout.layers > 0
+    assert sorted(reads) == (sorted(2 * selected) if place == "disk" and stored else [])
+    assert all(len(output.selections) == 1 for output in found)
+    for output in found[:2]:
+        same_selection(output.selections[0], found[2].selections[0], atol=1e-5)
+        torch.testing.assert_close(output.logits, found[2].logits, rtol=0, atol=1e-3)
+    assert len(found[0].selections[0].keys) == memory.bank.layout.layers == len(model.config.reading_layers)
+    assert found[0].selections[0].scores.equal(found[1].selections[0].scores)
+    assert found[0].selections[0].documents[2].eq(-1).all() and len(selected) > 2
+    cached = model.find(tokens, memory, mask)
+    assert cached.scores.equal(found[0].selections[0].scores)
+
+
+@torch.no_grad()
+def test_a_document_is_read_once_a_question(loaded, tmp_path, monkeypatch):
+    """In the paper's mode every layer would read a document's content of all layers anew; or a question would
+    read what is left of another."""
+    model, tokenizer = model_of(loaded, dict(num_hidden_layers=4, router_layer_idx="all"))
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:3]), ALONE)
+    memory, reads = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), count_reads(monkeypatch)
+    tokens = torch.tensor([tokenizer.encode("The number of fir is")])
+    ask = lambda: model.read(tokens, memory, torch.ones_like(tokens)).selections
+    selections = ask()
+    chosen = torch.cat([selection.documents for selection in selections])
+    assert chosen.numel() == 8 > len(chosen.unique())
+    assert sorted(reads) == chosen.unique().tolist()
+    ask()
+    assert len(reads) == 2 * len(chosen.unique())
 
 
 def test_int8_content(loaded, tmp_path):
@@ -120,8 +201,8 @@ def test_int8_content(loaded, tmp_path):
     for place in ("disk", "host"):
         memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE, "bfloat16", place)
         wanted, _ = in_memory(loaded, memory.bank, "bfloat16")
-        found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 20)
-        for a, b in ((found.keys, wanted.keys[0]), (found.values, wanted.values[0])):
+        found = memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 20, [0])
+        for a, b in ((found.keys[0], wanted.keys[0]), (found.values[0], wanted.values[0])):
             step = b.abs().amax((1, 2), keepdim=True) / 127
             assert a.dtype == torch.float32 and ((a - b).abs() <= step * 0.501).all() and not a.equal(b)
 
@@ -155,18 +236,18 @@ def test_best_of():
 def test_tie(loaded, tmp_path):
     """Of equal documents one of a higher number would be found first, because it was added first or lies
     elsewhere."""
-    layout = Layout("x", 1, 1, 4)
+    layout = Layout("x", 1, 1, 4, 1, 1, 4)
     one = torch.ones(1, 1, 4) / 2
     def records(numbers):
         n = len(numbers)
         memory = Memory([one.expand(n, -1, -1)], [one.expand(n, -1, -1)], [one.expand(n, -1, -1)],
                         torch.arange(n + 1), numbers)
-        return to_records(memory, [[1]] * n, [""] * n, numbers, [0] * n, "bfloat16")
+        return to_records(memory, [[1]] * n, [""] * n, numbers, [0] * n, layout)
     with Writer(tmp_path / "bank", layout) as writer:
         for numbers in ([40, 50], [3, 9], [7], [1, 60]):
             writer.add(join([records(numbers)]))
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
-    found = memory.select(0, torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), 4)
+    found = memory.select({0: torch.ones(2, 3, 4)}, torch.ones(2, 3, dtype=torch.bool), 4, [0])
     assert memory.numbers[found.documents[1]].tolist() == [1, 3, 7, 9]
 
 
@@ -188,7 +269,7 @@ def test_refresh(loaded, tmp_path):
             assert not blocks or len(memory.blocks) == blocks[0]
             assert memory.numbers.tolist() == wanted.numbers
             for k in (1, 3, 30):
-                same_selection(memory.select(0, query, mask, k), wanted.select(0, query, mask, k))
+                same_selection(*(m.select({0: query}, mask, k, [0]) for m in (memory, wanted)))
             assert [memory.texts[d] for d in range(len(memory))] == texts
 
     check(1)
@@ -246,7 +327,7 @@ def test_independence(loaded, tmp_path):
         assert once.id_hashes.tolist() == bank.id_hashes.tolist()
         for position in range(len(bank)):
             assert all(np.array_equal(a, b) for a, b in zip(bank.document(position), once.document(position)))
-            assert ulps(bank.content(0, position)[0], once.content(0, position)[0]) <= 1
+            assert ulps(bank.content(position)[0], once.content(position)[0]) <= 1
         assert ulps(*map(routing_keys_of, (bank, once))) <= 1 and routing_keys_of(bank).any(2).all()
 
 
@@ -321,8 +402,8 @@ def test_only(loaded, tmp_path):
     part = ParallelMemory(bank.only(kept), CPU, ALONE)
     wanted, texts = in_memory(loaded, part.bank, "bfloat16")
     query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
-    same_selection(part.select(0, query, torch.ones(2, 4).bool(), 3),
-                   wanted.select(0, query, torch.ones(2, 4).bool(), 3))
+    same_selection(part.select({0: query}, torch.ones(2, 4).bool(), 3, [0]),
+                   wanted.select({0: query}, torch.ones(2, 4).bool(), 3, [0]))
     assert part.numbers.tolist() == sorted(kept)
     assert [part.texts[d] for d in range(4)] == [tokenizer.encode(TEXTS[n]) for n in sorted(kept)]
     assert len(bank) == 11
@@ -397,7 +478,7 @@ sync.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), R
     assert killed.digests.tolist() == whole.digests.tolist()
     for position in range(len(whole)):
         assert all(np.array_equal(a, b) for a, b in zip(killed.document(position), whole.document(position)))
-        assert ulps(killed.content(0, position)[0], whole.content(0, position)[0]) <= 1
+        assert ulps(killed.content(position)[0], whole.content(position)[0]) <= 1
     assert ulps(*map(routing_keys_of, (killed, whole))) <= 1
 
 
@@ -617,6 +698,26 @@ def test_ranks_answer_alike(asked):
         assert answer == wanted and [r.appended for r in rounds] == [r.appended for r in wanted_rounds]
 
 
+@pytest.mark.parametrize("changes", ["means", "above"])
+def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
+    """A mean over layers would depend, if only in its last bit, on how many ranks hold the memory."""
+    model, tokenizer = model_of(loaded, SHARED[changes])
+    model.save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS + TEXTS[:4]), ALONE)
+    questions = ["The number of elm is", "Which number is it, of oak or of pine?", "What?"]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    memory, told = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), []
+    for question in questions:
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        told.append([answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]])
+    assert all(rounds and rounds[0][0] for _, rounds in told)
+    done = torchrun(2, TESTS / "rank_answers.py", tmp_path / "model", tmp_path / "bank",
+                    tmp_path / "questions.json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out.json").read_text()) == told
+
+
 @pytest.mark.parametrize("trouble, message",
                          [("--kill", "exitcode  : -9"),
                           ("--stall", "rank 1 did not answer within --timeout 5.0 s")])
@@ -662,9 +763,9 @@ def test_scores_under_autocast(loaded, tmp_path):
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS), ALONE)
     memory = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE)
     query = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
-    plain = memory.select(0, query, torch.ones(1, 4).bool(), 5).scores
+    plain = memory.select({0: query}, torch.ones(1, 4).bool(), 5, [0]).scores
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory.select(0, query, torch.ones(1, 4).bool(), 5).scores.equal(plain)
+        assert memory.select({0: query}, torch.ones(1, 4).bool(), 5, [0]).scores.equal(plain)
 
 
 def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
@@ -682,7 +783,7 @@ def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
     assert sorted(sum(held, [])) == [0, 1]
     ranks.rank = held.index([])
     memory = ParallelMemory(bank, CPU, ranks)
-    found = memory.select(0, torch.ones(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), 3)
-    assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys.shape == (0, 1, 8)
+    found = memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 3, [0])
+    assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys[0].shape == (0, 1, 8)
     assert Block(bank, np.array([1]), CPU, "int8", True).routing_keys[0].dtype == torch.int8
     assert bank_layout(model, tokenizer) == bank.layout

@@ -37,6 +37,15 @@ SHAPES = {
     "all at once": dict(qk_norm=True, smear=True, tie_word_embeddings=False, num_attention_heads=6,
                         num_hidden_layers=5, chunk_size=3, top_k=3, router_temperature=0.5,
                         rms_norm_eps=1e-2),
+    "shared": dict(routing_layers="0,1", num_hidden_layers=4, routing_dim=5, query_reduction="mean",
+                   document_share=0.7),
+    "shared, above": dict(routing_layers="0,2,3", num_hidden_layers=4, router_layer_idx="1,2",
+                          num_attention_heads=6, number_chunk=1, smear=True, score_bias=True, chunk_size=3),
+    "shared, one layer": dict(routing_layers="1", num_attention_heads=4, num_key_value_heads=1, qk_norm=True,
+                              query_reduction="mean", tie_word_embeddings=False, chunk_size=2),
+    "shared, no reading": dict(routing_layers="0,1", num_hidden_layers=4, attend_memory=False, routing_dim=7,
+                               document_share=1.5, chunk_size=2),
+    "routing alone": dict(attend_memory=False, query_reduction="mean", document_share=0.2, chunk_size=2),
 }
 LENGTHS = (5, 1, 4, 3, 9, 8)  # documents; around the chunk size of 4
 NUMBERS = [2, 3, 5, 8, 13, 21]
@@ -52,6 +61,8 @@ def make(precision=torch.float64, **changes):
                 parameter.normal_(std=parameter.size(1) ** -0.5)
             else:
                 parameter.normal_(1, 0.3)
+        for buffer in model.buffers():  # token_weights
+            buffer.uniform_(0.2, 2)
     return model.to(precision)
 
 
@@ -108,12 +119,15 @@ def test_encode(shape):
     last = model.config.number_chunk
     size = model.config.chunk_size
     assert memory.offsets.diff().tolist() == [math.ceil((n - last) / size) + (last > 0) for n in LENGTHS]
-    assert len(memory.keys) == len(memory.values) == len(memory.routing_keys) == len(expected[0])
-    for layer in range(len(memory.keys)):
-        chunks = [chunk for document in expected for chunk in document[layer]]
-        close(memory.keys[layer], torch.stack([c.key for c in chunks]), what="keys")
-        close(memory.values[layer], torch.stack([c.value for c in chunks]), what="values")
-        close(memory.routing_keys[layer], torch.stack([c.routing_key for c in chunks]), what="routing keys")
+    judge = oracle(model)
+    assert len(memory.keys) == len(memory.values) == len(judge.reading_layers)
+    assert len(memory.routing_keys) == len(judge.routing_layers)
+    chunks_of = lambda layer: [chunk for document in expected for chunk in document[layer]]
+    for layer, keys, values in zip(judge.reading_layers, memory.keys, memory.values):
+        close(keys, torch.stack([c.key for c in chunks_of(layer)]), what="keys")
+        close(values, torch.stack([c.value for c in chunks_of(layer)]), what="values")
+    for layer, routing_keys in zip(judge.routing_layers, memory.routing_keys):
+        close(routing_keys, torch.stack([c.routing_key for c in chunks_of(layer)]), what="routing keys")
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8])
@@ -123,7 +137,7 @@ def test_encode_one_document(length):
     expected = oracle(model).encode([documents[0].tolist()])[0]
     memory = model.encode(documents)
     assert memory.numbers == [0] and memory.offsets.tolist() == [0, math.ceil(length / 4)]
-    for layer, chunks in enumerate(expected):
+    for layer, chunks in enumerate([expected[1], expected[2]]):
         close(memory.values[layer], torch.stack([c.value for c in chunks]))
         close(memory.routing_keys[layer], torch.stack([c.routing_key for c in chunks]))
 
@@ -206,7 +220,8 @@ def test_encode_nothing(lengths):
 # Read
 
 QUESTIONS = tokens(7, 1, 4, seed=5)  # unequal lengths; one of a single token
-ROUTES = [[False, True, True, True, False, True, False], [True], [True, False, False, True]]
+# the tokens that route, by segment: where queries are means, each segment is one
+ROUTES = [[0, 1, 1, 2, 0, 2, 0], [1], [1, 0, 0, 3]]
 
 
 def check_reading(output, row, expected, length, tolerance=2e-5):
@@ -231,7 +246,7 @@ def test_read_padded_batch(shape, prefix_length):
     prefix, before = tokens(prefix_length, seed=6)[0], [False] * prefix_length
     rows = [torch.cat([prefix, question]) for question in QUESTIONS]
     routes = [before + route for route in ROUTES]
-    output = model.read(stack(rows), model.encode(documents, NUMBERS), stack(routes, torch.bool),
+    output = model.read(stack(rows), model.encode(documents, NUMBERS), stack(routes),
                         prefix_length=prefix_length)
     assert output.logits.dtype == torch.float32
     judge = oracle(model)
@@ -239,11 +254,17 @@ def test_read_padded_batch(shape, prefix_length):
     for b, (row, route) in enumerate(zip(rows, routes)):
         expected = judge.read(row.tolist(), memory, route, prefix_length)
         check_reading(output, b, expected, len(row))
-        for i, (selection, chosen) in enumerate(zip(output.selections, expected.chosen)):
-            read = [chunk for m in sorted(chosen) for chunk in memory[m][i]]
+        layers = len(judge.reading_layers)
+        selected = [(output.selections[0], expected.chosen[0], place) for place in range(layers)]
+        if not judge.shared:
+            selected = [(*both, 0) for both in zip(output.selections, expected.chosen)][:layers]
+        assert sum(len(selection.keys) for selection in output.selections) == layers
+        for layer, (selection, chosen, place) in zip(judge.reading_layers, selected):
+            read = [chunk for m in sorted(chosen) for chunk in memory[m][layer]]
             slots = selection.index[b, :selection.slots[b]]
-            close(selection.keys[slots], torch.stack([chunk.key for chunk in read]), what="keys read")
-            close(selection.values[slots], torch.stack([chunk.value for chunk in read]), what="values read")
+            keys, values = selection.keys[place][slots], selection.values[place][slots]
+            close(keys, torch.stack([chunk.key for chunk in read]), what="keys read")
+            close(values, torch.stack([chunk.value for chunk in read]), what="values read")
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (1, 1), (4, 1, 4, 13)])
@@ -282,6 +303,38 @@ def test_read_without_a_memory(shape, prefix_length):
         close(output.logits[b, :len(question)], expected.logits)
     empty = model.encode(tokens(3)).subset([])
     assert model.read(rows, empty, rows >= 0, prefix_length=prefix_length).logits.equal(output.logits)
+
+
+@torch.no_grad()
+def test_segments_by_hand():
+    """A mean would not be a mean: of unit queries, over segments together, without weights, or of padding."""
+    model = make(routing_layers="0", query_reduction="mean", num_hidden_layers=2)
+    h, ids = torch.randn(2, 4, 16, dtype=torch.float64), torch.tensor([[3, 4, 3, 5], [6, 7, 8, 0]])
+    model.model.token_weights[:] = torch.arange(29)
+    means, routes = model.routing_inputs(h, ids, torch.tensor([[1, 1, 0, 2], [0, 1, 0, 0]]))
+    assert routes.tolist() == [[True, True], [True, False]]
+    close(means[0], torch.stack([(3 * h[0, 0] + 4 * h[0, 1]) / 7, h[0, 3]]))
+    close(means[1, 0], h[1, 1])
+    # a question all of whose words weigh nothing does not route, and is not NaN
+    means, routes = model.routing_inputs(h, torch.zeros_like(ids), torch.ones_like(ids))
+    assert routes.tolist() == [[False], [False]] and means.eq(0).all()
+    # many more tokens in a second text do not hide what the question asks for: the best segment counts
+    memory, question = model.encode(tokens(*LENGTHS)), torch.cat(tokens(3, 20, seed=12))[None]
+    ask = lambda mask: model.find(question, memory, mask).all_scores
+    mask = torch.tensor([[1] * 3 + [2] * 20])
+    close(ask(mask), torch.maximum(ask(mask * (mask == 1)), ask((mask == 2).long())))
+
+
+@torch.no_grad()
+def test_find_runs_the_routing_layers_alone(monkeypatch):
+    """Routing would cost the whole model's time, and encoding that of layers of which nothing is stored."""
+    model = make(routing_layers="0,1", attend_memory=False, num_hidden_layers=6)
+    for layer in model.model.layers[2:]:
+        monkeypatch.setattr(layer, "forward", None)
+    memory = model.encode(tokens(*LENGTHS))
+    assert len(memory.routing_keys) == 2 and not memory.keys and not memory.values
+    selection = model.find(stack(QUESTIONS), memory, stack(ROUTES))
+    assert selection.documents.shape == (3, 2) and not selection.keys
 
 
 def test_read_needs_a_routing_mask():
@@ -392,7 +445,7 @@ def test_decode_equals_prefill(shape, prefix_length, with_memory):
     model = make(**SHAPES[shape])
     memory = model.encode(tokens(*LENGTHS)) if with_memory else None
     text = torch.cat([QUESTIONS[0], *tokens(5, seed=8)])[None]
-    routes = torch.tensor([ROUTES[0] + [False] * 5])
+    routes = torch.tensor([ROUTES[0] + [0] * 5])
     whole = model.read(text, memory, routes, prefix_length=prefix_length)
     cache = Cache()
     logits = [model.read(text[:, :7], memory, routes[:, :7], cache, prefix_length).logits]
@@ -461,7 +514,8 @@ def samples_of(specifications, seed=10):
     for i, (prompt, target, positive, appended, *answers) in enumerate(specifications):
         places = range(prompt + 1 + target)
         row = tokens(len(places), seed=seed + i)[0].tolist()
-        samples.append(Sample(row, [t < prompt for t in places], [t > prompt for t in places],
+        segments = [min(t // 3, 1) + 1 if t < prompt else 0 for t in places]  # from the fourth on: the second
+        samples.append(Sample(row, segments, [t > prompt for t in places],
                               bool(answers) or not positive, positive, appended))
     return samples
 
@@ -471,7 +525,7 @@ def batch_of(samples, documents):
     def members(name):
         return torch.tensor([[m in getattr(sample, name) for m in range(documents)] for sample in samples])
     return dict(tokens=stack([sample.tokens for sample in samples]),
-                routing_mask=stack([sample.routes for sample in samples], torch.bool),
+                routing_mask=stack([sample.routes for sample in samples]),
                 target_mask=stack([sample.targets for sample in samples], torch.bool),
                 answers=torch.tensor([sample.answers for sample in samples]),
                 positive=members("positive"), appended=members("appended"))
@@ -487,7 +541,8 @@ def check_forward(model, lengths, samples, batches, tolerance):
     documents = tokens(*lengths)
     losses = model(documents, list(range(len(lengths))), batches)
     weights = weights_of(model)
-    expected = Reference(weights, model.config).losses([d.tolist() for d in documents], samples)
+    judge = Reference({**weights, **dict(model.named_buffers())}, model.config)
+    expected = judge.losses([d.tolist() for d in documents], samples)
     for name in ("lm", "aux", "naming", "answer", "named", "answered", "top1", "chance", "recall"):
         close(torch.as_tensor(losses[name]), torch.as_tensor(expected[name]), tolerance, name)
     for loss in ("lm", "aux"):
@@ -632,8 +687,10 @@ def test_without_attending():
     """A backbone whose router alone was trained would be disturbed by a memory that it has not learned
     to read; or would not route."""
     blind, seeing = make(torch.float32, attend_memory=False), make(torch.float32)
-    memory, rows, routes = blind.encode(tokens(*LENGTHS)), stack(QUESTIONS), stack(ROUTES, torch.bool)
-    found = blind.read(rows, memory, routes)
+    memory, routed = (model.encode(tokens(*LENGTHS)) for model in (seeing, blind))
+    assert not routed.keys and not routed.values  # nothing is stored that nothing reads
+    rows, routes = stack(QUESTIONS), stack(ROUTES, torch.bool)
+    found = blind.read(rows, routed, routes)
     plain = blind.read(rows)
     reading = seeing.read(rows, memory, routes)
     assert torch.allclose(found.logits, plain.logits, atol=1e-5)
@@ -764,6 +821,12 @@ def test_checkpoint_broken_config(write, tmp_path):
     (dict(router_layer_idx="x"), "router_layer_idx is 'x'"),
     (dict(router_layer_idx="9"), "router_layer_idx is '9'"),
     (dict(router_layer_idx="1,1"), "router_layer_idx is '1,1'"),
+    (dict(routing_layers="0,3"), "model.routing_layers is '0,3'; .* below 3"),
+    (dict(routing_dim=-1), "model.routing_dim is -1; it must be at least 0"),
+    (dict(document_share=-0.5), "model.document_share is -0.5; it must be at least 0"),
+    (dict(decouple_router=False, routing_dim=8), r"model.decouple_router is off.*routing_dim \(8\)"),
+    (dict(decouple_router=False, query_reduction="mean"), "model.decouple_router is off.*query_reduction"),
+    (dict(normalize_routing=False, document_share=1.0), "model.document_share is 1.0"),
 ])
 def test_config_checks_itself(change, message):
     """A model that cannot work would be built, and fail later without naming the setting."""

@@ -87,6 +87,30 @@ def test_pool_chunks_padding_beyond_the_longest():
         assert len(a) == 3
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_pool_chunks_of_some(kernel, monkeypatch):
+    """A layer that only reads or only routes would pool what nobody asked for; or the kernel, which is for
+    all three at once, would be started for less, for another width, or for too wide a head."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
+    lengths, inputs = torch.tensor([5, 2]), [random(2, 5, 2, 3, seed=i).float() for i in range(3)]
+    keys, values, routing_keys = pool_chunks(*inputs, lengths, 4)
+    assert pool_chunks(None, None, None, lengths, 4) == (None, None, None)
+    found = pool_chunks(inputs[0], inputs[1], None, lengths, 4)
+    assert found[2] is None
+    close(found[0], keys)
+    close(found[1], values)
+    found = pool_chunks(None, None, inputs[2], lengths, 4)
+    assert found[:2] == (None, None)
+    close(found[2], routing_keys)
+    wide = random(2, 5, 1, 300, seed=3).float()
+    found = pool_chunks(inputs[0], inputs[1], wide, lengths, 4)
+    close(found[0], keys)
+    close(found[2][1, 0], wide[0, 4, 0] / wide[0, 4, 0].norm())
+    close(pool_chunks(wide, wide, wide, lengths, 4)[2], found[2])
+
+
 def test_pool_chunks_of_zero_is_zero():
     """A chunk whose routing keys cancel would poison the memory with NaN, or its gradient the model."""
     inputs = [torch.zeros(1, 3, 2, 4, requires_grad=True) for _ in range(3)]
@@ -243,10 +267,51 @@ def test_select_documents(counts, dtype, monkeypatch):
     mask = torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]])
     tied = keys[:1, :, None].double().expand(-1, -1, 2, -1).flatten(1, 2)[None]
     query[0, 2] = group_queries(tied, 2)[0, 0]  # finds the tie
-    documents, scores = select_documents(query, mask, keys, offsets, 6, scales)
+    documents, scores = select_documents([query], mask, [keys], offsets, 6, [scales])
     wanted, values = top_documents(route(query, mask, keys, offsets, scales), 6)
     assert documents.equal(wanted) and documents[1].eq(-1).all()
     close(scores, values)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_select_documents_by_several_layers(layers, dtype):
+    """Another score than the mean over layers would decide, or one that is rounded in some layer; ties would
+    go to a higher number; a document that is gone would be found."""
+    counts = torch.tensor([2, 1, 4, 3, 1] * 400)
+    offsets, rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), int(counts.sum())
+    keys = [unit_keys(rows, 2, 16, seed=10 + layer) for layer in range(layers)]
+    for x in keys:
+        x[-1] = x[2]  # the last document and the second, of one chunk each, are the same
+    queries = [group_queries(random(3, 5, 4, 16, seed=20 + layer), 2) for layer in range(layers)]
+    for query, x in zip(queries, keys):
+        query[0, 1] = x[2].flatten() / 2
+    mask, alive = torch.tensor([[True] * 5, [False] * 5, [True, False] * 2 + [True]]), counts != 3
+    rounded = [quantize(x) if dtype == torch.int8 else (x.to(dtype), None) for x in keys]
+    stored, scales = [list(xs) for xs in zip(*rounded)]
+    documents, scores = select_documents(queries, mask, stored, offsets, 20, scales, alive)
+    total = 0
+    for query, x, scale in zip(queries, stored, scales):
+        exact = torch.einsum("btw,cw->btc", query.double(), x.flatten(1).double())
+        exact = exact if scale is None else exact * scale
+        exact = exact.masked_fill(~mask[:, :, None], -INF).amax(1)
+        total = total + torch.stack([part.amax(1) for part in exact.split(counts.tolist(), 1)], 1) / layers
+    wanted, values = top_documents(total.masked_fill(~alive, -INF), 20)
+    assert documents.equal(wanted) and documents[1].eq(-1).all() and documents[0, :2].tolist() == [1, 1999]
+    assert torch.allclose(scores.double(), values, rtol=0, atol=1e-6)
+
+
+def test_select_documents_where_a_small_error_crosses_a_step():
+    """Scores near the middle between two bfloat16 numbers would be a whole step apart, and the margin half of
+    one: the first document, which is the better one, would not be looked at again."""
+    step = 2.0 ** -16
+    query, mask = torch.tensor([[[1.0, 148.4 * step]]]), torch.ones(1, 1, dtype=torch.bool)
+    keys = torch.tensor([[[0.5, 0.86328125]], [[0.50390625, -0.86328125]]]).bfloat16()
+    assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
+    exact = keys.flatten(1).double() @ query[0, 0].double()
+    assert exact[0] > exact[1]
+    documents, _ = select_documents([query], mask, [keys], torch.arange(3), 1)
+    assert documents.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,7 +321,7 @@ def test_select_documents_where_rounding_misleads(dtype):
     query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
     keys = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]).bfloat16()
     assert (query[0].bfloat16() @ keys.flatten(1).T).tolist() == [[0.5, 0.50390625]]
-    documents, scores = select_documents(query, mask, keys.to(dtype), torch.arange(3), 1)
+    documents, scores = select_documents([query], mask, [keys.to(dtype)], torch.arange(3), 1)
     assert documents.tolist() == [[0]]
     close(scores, torch.tensor([[0.5019]]))
 
@@ -267,7 +332,7 @@ def test_select_documents_where_rounded_keys_mislead():
     keys = torch.tensor([[[1 - 2 ** -10]], [[1 - 2 ** -12]], [[0.5]]])
     assert keys[0].bfloat16().equal(keys[1].bfloat16())
     query, mask = torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
-    documents, _ = select_documents(query, mask, keys, torch.arange(4), 1)
+    documents, _ = select_documents([query], mask, [keys], torch.arange(4), 1)
     assert documents.tolist() == [[1]]
 
 
@@ -278,7 +343,7 @@ def test_select_documents_of_products(dtype):
     keys = (random(4000, 1, 8, seed=6) * 100).to(dtype)
     query, mask = random(2, 3, 8, seed=7).float(), torch.ones(2, 3, dtype=torch.bool)
     exact = torch.einsum("btw,cgw->btc", query.double(), keys.double()).amax(1)
-    documents, scores = select_documents(query, mask, keys, torch.arange(4001), 20, unit=False)
+    documents, scores = select_documents([query], mask, [keys], torch.arange(4001), 20, unit=False)
     values, wanted = exact.topk(20)
     assert documents.equal(wanted) and torch.allclose(scores.double(), values, rtol=1e-5)
 

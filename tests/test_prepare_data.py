@@ -112,10 +112,11 @@ def samples_in(tokenizer, batches, batch_tokens=2048):
         assert tokens.shape == routing.shape == target.shape
         assert batch["positive"].shape == batch["appended"].shape == (len(tokens), len(TEXTS))
         assert batch["answers"].shape == (len(tokens),)
-        assert {batch[name].dtype for name in batch if name != "tokens"} == {torch.bool}
+        assert tokens.dtype == routing.dtype == torch.int64
+        assert {batch[name].dtype for name in batch if name not in ("tokens", "routing_mask")} == {torch.bool}
         assert len(tokens) == 1 or tokens.numel() <= batch_tokens
         for i in range(len(tokens)):
-            begin, end = int(routing[i].sum()), int(target[i].nonzero().max()) + 1
+            begin, end = int((routing[i] > 0).sum()), int(target[i].nonzero().max()) + 1
             assert routing[i, :begin].all() and tokens[i, begin] == tokenizer.retrieve
             assert not target[i, begin]
             assert target[i, begin + 1:end].all() and not target[i, :begin].any()
@@ -124,6 +125,11 @@ def samples_in(tokenizer, batches, batch_tokens=2048):
                           tokenizer.decode(tokens[i, begin + 1:end].tolist()),
                           batch["positive"][i].nonzero().flatten().tolist(),
                           batch["appended"][i].nonzero().flatten().tolist()))
+            segments, seen = routing[i, :begin], found[-1][3]  # the question's, and one of each appended text
+            assert (segments.diff() >= 0).all() and segments.unique().tolist() == [*range(1, 2 + len(seen))]
+            said = [tokenizer.decode(tokens[i, :begin][segments == n].tolist())
+                    for n in range(2, 2 + len(seen))]
+            assert sorted(d for text in said for d in range(len(TEXTS)) if TEXTS[d] in text) == seen
             wanted = found[-1][1]
             assert batch["answers"][i] == wanted.startswith("<|end_of_retrieval|>")
             assert batch["answers"][i] != wanted.endswith("<|stop|>")

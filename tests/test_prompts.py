@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from common import UserError
 from interleave import InterleaveConfig, answer_from_text, answer_question
-from memory import Memory, Selection
+from memory import Cache, Memory, Selection
 from model import ModelConfig
 from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 
@@ -290,7 +290,7 @@ class Scripted:
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
         self.config = SimpleNamespace(prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4,
-                                      router_temperature=0.1)
+                                      router_temperature=0.1, routing_layers="")
         self.device = torch.device("cpu")
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
@@ -398,6 +398,32 @@ def test_chat(ask):
                              "Question: Why?<|im_end|>\n<|im_start|>assistant\n")
     assert asked[1].routed is None and asked[1].prefix == 0
     assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
+
+
+def test_chat_in_shared_mode(ask, monkeypatch):
+    """The layers that do not route would run for routing, a whole backbone for its first layers."""
+    found, read = [], Scripted.read
+
+    def find(model, tokens, memory, routing_mask, prefix_length):
+        cache = Cache()
+        read(model, tokens, memory, routing_mask, cache, prefix_length, routing_mask & False)
+        found.append(prefix_length)
+        return cache.selections[0]
+
+    def read_without_memory(model, tokens, memory=None, **options):
+        assert memory is None
+        return read(model, tokens, **options)
+
+    init = Scripted.__init__
+    def in_shared_mode(model, *args):
+        init(model, *args)
+        model.config.routing_layers = "0"
+
+    for name, method in (("__init__", in_shared_mode), ("find", find), ("read", read_without_memory)):
+        monkeypatch.setattr(Scripted, name, method, raising=False)
+    answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
+    assert found == [6] and answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
+    assert (asked[0].text, asked[0].routed) == ("<|im_start|>user\nWhy?", "Why?")
 
 
 @pytest.mark.parametrize("options", [dict(memory=False), dict(max_rounds=0)])

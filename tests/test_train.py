@@ -118,6 +118,32 @@ def test_training_learns(fit, tmp_path, files_of):
     assert np.mean(losses[-4:]) < 0.6 * losses[0]
 
 
+def test_shared_mode(run, fit, tmp_path, draw, files_of):
+    """A model whose layers share a selection could not be trained, resumed, drawn, saved or asked; or its
+    tokens' weights be lost on the way."""
+    draw()
+    model = ["--model.routing-layers", "0", "--model.query-reduction", "mean", "--model.routing-dim", 6,
+             "--model.document-share", 0.5]
+    assert fit("--out", tmp_path / "out", *model, "--max-steps", 5).code == 0
+    state = torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)
+    assert state["model"]["model.token_weights"].eq(1).all()
+    state["model"]["model.token_weights"][3] = 0.25
+    torch.save(state, tmp_path / "out" / "training_state.pt")
+    assert fit("--out", tmp_path / "out", *model, "--resume").code == 0
+    rows = read_log(files_of(tmp_path / "out"))
+    assert all(len(row["recall"]) == 2 and row["recall"][0] == row["recall"][1] for row in rows)
+    trained = MSA.from_pretrained(tmp_path / "out")
+    assert trained.model.token_weights[3] == 0.25 and trained.config.rankings == 1
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(("The amber birch lies by the sea.", "The grove heron lies inland.")):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text)
+    ask = ["--checkpoint", tmp_path / "out", "--documents", tmp_path / "texts", "--trace", "Where is it?"]
+    in_bank, in_memory = run(sample, *ask, "--memory", tmp_path / "bank"), run(sample, *ask)
+    assert in_bank.code == in_memory.code == 0, (in_bank.err, in_memory.err)
+    assert "2 added" in in_bank.out and "round: routed to [" in in_bank.out
+    assert in_bank.out.splitlines()[-1] == in_memory.out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("router_steps,flags,lm_weight,aux_weight", [
     (1, [], 0.1, 1.0), (1, ["--router-lm-weight", 0.75], 0.75, 1.0), (1, ["--router-lm-weight", 0], 0.0, 1.0),
     (0, [], 1.0, 0.1), (0, ["--router-lm-weight", 0.75], 1.0, 0.1)])
@@ -150,10 +176,10 @@ def test_routing_dropout(fit, tiny, tmp_path, tokenizer, monkeypatch):
     for a, b, c, d in zip(whole[2], half[2], again[2], most[2]):
         assert all(torch.equal(a[name], b[name]) for name in a if name != "routing_mask")
         assert torch.equal(b["routing_mask"], c["routing_mask"])
-        assert not (b["routing_mask"] & ~a["routing_mask"]).any()
+        assert ((b["routing_mask"] == 0) | (b["routing_mask"] == a["routing_mask"])).all()
         assert b["routing_mask"].any(1).all() and d["routing_mask"].any(1).all()
         assert torch.equal(a["routing_mask"], d["routing_mask"])  # where none was left, all are kept
-    count = lambda pool: sum(int(batch["routing_mask"].sum()) for batch in pool[2])
+    count = lambda pool: sum(int((batch["routing_mask"] > 0).sum()) for batch in pool[2])
     assert 0.3 < count(half) / count(whole) < 0.7
     asked = []
     def observed(pools, at, *rest):

@@ -270,6 +270,8 @@ def test_whitening_does_not_look_at_what_is_tested():
     (("--init-from", "backbone", "--out", "checkpoint"), "holds a checkpoint"),
     (("--init-from", "backbone", "--model.score-bias"), "model.score_bias is True, but --init-from"),
     (("--init-from", "backbone", "--router-data", "nowhere"), "nowhere"),
+    (("--init-from", "backbone", "--model.query-reduction", "mean"), "leave out model.query_reduction and"),
+    (("--init-from", "backbone", "--model.document-share", "0.5"), "leave out model.query_reduction and"),
     (("--init-from", "backbone", "--model.top-k", "0"), "top_k is 0")])
 def test_mistakes(run, backbone, checkpoint, tmp_path, flags, message):
     """What cannot be warmed up would end in a traceback, or in a folder with half a checkpoint."""

@@ -29,7 +29,7 @@ import memory_bank  # noqa: E402
 from common import UserError  # noqa: E402
 from memory_bank import Bank, Layout, Writer, join, write_segment  # noqa: E402
 
-LAYOUTS = {kind: Layout("model-tokenizer", 2, 1, 4, kind) for kind in ("bfloat16", "int8")}
+LAYOUTS = {kind: Layout("model-tokenizer", 2, 1, 4, 3, 2, 4, kind) for kind in ("bfloat16", "int8")}
 
 
 def make(number, version, layout):
@@ -62,19 +62,19 @@ def contents(bank):
     found = {}
     positions, ends = np.arange(len(bank)), memory_bank.ends_of(bank.chunks)
     plan = bank.plan(positions)
-    keys = np.full((bank.layout.layers, ends[-1], bank.layout.kv_heads, bank.layout.head_dim), 9999,
-                   np.uint16)
-    for layer in range(bank.layout.layers):
+    layout = bank.layout
+    shape = layout.routing_layers, ends[-1], layout.routing_heads, layout.routing_dim
+    keys = np.full(shape, 9999, np.uint16)
+    for layer in range(layout.routing_layers):
         for rows, part in bank.routing_keys(layer, plan):
             keys[layer, rows] = part
     for position in positions:
         text, source = bank.document(position)
-        content = [bank.content(layer, position) for layer in range(bank.layout.layers)]
-        parts = b"".join(x.tobytes() for x, _ in content)
-        scales = b"".join(b"" if x is None else x.tobytes() for _, x in content)
+        content, scales = bank.content(position)
+        scales = b"" if scales is None else scales.tobytes()
         found[int(bank.numbers[position])] = (
-            int(bank.digests[position]), int(bank.id_hashes[position]), text.tobytes(), source, parts, scales,
-            keys[:, ends[position]:ends[position + 1]].tobytes())
+            int(bank.digests[position]), int(bank.id_hashes[position]), text.tobytes(), source,
+            content.tobytes(), scales, keys[:, ends[position]:ends[position + 1]].tobytes())
     return found
 
 
