@@ -129,16 +129,16 @@ def write_tokenizer(path, folder, fields):
     if own["model"] != "gpt2" or cut not in CUTS:
         raise UserError(f"{path}: its tokenizer is {own['model']!r} with words cut as {cut!r}; supported is "
                         f"'gpt2' with {', '.join(CUTS)}")
-    # Kinds: 1 a word, 3 a special token, 4 one that texts may contain, 5 fills the vocabulary up
-    kinds = dict(zip(own["tokens"], own["token_type"], strict=True))
-    vocabulary = {token: i for i, token in enumerate(own["tokens"]) if kinds[token] != 5}
+    vocabulary = {token: i for i, token in enumerate(own["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in own["merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
     tokenizer.pre_tokenizer, tokenizer.decoder = CUTS[cut], decoders.ByteLevel()
     if cut == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kinds[token] == 3)
-                          for token in vocabulary if kinds[token] in (3, 4)])
+    # Beside words (1) there are special tokens (3), those that texts may contain (4), and unused ones (5)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)
+                          for token, kind in zip(own["tokens"], own["token_type"], strict=True)
+                          if kind in (3, 4)])
     about = {f"{name}_token": own["tokens"][own[f"{name}_token_id"]] for name in ("bos", "eos")
              if f"{name}_token_id" in own}
     if own.get("add_bos_token", cut == "llama-bpe"):

@@ -23,7 +23,7 @@ gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parent.parent
 TEXTS = [(ROOT / "README.md").read_text(encoding="utf-8")[:5000],
          (ROOT / "LICENSE").read_text(encoding="utf-8"),
-         "12345 don't DON'T we'll\tx\n\n\n  y   ½² e\u0301\u00e9 日本語 \u2028 [PAD7]",
+         "12345 zebra don't DON'T we'll\tx\n\n\n  y   ½² e\u0301\u00e9 日本語 \u2028 [PAD7]",
          "a<|end|>b<think>c", " \n "]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
@@ -166,7 +166,10 @@ def test_tokens(pre, hub, tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, show_progress=False,
                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     theirs.train_from_iterator([*TEXTS[:2], "12345 2345 123 " * 9], trainer)
-    model = json.loads(theirs.to_str())["model"]
+    whole = json.loads(theirs.to_str())
+    model = whole["model"]
+    model["vocab"]["Ġzebra"] = len(model["vocab"])  # Llama 3 takes it as a whole, though no merges make it
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(whole))
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [" ".join(merge) for merge in model["merges"]]
     theirs.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
