@@ -28,9 +28,12 @@ ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bia
 
 
 def find(name):
-    """The folder of a checkpoint: `name` itself, or where huggingface_hub keeps the files of the repository
-    "owner/name", which it downloads first. Raises UserError."""
+    """The folder of a checkpoint: `name` itself, what a .gguf file was converted to, or where huggingface_hub
+    keeps the files of the repository "owner/name", which it downloads first. Raises UserError."""
     folder = Path(name)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        from gguf_folder import folder_of  # here: bench.py runs where only torch, triton and numpy are
+        return folder_of(folder)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return folder
     try:
