@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import tomllib
 import typing
 from datetime import timedelta
@@ -103,9 +104,11 @@ def merge(config, table, path, prefix=""):
         raise UserError(f"{path}: {error}") from None
 
 
-def detect_device(device="auto", dtype="auto"):
+def detect_device(device="auto", dtype="auto", hidden_size=0):
     """The device and dtype to compute in, each `auto` or a name, and a sentence that says why.
 
+    hidden_size: the model's, if known. On a CPU, bfloat16 is chosen for models of 512 and more where it is
+    measured to be fast, and by a single process: several could measure differently.
     Returns (torch.device, torch.dtype, reason). Raises UserError for a device that is not there.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -118,11 +121,33 @@ def detect_device(device="auto", dtype="auto"):
         names = ", ".join(name for name in available if available[name])
         raise UserError(f"--device {device}: not available here; available: {names}")
     index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if dtype == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
         dtype, reason = "bfloat16", f"{reason}; bfloat16 is fast here"
+    elif dtype == "auto" and kind == "cpu" and hidden_size >= 512 and world == 1:
+        speed = bfloat16_speed()
+        dtype = "bfloat16" if speed >= 1.5 else "float32"
+        reason = f"{reason}; {dtype}, as products in bfloat16 are {speed:.1f} times as fast as in float32"
     elif dtype == "auto":
         dtype, reason = "float32", f"{reason}; float32 is the safe choice here"
     return torch.device(kind, index), getattr(torch, dtype), reason
+
+
+def bfloat16_speed():
+    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, measured in some 20 ms;
+    0 where torch knows no instructions for it."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0.0
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(384, 384, dtype=dtype)
+        times = []
+        for _ in range(5):  # the first one prepares, and others may be disturbed: the fastest counts
+            began = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def autocast(device, dtype):

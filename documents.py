@@ -1,23 +1,41 @@
-"""Documents and sets of questions about them: a folder, a .jsonl file, BEIR's layout, SQuAD's file.
+"""Documents of a folder or a .jsonl file; and sets of questions about documents: BEIR's layout, SQuAD's file.
 
-    for document in read_documents("notes", count_tokens, max_tokens=512):
-        print(document.where(), document.text)      # a.md:3-6 ...
+    skipped = {}
+    for document in read_documents("notes", count_tokens, max_tokens=512, skipped=skipped):
+        print(document.where(), document.spelled())      # a.md:3-6 (Boats) ...
+    tell_skipped(skipped, print)                         # skipped b.txt: not UTF-8 (byte 2)
 
-Long texts are split at paragraphs; every piece knows its file and lines, for citations.
+Long texts are split at paragraphs; every piece knows its file, lines and heading, for citations.
 """
+import codecs
 import json
+import logging
 import os
-from dataclasses import dataclass
+import re
+from bisect import bisect
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 from common import UserError
 
+HEAD_BYTES = 1 << 16  # of a file, which tell how it is encoded
+TOLD = 10             # files that `tell_skipped` names
+# Files that are never text, by the ends of their names: images, sound, films, archives, programs, fonts
+NO_TEXT = frozenset(""".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .svg .psd .mp3 .wav .flac .ogg
+    .m4a .mp4 .mov .avi .mkv .webm .zip .gz .bz2 .xz .zst .7z .rar .tar .tgz .jar .exe .dll .so .dylib .o .a
+    .pyc .class .woff .woff2 .ttf .otf .safetensors .gguf .npy .npz .pt .pth .db""".split())
+# Byte order marks; those of UTF-32 begin like those of UTF-16
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
 
 @dataclass(frozen=True)
 class Document:
-    """A document's text and where it came from, for citations; lines count from 1.
+    """A document's text and where it came from, for citations; lines count from 1 (of a PDF: pages).
 
-    id: what makes it the same document after a change; number: that a bank must give it, else the next.
+    id: what makes it the same document after a change; number: that a bank must give it, else the next;
+    title: its own, or the heading that it stands under.
     """
     text: str
     source: str = ""
@@ -25,116 +43,290 @@ class Document:
     last_line: int = 0
     id: str = ""
     number: int | None = None
+    title: str = ""
 
     def where(self):
-        return f"{self.source}:{self.first_line}-{self.last_line}" if self.source else "(generated)"
+        title = f" ({self.title})" if self.title else ""
+        return f"{self.source}:{self.first_line}-{self.last_line}{title}" if self.source else "(generated)"
+
+    def spelled(self):
+        """What is encoded: the title and the text, which stays as it is if its first line is the title."""
+        if not self.title or re.match(rf"\W*{re.escape(self.title)}[ #]*$", self.text, re.MULTILINE):
+            return self.text
+        return f"{self.title}\n{self.text}"
 
 
-def read_documents(path, count_tokens, max_tokens):
-    """Yields Documents, file by file: of a folder's .txt and .md files (hidden ones left out) in the order of
-    their names, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
+def read_documents(path, count_tokens, max_tokens, skipped=None):
+    """Yields Documents, file by file in the order of names: of a folder's text files, web pages and PDFs,
+    or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
 
-    A text of more than `max_tokens` (by `count_tokens(text)`) is split at paragraphs; a longer paragraph at
-    lines, a longer line at words. Raises UserError for what is missing or has no text, and for a file or line
-    that cannot be read or is not UTF-8.
+    A text of more than `max_tokens` (by `count_tokens(text)`, its title included) is split at paragraphs; a
+    longer paragraph at lines, a longer line at words. skipped: a dict for the files that are left out,
+    name -> why, "" for those that are never text. Raises UserError for what is missing or has no text, for a
+    folder that cannot be listed and for a line of a .jsonl file that is not as above.
     """
     root = Path(path)
+    skipped = {} if skipped is None else skipped
     if root.suffix.lower() == ".jsonl" and root.is_file():
-        texts = read_jsonl(root)
+        texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
     elif root.is_dir():
-        texts = read_files(root)
+        texts = read_files(root, skipped)
     else:
         raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
     empty = True
-    for id, source, text in texts:
-        for i, (first, last, piece) in enumerate(split_text(text, count_tokens, max_tokens)):
+    for name, lines, headings in texts:
+        for i, piece in enumerate(split_text(lines, headings, count_tokens, max_tokens)):
             empty = False
-            yield Document(piece, source, first, last, f"{id}#{i}")
+            yield replace(piece, source=name, id=f"{name}#{i}")
     if empty:
-        raise UserError(f"{path}: no text in it; expected .txt or .md files, or a .jsonl file, not empty")
+        reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:TOLD] if why)
+        raise UserError(f"{path}: no text in it; expected text files (.txt, .md, .html, .pdf and others), or "
+                        f"a .jsonl file, not empty{reasons}")
 
 
-def read_files(root):
-    """Yields (id, source, text) of a folder's files: the path below the folder is both."""
-    for path in folder_files(root):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start}); "
-                            "convert it to UTF-8 or move it out of the folder") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        name = os.fsencode(path.relative_to(root)).decode(errors="replace")  # not every name is UTF-8
-        yield name, name, text
+def tell_skipped(skipped, say):
+    """Say in a line each which files were left out and why, the first TOLD of them; the rest are counted."""
+    named = [f"skipped {name}: {why}" for name, why in skipped.items() if why]
+    for line in named[:TOLD]:
+        say(line)
+    if named[TOLD:]:
+        say(f"skipped {len(named) - TOLD:,} more files that could not be read")
+    if len(skipped) > len(named):
+        say(f"skipped {len(skipped) - len(named):,} images, archives and other files that are never text")
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Files -> numbered lines: pairs (line, text), and headings: pairs (line, title)
 
 def folder_files(root):
-    """The .txt and .md files of a folder, sorted; hidden ones are left out."""
-    return sorted(path for path in root.rglob("*")
-                  if path.suffix.lower() in (".txt", ".md") and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
+    """The files of a folder, sorted; hidden ones are left out. Links to folders are followed, but no folder
+    is read twice, nor by a link's name if it has its own. Raises UserError for one that cannot be listed."""
+    files, folders, links, seen = [], [Path(root)], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            for path in sorted(folder.iterdir()):
+                among = files
+                if path.is_dir():
+                    among = links if path.is_symlink() else folders
+                if not path.name.startswith("."):
+                    among.append(path)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from None
+    return sorted(files)
+
+
+def read_files(root, skipped):
+    """Yields (name, lines, headings) of a folder's files; the name is the path below the folder."""
+    for path in folder_files(root):
+        name = os.fsencode(path.relative_to(root)).decode(errors="replace")  # not every name is UTF-8
+        try:
+            lines, headings = read_file(path)
+        except OSError as error:
+            skipped[name] = f"cannot be read ({error.strerror})"
+        except (UserError, AssertionError) as error:  # html.parser's, of a page beyond it
+            skipped[name] = str(error)
+        else:
+            yield name, lines, headings
+
+
+def read_file(path):
+    """(lines, headings) of a file. Raises OSError, and UserError with the reason why it holds no text."""
+    kind = path.suffix.lower()
+    if kind in NO_TEXT:
+        raise UserError("")
+    if path.exists() and not path.is_file():
+        raise UserError("not a regular file")
+    if kind == ".pdf":
+        return read_pdf(path), []
+    lines = numbered(read_text(path))
+    if kind in (".html", ".htm"):
+        page = WebPage(lines)
+        return page.lines, [(0, page.title)]
+    return lines, find_headings(lines) if kind in (".md", ".markdown", ".rst") else []
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; UTF-16 is also known by its
+    NULs. Raises OSError, and UserError for what is not text."""
+    with open(path, "rb") as file:
+        data = file.read(HEAD_BYTES)
+        encoding = encoding_of(data)
+        if encoding != "utf-8" or b"\0" not in data:  # else it is no text, and may be long
+            data += file.read()
+    if encoding.startswith("utf-8") and b"\0" in data:
+        raise UserError("holds NULs, which no text does")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = encoding.upper().removesuffix("-SIG")
+        raise UserError(f"not {name} (byte {error.start}); convert it to UTF-8") from None
+
+
+def encoding_of(head):
+    """The encoding of a file, from its first bytes; UTF-8 where nothing speaks for another."""
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return encoding
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    wide = "utf-16-le" if odd > even else "utf-16-be"  # it has spaces, whose upper byte is 0
+    controls = re.search(r"[\0-\x08\x0e-\x1f]", head.decode(wide, errors="ignore"))
+    return "utf-8" if max(even, odd) <= len(head) // 20 or controls else wide
+
+
+def numbered(text):
+    """The lines of a text as editors count them: only \\n, \\r\\n and \\r end one."""
+    return list(enumerate(re.split(r"\r\n|\r|\n", text), start=1))
+
+
+def find_headings(lines):
+    """The headings of Markdown, "# Title", and those that Markdown and rst underline."""
+    headings, above, in_code = [], "", False
+    for number, line in lines:
+        line = line.strip()
+        marked = re.fullmatch(r"#{1,6}\s+(\S.*?)(\s+#+)?", line)
+        underline = re.fullmatch(r"""([=~^"'#*+.:-])\1{2,}""", line)
+        if line.startswith("```"):
+            in_code = not in_code
+        elif marked and not in_code:
+            headings.append((number, marked[1]))
+        elif underline and not in_code and re.search(r"\w", above) and len(line) >= len(above):
+            headings.append((number - 1, above))
+        above = line
+    return headings
+
+
+class WebPage(HTMLParser):
+    """What a browser shows of a page: `lines`, one a block, with the numbers of its lines; `title`."""
+
+    UNSEEN = frozenset("script style template noscript title".split())
+    WITHIN_LINES = frozenset("""a abbr b bdi bdo cite code data del dfn em font i img input ins kbd label mark
+        q s samp small span strike strong sub sup time tt u var wbr""".split())
+
+    def __init__(self, lines):
+        super().__init__()
+        self.lines, self.title, self.unseen = [(1, "")], "", None
+        self.feed("\n".join(line for _, line in lines))
+        self.close()
+        self.lines = [(number, " ".join(line.split())) for number, line in self.lines if line.strip()]
+
+    def handle_starttag(self, tag, attrs):
+        if tag in self.UNSEEN:
+            self.unseen = self.unseen or tag
+        self.end_line(tag)
+
+    def handle_endtag(self, tag):
+        if tag == self.unseen:
+            self.unseen = None
+        self.end_line(tag)
+
+    def end_line(self, tag):
+        if tag not in self.WITHIN_LINES:
+            self.lines.append((0, ""))
+
+    def handle_data(self, data):
+        if self.unseen == "title":
+            self.title = self.title or " ".join(data.split())
+        elif not self.unseen:
+            number, line = self.lines[-1]
+            if not line.strip():
+                number = self.getpos()[0] + data[:len(data) - len(data.lstrip())].count("\n")
+            self.lines[-1] = (number, line + data)
+
+
+def read_pdf(path):
+    """The lines of a PDF, numbered by their pages. Raises UserError for one without text, or damaged."""
+    try:
+        import pypdf
+    except ImportError:
+        raise UserError("PDFs need pypdf: pip install -e '.[pdf]'") from None
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it tells of every oddity that it gets over
+    try:
+        with open(path, "rb") as file:
+            texts = [page.extract_text() for page in pypdf.PdfReader(file).pages]
+    except Exception as error:  # of the disk's kinds, or of a damaged file: anything
+        raise UserError(f"not a PDF that can be read ({type(error).__name__}: {error})") from None
+    if not "".join(texts).strip():
+        raise UserError("a PDF without text, as scans are")
+    # Blank lines end a page's last paragraph
+    return [(page, line) for page, text in enumerate(texts, start=1) for _, line in numbered(text + "\n")]
 
 
 def read_jsonl(path):
-    """Yields (id, title, text) of the lines of a .jsonl file; a document without a title has its id."""
+    """Yields (id, title, text) of the lines of a .jsonl file; the title may be ""."""
     with path.open("rb") as file:
+        encoding = encoding_of(file.read(HEAD_BYTES))
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"  # a wrong byte costs its line
+    with path.open(encoding=encoding, errors=errors) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode())
+                row = json.loads(line)
                 id = row["_id"] if "_id" in row else row["id"]  # BEIR's files say _id
-                title, text = row.get("title") or id, row["text"]
+                title, text = row.get("title") or "", row["text"]
                 if not all(isinstance(value, str) for value in (id, title, text)):
                     raise TypeError
-                f"{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
+                f"{line}{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", '
                                 '"text": "..."} of UTF-8 strings') from None
-            yield id, title, text
+            yield id, " ".join(title.split()), text
 
 
 def documents_size(path):
     """Bytes of what `read_documents` reads."""
-    root = Path(path)
-    files = folder_files(root) if root.is_dir() else [root]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    files = folder_files(path) if os.path.isdir(path) else [Path(path)]
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
-def split_text(text, count_tokens, max_tokens):
-    """Yields (first line, last line, piece) of at most `max_tokens`: whole paragraphs where they fit."""
-    def join(lines):
-        return "\n".join(line for _, line in lines)
+def split_text(lines, headings, count_tokens, max_tokens):
+    """Yields Documents without a source, of at most `max_tokens`, whole paragraphs where they fit.
 
-    paragraphs = []  # lists of (line number, line), each up to and including the blank lines behind it
-    for number, line in enumerate(text.splitlines(), start=1):
+    The title is the nearest heading at or above a piece, cut to a quarter of `max_tokens`.
+    """
+    short = lambda line: count_tokens(line[1]) <= max(1, max_tokens // 4)
+    headings = [split_line(heading, short)[0] for heading in headings]
+
+    def document(piece):
+        numbers = [number for number, line in piece if line.strip()] or [0]
+        first = next((number for number, line in piece if re.search(r"\w", line)), numbers[0])
+        above = bisect(headings, first, key=lambda heading: heading[0])
+        return Document("\n".join(line for _, line in piece).strip(), "", numbers[0], numbers[-1],
+                        title=headings[above - 1][1] if above else "")
+
+    def fits(piece):
+        return count_tokens(document(piece).spelled()) <= max_tokens
+
+    paragraphs = []  # pieces, each up to and including the blank lines behind it
+    for number, line in lines:
         if not paragraphs or (line.strip() and not paragraphs[-1][-1][1].strip()):
             paragraphs.append([])
         paragraphs[-1].append((number, line))
     pieces = [[]]
     for paragraph in paragraphs:
         blocks = [paragraph]
-        if count_tokens(join(paragraph)) > max_tokens:
-            blocks = [[part] for line in paragraph for part in split_line(line, count_tokens, max_tokens)]
+        if not fits(paragraph):
+            blocks = [[part] for line in paragraph for part in split_line(line, lambda line: fits([line]))]
         for block in blocks:
-            if count_tokens(join(pieces[-1] + block)) > max_tokens:
+            if not fits(pieces[-1] + block):
                 pieces.append([])
             pieces[-1] += block
-    for piece in pieces:
-        numbers = [number for number, line in piece if line.strip()]
-        if numbers:
-            yield numbers[0], numbers[-1], join(piece).strip()
+    yield from (found for found in map(document, pieces) if found.text)
 
 
-def split_line(line, count_tokens, max_tokens):
-    """One numbered line as several of at most `max_tokens`, cut between words (a too long word inside)."""
+def split_line(line, fits):
+    """One numbered line as several that fit, cut between words (a too long word inside)."""
     number, text = line
-    if count_tokens(text) <= max_tokens or len(text) < 2:
+    if fits(line) or len(text) < 2:
         return [line]
     middle = text.find(" ", len(text) // 2)
     middle = len(text) // 2 if middle < 0 else middle
-    return (split_line((number, text[:middle]), count_tokens, max_tokens)
-            + split_line((number, text[middle:].lstrip()), count_tokens, max_tokens))
+    return split_line((number, text[:middle]), fits) + split_line((number, text[middle:].lstrip()), fits)
 
 
 # ------------------------------------------------------------------------------------------------------------

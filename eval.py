@@ -37,6 +37,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from checkpoint import find
 from common import (
     UserError,
     atomic_file,
@@ -51,7 +52,7 @@ from documents import Document, bm25_search
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
-from model import Memory
+from model import MSA, Memory
 from prompts import load_checkpoint
 from sync import check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
@@ -257,11 +258,13 @@ def read_rows(path):
 def script():
     config = command_line(EvalConfig, __doc__)
     keep_freed_memory()
-    device, dtype, reason = detect_device(config.device, config.dtype)
+    folder = find(config.checkpoint)
+    hidden_size = MSA.read_config(folder)[0].hidden_size
+    device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     for path in filter(None, (config.json, config.plot)):  # a wrong folder fails before the first question
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
-    model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
+    model, tokenizer = load_checkpoint(folder, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
     if config.memory and (Path(config.memory) / "manifest.json").exists():  # before minutes of counting
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)

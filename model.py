@@ -251,16 +251,18 @@ class PaperMSA(Pretrained, nn.Module):
         return x, found
 
     # --------------------------------------------------------------------------------------------------------
-    def encode(self, documents, numbers=None, batch_tokens=16384, progress=None):
+    def encode(self, documents, numbers=None, batch_tokens=None, progress=None):
         """Documents -> Memory, each encoded alone (section 3.2): what is stored of one depends on no other.
 
         documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by
-        default. Documents of similar length are padded into batches of at most `batch_tokens` tokens; the
-        order given is the order returned. progress: called with the number of tokens just encoded. Raises
+        default. Documents of similar length are padded into batches of at most `batch_tokens` tokens, by
+        default 2,048 on a CPU, whose caches they fit, and 16,384 elsewhere; the order given is the order
+        returned. progress: called with the number of tokens just encoded. Raises
         UserError for an id outside the vocabulary, ValueError for no or empty documents or wrong numbers.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
         check_documents(documents, numbers)
+        batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         lengths = torch.tensor([len(document) for document in documents])
         offsets, parts, encoded = self.chunk_offsets(lengths), [], []
         for batch, tokens in padded_batches(documents, batch_tokens):

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, command_line, main, write_json
-from documents import read_documents
+from documents import read_documents, tell_skipped
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -49,7 +49,7 @@ class DataConfig:
     encoding: str = "train"         # "train" a BPE on this data, or a name that tiktoken knows, as "gpt2"
     vocab_size: int = 4096          # of the trained BPE, special tokens included
     number_tokens: bool = False     # spell documents' numbers in tokens of their own; see tokenizer.py
-    documents: str = ""             # a folder of .txt and .md files: your own documents
+    documents: str = ""             # your own documents: a folder of text, or a .jsonl file
     questions: str = ""             # a .jsonl file: your own questions about them
     max_document_tokens: int = 512  # longer files are split at paragraphs
     documents_per_pool: int = 48    # your own data: documents that a step encodes
@@ -392,8 +392,10 @@ def write_own(config, folder):
     """Pools drawn from your own documents, which all of them share; returns the tokenizer."""
     limit = config.max_document_tokens
     roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
-    tokenizer = make_encoding(config, (document.text for document in roughly))
-    documents = list(read_documents(config.documents, lambda text: len(tokenizer.encode(text)), limit))
+    tokenizer = make_encoding(config, (document.spelled() for document in roughly))
+    skipped, count_tokens = {}, lambda text: len(tokenizer.encode(text))
+    documents = list(read_documents(config.documents, count_tokens, limit, skipped))
+    tell_skipped(skipped, print)
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
@@ -402,7 +404,7 @@ def write_own(config, folder):
                                  ("validation", order[:held_out], config.validation_pools)):
         asked = [questions[i] for i in chosen]
         writer = PoolWriter(folder / split, tokenizer)
-        writer.add([document.text for document in documents], asked)
+        writer.add([document.spelled() for document in documents], asked)
         for _ in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
             writer.add_pool(*own_pool(documents, asked, config, rng))
         writer.close()

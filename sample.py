@@ -11,6 +11,7 @@ A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' M
 Hugging Face Hub.
 """
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -19,15 +20,22 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from checkpoint import find
 from common import UserError, command_line, detect_device, keep_freed_memory, main
-from documents import documents_size, read_documents
+from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
+from model import MSA
 from prompts import load_checkpoint
 from sync import check_fingerprint, describe, encode_texts, sync
 
 TRACED = 16  # documents that --trace prints of a round's ranking
+# Words that say nothing about where an answer comes from
+COMMON_WORDS = frozenset("""a about all also an and any are as at be been both but by can could did do does
+    for from had has have he her his how i if in into is it its may more no not of on one or our she should so
+    some than that the their them then there these they this to was we were what when where which who why will
+    with would yes you your""".split())
 
 
 @dataclass
@@ -35,7 +43,7 @@ class SampleConfig:
     # without one, they are read from the terminal
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
     checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
-    documents: str = ""                   # folder of .txt and .md files, or a .jsonl file of id, title, text
+    documents: str = ""                   # folder of texts, pages, PDFs, or a .jsonl file of id, title, text
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds
@@ -63,28 +71,44 @@ class SampleConfig:
                 raise UserError(f"--{name} is about a bank on disk; name it with --memory")
 
 
+def sources_of(answer, question, texts):
+    """Of documents, the best first, those that the words of an answer come from.
+
+    texts: number -> text, the best first. A document counts that holds at least half as many of the answer's
+    words as the one that holds most: without COMMON_WORDS, and without the question's unless the answer has
+    no others. Where no document holds any, all of them are returned.
+    """
+    words_of = lambda text: {*re.findall(r"\w+", text.lower())} - COMMON_WORDS
+    words = words_of(answer) - words_of(question) or words_of(answer)
+    held = {number: len(words & words_of(text)) for number, text in texts.items()}
+    most = max(held.values(), default=0)
+    return sorted((n for n in held if 2 * held[n] >= most), key=lambda n: -held[n])
+
+
 def show(model, tokenizer, memory, texts, where, question, config, say=print):
     """Stream one answer to the terminal, then its sources. where(position): where a document comes from."""
     place = lambda number: int(np.searchsorted(memory.numbers, number))
-    appended, best, answering = [], None, False  # best: the number of the first round's first document
+    appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
             say(event, end="", flush=True)
-            answering = True
+            answer += event
             continue
         appended += event.appended
-        if best is None and event.routed:
-            best = event.routed[0][0]
+        ranked = ranked or [n for n, _ in event.routed]
         if config.trace:
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
                 say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
-    say("" if answering else "(no answer)")
+    say("" if answer else "(no answer)")
+    if model.config.prompts == "chat":  # it was given what was found; the others name what they want
+        given = {n: tokenizer.decode(texts[place(n)]) for n in ranked if n in appended}
+        appended = sources_of(answer, question, given)
     for n in appended:
         say(f"  [{n}] {where(place(n))}")
-    if not appended and best is not None:
-        say(f"  [{best}] {where(place(best))} (read in the memory; no text was appended)")
+    if not appended and ranked:
+        say(f"  [{ranked[0]}] {where(place(ranked[0]))} (read in the memory; no text was appended)")
 
 
 def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
@@ -94,9 +118,11 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     """
     if config.documents:
         longest = config.max_document_tokens or model.config.max_document_tokens
-        documents = read_documents(config.documents, count_tokens, longest)
+        skipped = {}
+        documents = read_documents(config.documents, count_tokens, longest, skipped)
         size = documents_size(config.documents)
-        done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size)
+        done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size, skipped)
+        tell_skipped(skipped, say)
         say(f"{config.memory}: {done} on {on}")
     bank = Bank(config.memory)
     check_fingerprint(bank.layout, config.memory, model, tokenizer)
@@ -123,12 +149,14 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents and not config.memory:
-        raise UserError("--documents is missing; give a folder of .txt or .md files, such as "
-                        "--documents examples, or a bank (--memory)")
+        raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
+                        "or a bank (--memory)")
     keep_freed_memory()
-    device, dtype, reason = detect_device(config.device, config.dtype)
+    folder = find(config.checkpoint)
+    hidden_size = MSA.read_config(folder)[0].hidden_size
+    device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_checkpoint(config.checkpoint, device, dtype)
+    model, tokenizer = load_checkpoint(folder, device, dtype)
     ranks = Ranks(device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))
     say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -144,8 +172,10 @@ def script():
             show(model, tokenizer, memory, memory.texts, where, question, config, say)
     else:
         longest = config.max_document_tokens or model.config.max_document_tokens
-        documents = list(read_documents(config.documents, count_tokens, longest))
-        texts = tokenizer.encode_batch([document.text for document in documents])
+        skipped = {}
+        documents = list(read_documents(config.documents, count_tokens, longest, skipped))
+        tell_skipped(skipped, say)
+        texts = tokenizer.encode_batch([document.spelled() for document in documents])
         memory, speed = encode_texts(model, tokenizer, texts)
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")

@@ -70,7 +70,7 @@ class Changes:
         self.sorted_hashes = bank.id_hashes[self.by_hash]
         self.seen = np.zeros(len(bank), bool)       # by position: whether the document has come
         self.next_number = bank.next_number
-        self.counts = dict(added=0, updated=0, removed=0, unchanged=0)
+        self.counts = {"added": 0, "updated": 0, "removed": 0, "unchanged": 0, "kept unread": 0}
 
     def position_of(self, id_hash):
         """Where the bank holds the document with this hash of its id; None where it holds none."""
@@ -89,7 +89,7 @@ class Changes:
         due, replaced = [], []
         for document in group:
             number, id_hash = document.number, hash64(document.id)
-            digest = hash64(document.id, document.where(), document.text)
+            digest = hash64(document.id, document.where(), document.spelled())
             position = self.position_of(id_hash)
             if position is None:
                 self.counts["added"] += 1
@@ -118,8 +118,19 @@ class Changes:
                     raise UserError(given_twice(what, value))
         return due, replaced
 
-    def missing(self):
-        """The numbers of the documents that have not come; asked at the end of the stream."""
+    def missing(self, skipped):
+        """The numbers of the documents that have not come; asked at the end of the stream.
+
+        skipped: names of files that could not be read. What the bank holds of them, name#0, name#1 and so on,
+        stays: a file that cannot be read now is not a deleted one.
+        """
+        for name in skipped:
+            for i in itertools.count():
+                position = self.position_of(hash64(f"{name}#{i}"))
+                if position is None:
+                    break
+                self.seen[position] = True
+                self.counts["kept unread"] += 1
         self.counts["removed"] = int((~self.seen).sum())
         return self.bank.numbers[~self.seen].tolist()
 
@@ -129,13 +140,14 @@ def given_twice(what, value):
 
 
 @torch.no_grad()
-def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0):
+def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0, skipped=()):
     """Bring the bank `folder` in line with a stream of Documents. Collective: every rank has the same stream.
 
     New documents are added, changed ones encoded again under their old number, those that do not come are
     removed. A bank that is not there is made. Documents are the same when their `id` is, unchanged when text
     and place are too. The ranks share the encoding. What is done is committed when a segment is full or a
-    minute has passed, and is not done again after an interruption. size: bytes of all texts, for progress.
+    minute has passed, and is not done again after an interruption. size: bytes of all texts, for progress;
+    skipped: names of files that the stream could not read by its end, whose documents stay as they are.
     Returns a sentence that says what was done. Raises UserError, among others for ids or numbers given twice.
     """
     first = ranks.rank == 0
@@ -172,7 +184,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
                     raise UserError("the ranks read different documents; "
                                     "--documents must be the same for all of them")
                 if reports[:, 0].any() or not group:
-                    commit(replaced + ([] if group else changes.missing()))
+                    commit(replaced + ([] if group else changes.missing(skipped)))
                     replaced, committed = [], time.monotonic()
                 replaced += held  # with what is encoded now, in one change
                 share = sorted(due[ranks.rank::ranks.world], key=lambda entry: entry[0])
@@ -194,7 +206,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0)
 def encode_records(model, tokenizer, due, layout):
     """Encode what is `due` (see Changes.compare), in the order of numbers: (records, tokens of the texts)."""
     numbers, documents, id_hashes, digests = zip(*due)
-    texts = tokenizer.encode_batch([document.text for document in documents])
+    texts = tokenizer.encode_batch([document.spelled() for document in documents])
     spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
     sources = [document.where() for document in documents]
     records = to_records(model.encode(spelled, numbers), texts, sources, id_hashes, digests, layout)

@@ -167,7 +167,8 @@ MISTAKES = [
     # folders and files
     (prepare_data, "--documents none --questions good.jsonl --out other", "error: none: no such folder"),
     (prepare_data, "--documents empty --questions good.jsonl --out other", "error: empty: no text in it"),
-    (prepare_data, "--documents latin --questions good.jsonl --out other", "error: latin/a.txt: not UTF-8"),
+    (prepare_data, "--documents latin --questions good.jsonl --out other",
+     "error: latin: no text in it; .*a.txt: not UTF-8"),
     (prepare_data, "--documents docs --questions none.jsonl --out other", "error: none.jsonl: "),
     (prepare_data, "--documents docs --questions bad.jsonl --out other --vocab-size 300",
      "error: bad.jsonl:2: not an object"),
@@ -176,7 +177,7 @@ MISTAKES = [
     (prepare_data, "tiny.toml --out tiny.toml", "error: tiny.toml"),
     (sample, "--checkpoint good --documents none q", "error: none: no such folder"),
     (sample, "--checkpoint good --documents empty q", "error: empty: no text in it"),
-    (sample, "--checkpoint good --documents latin q", "error: latin/a.txt: not UTF-8"),
+    (sample, "--checkpoint good --documents latin q", "error: latin: no text in it; .*a.txt: not UTF-8"),
     (evaluation, "--checkpoint good --lengths 300 --questions 1 --json tiny.toml/rows.json",
      "error: tiny.toml"),
     # checkpoints
