@@ -120,7 +120,10 @@ def read_config(folder):
             raise UserError(f"{path}: not a checkpoint's configuration: {name!r} is missing")
     values = {name: found.pop(name) for name in PLAIN_FIELDS}
     if msa is None:  # a plain backbone: nobody has trained it to route, to read a memory or to name documents
-        msa = {"attend_memory": False, "prompts": "chat"}
+        layers = values["num_hidden_layers"]
+        early = max(1, round(0.1 * layers)) if isinstance(layers, int) else 1
+        msa = {"attend_memory": False, "prompts": "chat", "routing_layers": f"0,{early}", "chunk_size": 32,
+               "query_reduction": "mean", "routing_dim": values["hidden_size"], "document_share": 0.2}
     elif kind == "msa" or "pooling_kernel_size" in msa:
         msa = authors_options(msa, path)
     else:
@@ -289,9 +292,8 @@ class Pretrained:
         found = {name: shape for name, shape in weights.shapes.items() if not re.search(unused, name)}
         untrained = (stored.prompts == "chat" and config.decouple_router
                      and not any("router_" in name for name in found))
-        of_router = lambda name: "router_" in name or name == "model.token_weights"
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
-               if not (untrained and of_router(name))}
+               if not (untrained and is_router(name))}
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
             parent, _, leaf = name.rpartition(".")
@@ -349,21 +351,31 @@ class Pretrained:
             raise UserError(f"token id {int(outside[0])} is outside the model's vocabulary of "
                             f"{self.config.vocab_size} tokens; the tokenizer is not this model's")
 
+    def load_routers(self, tensors, path):
+        """Take routers, name -> tensor, in their own precision. Raises UserError where they do not fit."""
+        own = {name: tuple(x.shape) for name, x in self.state_dict().items() if is_router(name)}
+        check_shapes(own, {name: tuple(x.shape) for name, x in tensors.items()}, lambda name: path)
+        for name, tensor in tensors.items():
+            parent, _, leaf = name.rpartition(".")
+            module, tensor = self.get_submodule(parent), tensor.to(self.device)
+            setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
+        self.trained_routers = True
+
     def init_routers(self):
         """Routers of a backbone that has none. Their layers route as they attend, but without RoPE: routers
         become the layer's own query and key maps, with the weights of QK-norm in them (what it divides by is
         normalised away). Of `routing_dim` numbers, they start at random. All tokens count alike."""
         config, like = self.config, self.model.embed_tokens.weight
         if config.query_reduction == "mean":
-            self.model.token_weights = torch.ones(config.vocab_size, device=like.device, dtype=like.dtype)
+            self.model.token_weights = torch.ones(config.vocab_size, device=like.device)
         for i in config.router_layers:
             attention = self.model.layers[i].self_attn
             for router, own, norm in ((attention.router_q_proj, attention.q_proj, attention.q_norm),
                                       (attention.router_k_proj, attention.k_proj, attention.k_norm)):
                 if config.routing_dim:
                     weight = torch.randn(config.routing_dim, config.hidden_size) * config.hidden_size ** -0.5
-                    router[0].weight = nn.Parameter(weight.to(like))
-                    router[0].bias = nn.Parameter(like.new_zeros(config.routing_dim))
+                    router[0].weight = nn.Parameter(weight.to(like.device))
+                    router[0].bias = nn.Parameter(torch.zeros(config.routing_dim, device=like.device))
                     continue
                 scale = norm.weight[:, None] if config.qk_norm else 1
                 maps = own.weight.detach().unflatten(0, (-1, config.head_dim)) * scale
@@ -384,6 +396,11 @@ class Pretrained:
             old = self.model.token_weights
             self.model.token_weights = torch.cat([old, old.new_ones(size - len(old))])
         self.config = replace(self.config, vocab_size=size)
+
+
+def is_router(name):
+    """Whether a tensor of this name is part of the routers."""
+    return "router_" in name or name == "model.token_weights"
 
 
 def named_layers(text, count):

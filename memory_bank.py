@@ -3,6 +3,7 @@
     BANK/manifest.json              the live segments, the deleted documents, the model that made them
     BANK/segments/*.safetensors     immutable: routing keys, content and texts of documents, a table of them
     BANK/lock                       held by the one writer
+    BANK/routers.safetensors        of a backbone without any: made of the bank's first documents (sync.py)
 
 Adding writes a segment, then a new manifest by rename: a crash leaves the old bank or the new one. Removing
 sets a bit in the manifest. Files that no manifest names are left from a crash; the next writer deletes them.
@@ -48,6 +49,7 @@ BY_CHUNK = ("routing_keys", "content", "scales")
 AXIS = {**dict.fromkeys([*TABLE, "text", "source", "content", "scales"], 0), "routing_keys": 1}
 COUNTS = ("documents", "chunks", "tokens", "source_bytes")  # of a segment, in the manifest
 ON_DISK = {"id_hashes": "keys"}  # what a segment calls them
+ROUTERS = "routers.safetensors"
 REPAIR = "restore it from a copy or encode the bank anew"
 
 
@@ -559,7 +561,8 @@ class Writer:
             return not self.folder.exists()
         for path in self.folder.iterdir():
             empty = path.name == "segments" and path.is_dir() and not any(path.iterdir())
-            if not (empty or path.name == "lock" or path.name.startswith(".manifest.json.")):
+            ours = path.name in ("lock", ROUTERS) or path.name.startswith((".manifest.json.", f".{ROUTERS}."))
+            if not (empty or ours):
                 return False
         return True
 

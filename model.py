@@ -140,16 +140,19 @@ class Attention(nn.Module):
         return rotate(self.k_norm(self.heads(self.k_proj(h))), rope), self.heads(self.v_proj(h))
 
     def routing_query(self, h, query):
-        """(B, T, E) -> (B, T, W); no RoPE: routing is about content, not place. query: attention's, which
-        routes in its place where the router has no maps of its own."""
+        """(B, T, E) -> (B, T, W), without RoPE: routing is about content. query: attention's, which routes
+        where the router has no maps of its own."""
         _, groups, size = self.routing_shape
-        own = self.router_q_proj(h).unflatten(-1, (-1, size)) if self.decouple_router else query
+        own = self.routed(self.router_q_proj, h, (-1, size)) if self.decouple_router else query
         scale = 1 if self.decouple_router and self.normalize_routing else size ** -0.5
         return group_queries(own, groups, self.normalize_routing) * scale
 
     def routing_key(self, h, keys):
         """(M, L, E) -> (M, L, groups, size), not yet pooled or normalised; keys: attention's."""
-        return self.router_k_proj(h).unflatten(-1, self.routing_shape[1:]) if self.decouple_router else keys
+        return self.routed(self.router_k_proj, h, self.routing_shape[1:]) if self.decouple_router else keys
+
+    def routed(self, router, h, shape):  # in the router's precision: centring subtracts most of an input
+        return router(h.to(router[0].weight.dtype)).unflatten(-1, shape)
 
 
 class MLP(nn.Module):
@@ -255,10 +258,9 @@ class PaperMSA(Pretrained, nn.Module):
         """Documents -> Memory, each encoded alone (section 3.2): what is stored of one depends on no other.
 
         documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by
-        default. Documents of similar length are padded into batches of at most `batch_tokens` tokens, by
-        default 2,048 on a CPU, whose caches they fit, and 16,384 elsewhere; the order given is the order
-        returned. progress: called with the number of tokens just encoded. Raises
-        UserError for an id outside the vocabulary, ValueError for no or empty documents or wrong numbers.
+        default. Documents of similar length share padded batches of `batch_tokens` tokens at most (2,048 on a
+        CPU, whose caches they fit, else 16,384); the order given is returned. progress: called with tokens
+        just encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
         check_documents(documents, numbers)
@@ -275,8 +277,7 @@ class PaperMSA(Pretrained, nn.Module):
 
     def encode_batch(self, tokens, lengths):
         """(M, L) padded documents -> keys and values of reading layers, routing keys of routing layers, all
-        (C, G, D). Attention is causal, so that padding on the right needs no mask. Positions count from 0
-        (document-wise RoPE). Stops after the projections of the last layer that is needed."""
+        (C, G, D). Causal: padding on the right needs no mask. Positions count from 0 (document-wise RoPE)."""
         reading, routing = self.config.reading_layers, self.config.router_layers
         rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)
         last = max(reading + routing)
@@ -301,8 +302,8 @@ class PaperMSA(Pretrained, nn.Module):
             return h, mask != 0
         segments = torch.arange(1, max(int(mask.max()), 1) + 1, device=tokens.device)[:, None]      # (S, 1)
         weights = (mask[:, None] == segments) * self.model.token_weights[tokens][:, None]   # (B, S, T)
-        total = weights.sum(2, keepdim=True)
-        return (weights / total.clamp(min=1e-9)).to(h.dtype) @ h, total[..., 0] > 0
+        total, dtype = weights.sum(2, keepdim=True), torch.promote_types(h.dtype, weights.dtype)
+        return (weights / total.clamp(min=1e-9)).to(dtype) @ h.to(dtype), total[..., 0] > 0
 
     def find(self, tokens, memory, routing_mask, prefix_length=0):
         """The Selection that all reading layers share: one pass of the question through the routing layers
@@ -327,17 +328,15 @@ class PaperMSA(Pretrained, nn.Module):
 
         tokens: (B, T) int64; rows of unequal length are padded on the right. memory: what has `select`, or
         None. routing_mask: (B, T), the tokens that route, bool or int64: 0 none, 1 the question, 2, 3, ...
-        texts appended later, which are means of their own; no token: nothing is selected. cache: a Cache,
-        filled by this call; when it already holds tokens these continue them, and nothing is routed again.
-        prefix_length: so many first tokens are a template's head: at positions 0.., blind to the memory.
-        positions: optional (B, T) bool, where logits are wanted; default everywhere. The question stands at
-        prefix_length + top_k, however many documents there are (global RoPE, section 3.3).
+        texts appended later, which are means of their own. cache: a Cache, filled by this call; when it holds
+        tokens these continue them, and nothing is routed again. prefix_length: so many first tokens are a
+        template's head: at positions 0.., blind to the memory. positions: optional (B, T) bool, where logits
+        are wanted. The question stands at prefix_length + top_k (global RoPE, section 3.3).
         """
         config, memory_layers = self.config, self.config.memory_layers
         shared = config.routing_layers != ""
         cache = Cache() if cache is None else cache
-        if cache.length == 0:
-            cache.prefix_length = prefix_length
+        cache.prefix_length = cache.prefix_length if cache.length else prefix_length
         place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0

@@ -41,12 +41,14 @@ def quantize(routing_keys):
 
 
 def share_document(routing_keys, offsets, share):
-    """Adds to each routing key (C, G, D) `share` of its document's mean key, brought to unit length, and
-    brings the sum to unit length again, per head: what a chunk says, and what its document is about."""
+    """Adds to each routing key (C, G, D) `share` of its document's mean key, and then of its first chunk's,
+    where the title is; each time all are brought to unit length, per head."""
     owner = owners(offsets, len(routing_keys))
     sums = torch.zeros(len(offsets) - 1, *routing_keys.shape[1:], device=routing_keys.device)
     means = F.normalize(sums.index_add(0, owner, routing_keys.float()), dim=-1)  # of sums: the same direction
-    return F.normalize(routing_keys.float() + share * means[owner], dim=-1).to(routing_keys.dtype)
+    keys = F.normalize(routing_keys.float() + share * means[owner], dim=-1)
+    first = keys[offsets[:-1]]
+    return F.normalize(keys + share * first[owner], dim=-1).to(routing_keys.dtype)
 
 
 def mean_scores(scores):

@@ -28,7 +28,8 @@ from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
-from sync import check_fingerprint, describe, encode_texts, sync
+from routers import make_routers
+from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
 TRACED = 16  # documents that --trace prints of a round's ranking
 # Words that say nothing about where an answer comes from
@@ -120,10 +121,15 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         longest = config.max_document_tokens or model.config.max_document_tokens
         skipped = {}
         documents = read_documents(config.documents, count_tokens, longest, skipped)
+        if not model.trained_routers:
+            texts = lambda: [d.spelled() for d in read_documents(config.documents, count_tokens, longest, {})]
+            bank_routers(model, tokenizer, config.memory, texts, ranks)
         size = documents_size(config.documents)
         done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size, skipped)
         tell_skipped(skipped, say)
         say(f"{config.memory}: {done} on {on}")
+    if not model.trained_routers:
+        bank_routers(model, tokenizer, config.memory, None, ranks)
     bank = Bank(config.memory)
     check_fingerprint(bank.layout, config.memory, model, tokenizer)
     progress = dict(unit="B", unit_scale=True, delay=1)
@@ -175,6 +181,8 @@ def script():
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, longest, skipped))
         tell_skipped(skipped, say)
+        if not model.trained_routers:
+            make_routers(model, tokenizer, [document.spelled() for document in documents])
         texts = tokenizer.encode_batch([document.spelled() for document in documents])
         memory, speed = encode_texts(model, tokenizer, texts)
         tokens = sum(map(len, texts))

@@ -9,15 +9,19 @@ import contextlib
 import hashlib
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
 import memory_bank
+from checkpoint import is_router
 from common import UserError
-from memory_bank import Bank, Layout, Writer, write_segment
+from memory_bank import ROUTERS, Bank, Layout, Writer, write_segment
 from memory_parallel import to_records
+from routers import make_routers
 
 ENCODE_TOKENS = 65536   # that a rank encodes between two looks at the others
 COMMIT_SECONDS = 60     # at most so long is what an interruption loses
@@ -54,6 +58,27 @@ def check_fingerprint(layout, folder, model, tokenizer):
         part = "model or chunk size" if layout.fingerprint[:16] != own[:16] else "tokenizer"
         raise UserError(f"{folder}: made by another {part} ({layout.fingerprint}) than this checkpoint "
                         f"({own}); give its checkpoint, or another --memory to encode the documents again")
+
+
+def bank_routers(model, tokenizer, folder, texts, ranks):
+    """Give a backbone whose routers nobody has trained those of the bank `folder`; for a new bank they are
+    made of its documents and written there first. texts: a call that returns the documents' texts.
+    Collective. Raises UserError for a bank that has lost its routers."""
+    path, held = Path(folder) / ROUTERS, (Path(folder) / "manifest.json").exists()
+    if not held and texts is None:
+        return  # there is no bank, which will be told
+    if ranks.rank == 0 and not path.exists():
+        if held:
+            raise UserError(f"{path}: missing; {memory_bank.REPAIR}")
+        make_routers(model, tokenizer, texts())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}
+        memory_bank.write_file(path, safetensors.torch.save(routers))
+    ranks.wait("routers")
+    try:
+        model.load_routers(safetensors.torch.load(path.read_bytes()), path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); {memory_bank.REPAIR}") from None
 
 
 def hash64(*parts):

@@ -6,7 +6,6 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
-    python train.py config/smol.toml --init-from out/smollm2 --router-data SET  # its routers alone: warmup.py
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
@@ -44,15 +43,14 @@ from common import (
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate
 from prompts import load_tokenizer
+from routers import fit_routers
 from tokenizer import Tokenizer
-from warmup import start_routers, train_routers
 
 
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
-    router_data: str = ""               # retrieval set (BEIR, SQuAD): train the routers alone, on it
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
@@ -140,7 +138,8 @@ def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
         for batch in batches:
             routing = batch["routing_mask"] > 0
             questions += [row[routes].tolist() for row, routes in zip(batch["tokens"], routing)]
-    start_routers(model, documents, questions, dtype)
+    with autocast(model.device, dtype):
+        fit_routers(model, documents, questions)
 
 
 def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
@@ -232,18 +231,6 @@ def script():
     if ((out / "config.json").exists() or state_path.exists()) and not (config.overwrite or config.resume):
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
                         "or give another --out")
-    if config.router_data:
-        for wrong, fix in ((not config.init_from, "name the backbone with --init-from"),
-                           (world > 1, f"start one process, not {world}"),
-                           (config.model.query_reduction != "max" or config.model.document_share > 0,
-                            "it trains routers by the best token and chunk; leave out model.query_reduction "
-                            "and model.document_share"),
-                           (config.resume, "leave --resume out: it takes minutes, and starts anew")):
-            if wrong:
-                raise UserError(f"--router-data {config.router_data}: {fix}")
-        changes = settings(config, MSA.read_config(folder)[0], ROUTING)
-        return train_routers(config, folder, changes, device, dtype, say)
-
     # data
     check_prepared(config.data)
     tokenizer = Tokenizer.load(config.data.out)

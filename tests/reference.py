@@ -234,7 +234,9 @@ class Reference:
         if not self.config.document_share:
             return keys
         about = self.config.document_share * torch.stack([unit(head) for head in mean(keys)])
-        return [torch.stack([unit(head) for head in key + about]) for key in keys]
+        keys = [torch.stack([unit(head) for head in key + about]) for key in keys]
+        return [torch.stack([unit(head) for head in key + self.config.document_share * keys[0]])
+                for key in keys]
 
     def route(self, layer, hs, tokens, routes, memory):
         """The documents' scores in one layer; hs: normed inputs of all tokens; routes: 0 where a token does

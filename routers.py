@@ -1,0 +1,156 @@
+"""Routers for a backbone that was never taught to route: from its own layer inputs, without a single label.
+
+    make_routers(model, tokenizer, texts)      # once, before a corpus is encoded; its bank keeps them
+
+A few directions of a trained model's layer inputs are hundreds of times longer than the others and the same
+in every text: through them everything looks alike. So each side is whitened by its own statistics: the
+routing key of a chunk is (S_d + ridge)^-1/2 (h - m_d) for the mean h of its tokens' inputs, a routing query
+is (S_q + ridge)^-1/2 (h - m_q); m and S are means and covariances of documents' chunks and questions' tokens.
+Like then finds like, and every direction counts. Rare words have long whitened inputs: a question's tokens
+are averaged before the query is brought to unit length, and so weigh by rarity, as with IDF; besides, tokens
+are weighted by how few documents have them (`token_weights`).
+
+Documents' statistics come from the corpus at hand, and so do questions': what is asked are pieces of its
+sentences behind a question word. A question is whitened by both kinds together, each at the same weight.
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from memory import Cache
+from model import rope_angles
+from msa_kernel import chunk_means, sparse_attention
+
+RIDGE = 0.01             # added to covariances, as a share of their mean variance, before they are inverted
+SAMPLE_TOKENS = 300_000  # of documents that the statistics are taken from
+QUESTIONS = 2000         # that are made from the documents
+ASKING = ("What is", "What was", "Who is", "Who was", "When did", "When was", "Where is", "Where did",
+          "Why did", "How did", "How many", "How much", "Which", "What does", "In what year", "What kind of")
+
+
+def make_questions(texts, count, rng):
+    """`count` strings like questions: three to nine words of a text that follow each other, behind ASKING."""
+    texts = [words for words in map(str.split, texts) if len(words) > 3]
+    questions = []
+    while texts and len(questions) < count:
+        words, size = texts[rng.integers(len(texts))], int(rng.integers(3, 10))
+        start = int(rng.integers(max(1, len(words) - size)))
+        piece = " ".join(words[start:start + size]).strip(".,;:()\"'")
+        questions.append(f"{ASKING[rng.integers(len(ASKING))]} {piece}?")
+    return questions
+
+
+class Moments:
+    """Mean and second moments of rows that come in batches; scaled, as only the shape of S matters later."""
+
+    def __init__(self, width, device):
+        self.count, self.sum = 0, torch.zeros(width, device=device)
+        self.products = torch.zeros(width, width, device=device)
+
+    def add(self, rows):
+        """rows: (n, E)."""
+        rows = rows.float()
+        self.count, self.sum = self.count + len(rows), self.sum + rows.sum(0)
+        self.products += rows.T @ rows
+
+    def mean(self):
+        return self.sum.double() / self.count
+
+    def shape(self, centred):
+        """The covariance (E, E), or the second moments, at trace 1."""
+        moments = self.products.double() / self.count
+        if centred:
+            moments = moments - torch.outer(self.mean(), self.mean())
+        return moments / moments.trace()
+
+
+def inverse_root(moments):
+    """(moments + ridge)^-1/2, (E, E) symmetric."""
+    values, vectors = torch.linalg.eigh(moments.cpu())
+    scales = (values.clamp(min=0) + RIDGE * values.mean()).rsqrt()
+    return ((vectors * scales) @ vectors.T).to(moments.device)
+
+
+def layer_inputs(model, tokens, prefix_length=0, shift=0):
+    """The normed inputs (B, L, E) of every routing layer for right-padded texts (B, L), each read alone.
+
+    From prefix_length on they stand `shift` further, as questions do behind a memory.
+    """
+    place, layers = torch.arange(tokens.size(1), device=tokens.device), model.config.router_layers
+    rope = rope_angles(place + shift * (place >= prefix_length), model.config)
+
+    def attend(i, attention, h, keys, values):
+        return None if i == layers[-1] else sparse_attention(attention.query(h, rope), keys, values), h
+
+    _, found = model.run(model.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+    return [found[i] for i in layers]
+
+
+def batches(texts, bar, size=2048):
+    """Padded batches of about `size` tokens, of similar length: tokens (B, L), lengths (B,); texts: ids."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    while order:
+        part = order[-max(1, size // len(texts[order[-1]])):]
+        del order[-len(part):]
+        lengths = torch.tensor([len(texts[i]) for i in part])
+        tokens = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)
+        for row, i in enumerate(part):
+            tokens[row, :lengths[row]] = torch.tensor(texts[i])
+        yield tokens.to(bar.device), lengths.to(bar.device)
+        bar.update(int(lengths.sum()))
+
+
+@torch.no_grad()
+def fit_routers(model, documents, questions, prefix_length=0):
+    """Write routers into a model. documents, questions: lists of ids, spelled; the first `prefix_length` of a
+    question's do not count. With routing_dim the maps are the whitenings themselves; else a random map to the
+    heads follows, orthogonal and the same for both sides, and nothing is centred: there is no bias."""
+    config, device, centred = model.config, model.device, model.config.routing_dim > 0
+    chunks, tokens_of = ([Moments(config.hidden_size, device) for _ in config.router_layers]
+                         for _ in range(2))
+    total = sum(map(len, documents)) + sum(map(len, questions))
+    with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
+        bar.device = device
+        for tokens, lengths in batches(documents, bar):
+            for moments, h in zip(chunks, layer_inputs(model, tokens)):
+                moments.add(chunk_means(h[:, :, None].float(), lengths, config.chunk_size)[:, 0])
+        for tokens, lengths in batches(questions, bar):
+            place = torch.arange(tokens.size(1), device=device)
+            counts = (place >= prefix_length) & (place < lengths[:, None])
+            for moments, h in zip(tokens_of, layer_inputs(model, tokens, prefix_length, config.top_k)):
+                moments.add(h[counts])
+    for i, of_documents, of_questions in zip(config.router_layers, chunks, tokens_of):
+        attention = model.model.layers[i].self_attn
+        query_map, key_map = attention.router_q_proj[0], attention.router_k_proj[0]
+        both = of_documents.shape(centred) + of_questions.shape(centred)
+        key, query = inverse_root(of_documents.shape(centred)), inverse_root(both)
+        if centred:
+            key_map.bias.data.copy_(-(key @ of_documents.mean()))
+            query_map.bias.data.copy_(-(query @ of_questions.mean()))
+        else:
+            heads = torch.nn.init.orthogonal_(torch.empty(key_map.out_features, len(key))).to(key)
+            groups = heads.view(attention.kv_heads, 1, -1, len(key))
+            repeated = groups.expand(-1, query_map.out_features // key_map.out_features, -1, -1)
+            key, query = heads @ key, repeated.reshape(-1, len(key)) @ query
+        key_map.weight.data.copy_(key)
+        query_map.weight.data.copy_(query)
+    if config.query_reduction == "mean":
+        seen = torch.zeros(config.vocab_size, device=device)
+        for document in documents:
+            seen[torch.tensor(document, device=device).unique()] += 1
+        rarity = torch.log((len(documents) + 1) / (seen + 0.5)).clamp(min=0) / np.log(len(documents) + 1)
+        model.model.token_weights.copy_(rarity.sqrt())
+    model.trained_routers = True
+
+
+def make_routers(model, tokenizer, texts, seed=0):
+    """`fit_routers` for a chat backbone and a corpus of texts (strings), of which a sample is taken."""
+    rng, documents, total = np.random.default_rng(seed), [], 0
+    texts = [texts[i] for i in rng.permutation(len(texts))]
+    for text in texts:
+        documents.append(tokenizer.document(len(documents), tokenizer.encode(text)))
+        total += len(documents[-1])
+        if total > SAMPLE_TOKENS:
+            break
+    questions = [tokenizer.question(text)[0] for text in make_questions(texts, QUESTIONS, rng)]
+    fit_routers(model, documents, questions, len(tokenizer.head))
