@@ -34,8 +34,7 @@ MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (code
 class Document:
     """A document's text and where it came from, for citations; lines count from 1 (of a PDF: pages).
 
-    id: what makes it the same document after a change; number: that a bank must give it, else the next;
-    title: its own, or the heading that it stands under.
+    id: what makes it the same document after a change; number: that a bank must give it, else the next.
     """
     text: str
     source: str = ""
@@ -43,7 +42,7 @@ class Document:
     last_line: int = 0
     id: str = ""
     number: int | None = None
-    title: str = ""
+    title: str = ""  # its own, or the heading that it stands under
 
     def where(self):
         title = f" ({self.title})" if self.title else ""
@@ -51,7 +50,8 @@ class Document:
 
     def spelled(self):
         """What is encoded: the title and the text, which stays as it is if its first line is the title."""
-        if not self.title or re.match(rf"\W*{re.escape(self.title)}[ #]*$", self.text, re.MULTILINE):
+        first_words = lambda text: re.search(r"\w.*|$", text)[0].rstrip("# ")  # without a heading's marks
+        if not self.title or first_words(self.text) == first_words(self.title):
             return self.text
         return f"{self.title}\n{self.text}"
 
@@ -168,7 +168,7 @@ def read_text(path):
 
 
 def encoding_of(head):
-    """The encoding of a file, from its first bytes; UTF-8 where nothing speaks for another."""
+    """The name of the encoding of a file, from its first bytes."""
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return encoding
@@ -203,7 +203,7 @@ def find_headings(lines):
 class WebPage(HTMLParser):
     """What a browser shows of a page: `lines`, one a block, with the numbers of its lines; `title`."""
 
-    UNSEEN = frozenset("script style template noscript title".split())
+    UNSEEN = ("script", "style", "template", "noscript", "title")
     WITHIN_LINES = frozenset("""a abbr b bdi bdo cite code data del dfn em font i img input ins kbd label mark
         q s samp small span strike strong sub sup time tt u var wbr""".split())
 
@@ -252,8 +252,8 @@ def read_pdf(path):
         raise UserError(f"not a PDF that can be read ({type(error).__name__}: {error})") from None
     if not "".join(texts).strip():
         raise UserError("a PDF without text, as scans are")
-    # Blank lines end a page's last paragraph
-    return [(page, line) for page, text in enumerate(texts, start=1) for _, line in numbered(text + "\n")]
+    pages = enumerate(texts, start=1)
+    return [(page, line) for page, text in pages for _, line in numbered(text + "\n")]  # a blank line at last
 
 
 def read_jsonl(path):
@@ -285,23 +285,20 @@ def documents_size(path):
 
 
 def split_text(lines, headings, count_tokens, max_tokens):
-    """Yields Documents without a source, of at most `max_tokens`, whole paragraphs where they fit.
-
-    The title is the nearest heading at or above a piece, cut to a quarter of `max_tokens`.
-    """
+    """Yields Documents without a source, of at most `max_tokens`, whole paragraphs where they fit. A title is
+    the nearest heading at or above, cut to a quarter of `max_tokens`."""
     short = lambda line: count_tokens(line[1]) <= max(1, max_tokens // 4)
     headings = [split_line(heading, short)[0] for heading in headings]
 
     def document(piece):
-        numbers = [number for number, line in piece if line.strip()] or [0]
-        first = next((number for number, line in piece if re.search(r"\w", line)), numbers[0])
-        above = bisect(headings, first, key=lambda heading: heading[0])
-        return Document("\n".join(line for _, line in piece).strip(), "", numbers[0], numbers[-1],
-                        title=headings[above - 1][1] if above else "")
+        text = "\n".join(line for _, line in piece).strip()
+        first = next((number for number, line in piece if line.strip()), 0)
+        last = next((number for number, line in reversed(piece) if line.strip()), 0)
+        named = next((number for number, line in piece if re.search(r"\w", line)), first)
+        above = bisect(headings, named, key=lambda heading: heading[0])
+        return Document(text, "", first, last, title=headings[above - 1][1] if above else "")
 
-    def fits(piece):
-        return count_tokens(document(piece).spelled()) <= max_tokens
-
+    fits = lambda piece: count_tokens(document(piece).spelled()) <= max_tokens
     paragraphs = []  # pieces, each up to and including the blank lines behind it
     for number, line in lines:
         if not paragraphs or (line.strip() and not paragraphs[-1][-1][1].strip()):

@@ -327,6 +327,7 @@ Closed: a | b
 --- | ---
 
 #hashtag
+---
 """
 
 
@@ -342,7 +343,7 @@ def test_headings(tmp_path):
         ("```sh\n# no heading\n```", "The harbour", "a.md:7-9 (The harbour)"),
         ("Winter\n------", "Winter", "a.md:11-12 (Winter)"),
         ("Closed: a | b\n--- | ---", "Winter", "a.md:14-15 (Winter)"),
-        ("#hashtag", "Winter", "a.md:17-17 (Winter)"),
+        ("#hashtag\n---", "Winter", "a.md:17-18 (Winter)"),
         ("=====\nBoats\n=====", "Boats", "b.rst:1-3 (Boats)"), ("They float.", "Boats", "b.rst:5-5 (Boats)"),
         ("Of oak\n~~~~~~", "Of oak", "b.rst:7-8 (Of oak)"), ("Heavy.", "Of oak", "b.rst:10-10 (Of oak)"),
         ("# no heading\nx = 1", "", "c.py:1-2")]

@@ -590,7 +590,7 @@ def test_sample(run, here):
     (here / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     out = ask("--documents", "lines.jsonl", "What?", "--content-in", "host", "--routing-keys", "int8")
     assert out.startswith("bank: 11 added, 4 removed")
-    assert sorted(held("bank"))[:2] == ["Title 0:1-1", "Title 10:1-1"]
+    assert sorted(held("bank"))[:2] == ["0:1-1 (Title 0)", "10:1-1 (Title 10)"]
 
 
 def test_a_name_that_is_not_utf8(run, here):

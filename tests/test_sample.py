@@ -27,6 +27,7 @@ TEXTS = {3: "The lighthouse was built in 1862 by the engineer Ada Thornquist.",
     ("It was the engineer Ada Thornquist, in 1862", "Who?", [3, 8]),
     ("ILSE MARR", "Who repaired the pump?", [5]),
     ("The marsh is dry.", "Is the marsh dry?", [5]),  # nothing but the question's words
+    ("The lighthouse was built by Ilse Marr.", "Who built the lighthouse?", [5]),  # not [3], which repeats it
     ("two piers", "How many pumps?", [8]),
     ("It is the one.", "Which?", [3, 5, 8]), ("Napoleon", "Who?", [3, 5, 8]), ("", "Who?", [3, 5, 8]),
     ("1862: harbour, piers, two", "?", [8])])
