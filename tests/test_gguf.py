@@ -160,7 +160,8 @@ def test_tokens(pre, hub, tmp_path):
     Qwen's are, or with special tokens parsed that a user wrote; a base Llama 3 would get no BOS."""
     pytest.importorskip("transformers")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=pre == "llama-bpe"))
-    theirs.pre_tokenizer, theirs.decoder = cut_as_transformers(pre), tokenizers.decoders.ByteLevel()
+    theirs.pre_tokenizer = cut_as_transformers("gpt-2")  # tokens of many digits: other cuts forbid some
+    theirs.decoder = tokenizers.decoders.ByteLevel()
     if pre == "qwen2":
         theirs.normalizer = tokenizers.normalizers.NFC()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, show_progress=False,
@@ -170,6 +171,7 @@ def test_tokens(pre, hub, tmp_path):
     model = whole["model"]
     model["vocab"]["Ġzebra"] = len(model["vocab"])  # Llama 3 takes it as a whole, though no merges make it
     theirs = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    theirs.pre_tokenizer = cut_as_transformers(pre)
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [" ".join(merge) for merge in model["merges"]]
     theirs.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
