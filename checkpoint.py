@@ -364,7 +364,7 @@ class Pretrained:
     def init_routers(self):
         """Routers of a backbone that has none. Their layers route as they attend, but without RoPE: routers
         become the layer's own query and key maps, with the weights of QK-norm in them (what it divides by is
-        normalised away). Of `routing_dim` numbers, they start at random. All tokens count alike."""
+        normalised away). Of `routing_dim` numbers, they are the inputs themselves. All tokens count alike."""
         config, like = self.config, self.model.embed_tokens.weight
         if config.query_reduction == "mean":
             self.model.token_weights = torch.ones(config.vocab_size, device=like.device)
@@ -373,8 +373,8 @@ class Pretrained:
             for router, own, norm in ((attention.router_q_proj, attention.q_proj, attention.q_norm),
                                       (attention.router_k_proj, attention.k_proj, attention.k_norm)):
                 if config.routing_dim:
-                    weight = torch.randn(config.routing_dim, config.hidden_size) * config.hidden_size ** -0.5
-                    router[0].weight = nn.Parameter(weight.to(like.device))
+                    weight = torch.eye(config.routing_dim, config.hidden_size, device=like.device)
+                    router[0].weight = nn.Parameter(weight)
                     router[0].bias = nn.Parameter(torch.zeros(config.routing_dim, device=like.device))
                     continue
                 scale = norm.weight[:, None] if config.qk_norm else 1

@@ -98,8 +98,11 @@ def test_routers_of_a_backbone(kind, tmp_path):
     """Untrained routers would be noise; or with QK-norm leave out its weights."""
     backbone(tmp_path, kind)
     model = MSA.from_pretrained(tmp_path)
-    assert list(model.config.memory_layers) == [2, 3] and model.config.prompts == "chat"
+    assert model.config.router_layers == [0, 1] and model.config.prompts == "chat"
     assert not model.config.attend_memory
+    assert model.model.layers[1].self_attn.router_k_proj[0].weight.equal(torch.eye(48))
+    model = MSA.from_pretrained(tmp_path, routing_layers="", query_reduction="max", routing_dim=0)
+    assert model.config.router_layers == model.config.memory_layers == [2, 3]
     attention = model.model.layers[2].self_attn
     h = torch.randn(1, 3, 48)
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)
@@ -128,7 +131,7 @@ def test_fingerprint_whatever_the_dtype(tmp_path):
     backbone(tmp_path, "Qwen3", dtype="bfloat16")
     a, b = (MSA.from_pretrained(tmp_path, dtype=dtype).fingerprint()
             for dtype in (torch.float32, torch.bfloat16))
-    assert a == b != MSA.from_pretrained(tmp_path, chunk_size=32).fingerprint()
+    assert a == b != MSA.from_pretrained(tmp_path, chunk_size=16).fingerprint()
 
 
 @torch.no_grad()
@@ -351,7 +354,7 @@ BAD = {
     "type": (weights(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)})),
              f"tensor {NORM} is of type I32"),
     "half a router": (weights(lambda t: t.update({ROUTER: torch.ones(96, 48)})),
-                      "router_k_proj.0.weight is missing"),
+                      "router_k_proj.0.bias is missing"),
     "empty": (cut(0), f"{WEIGHTS}: not a whole safetensors file"),
     "truncated": (cut(5000), f"{WEIGHTS}: not a whole safetensors file"),
     "cut short": (cut(-1), f"{WEIGHTS}: not a whole safetensors file"),
