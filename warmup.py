@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, autocast, write_json
-from documents import bm25_search, read_beir, read_squad
 from memory import Cache, hit_rate
 from model import MSA, contrastive_loss, rope_angles
 from msa_kernel import chunk_means, chunk_offsets, ranges, sparse_attention
 from prompts import load_tokenizer
+from question_sets import bm25_search, read_set
 from routing import group_queries, route, top_documents
 
 RIDGE = 0.05          # added to the second moments, as a share of their mean, before they are inverted
@@ -280,7 +280,8 @@ def warm_up(config, model, tokenizer, dtype, say):
     dtype: of the backbone's products; those of the routers are float32 (and autocast would keep the first
     maps that it has rounded).
     """
-    texts, asked = (read_beir if Path(config.router_data).is_dir() else read_squad)(config.router_data)
+    texts, questions = read_set(config.router_data, say)
+    asked = {split: [row[:2] for row in rows] for split, rows in questions.items()}
     tested = {d for _, found in asked.setdefault("test", []) for d in found}
     asked["train"] = [row for split, rows in asked.items() if split != "test" for row in rows
                       if not tested.intersection(row[1])]

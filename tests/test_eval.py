@@ -10,9 +10,9 @@ import torch
 import eval as evaluation
 import interleave
 from common import UserError
-from documents import bm25_search
 from eval import parse_lengths, score
 from interleave import Round
+from question_sets import bm25_search
 from tasks import Question
 from tokenizer import Tokenizer
 
@@ -338,6 +338,7 @@ def test_baselines_of_several_documents_a_hop(monkeypatch, tokenizer, baseline):
     """A comparison's documents would be searched for in two rounds, or not stand in the order of their
     numbers."""
     pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
     texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.",
              "A heron eats."]
     numbers, read = [9, 30, 4, 2], []
@@ -362,6 +363,7 @@ def test_bm25(evaluate, watch, tokenizer, monkeypatch, task, filler):
     """BM25 would search another memory, not go on from the text it found, find a document twice, or be
     counted otherwise than the model."""
     pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
     flags = ["--task", task, "--lengths", "1000,3000", "--questions", 3, "--filler", filler]
     _, asked = evaluate(*flags)
     searched = []

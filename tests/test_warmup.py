@@ -10,10 +10,10 @@ import sample
 import train
 import warmup
 from checkpoint import Weights
-from documents import read_beir
 from interleave import rank_documents
 from model import MSA, ModelConfig
 from prompts import load_tokenizer
+from question_sets import read_beir
 from warmup import (
     Inputs,
     batch_of,
@@ -104,7 +104,7 @@ def test_measured_is_what_the_model_finds(warmed):
     spoken = [tokenizer.question(text)[0] for text, _ in questions["test"]]
     asked = question_inputs(model, spoken, len(tokenizer.head))
     found, layers = [], []
-    for i, (question, gold) in enumerate(questions["test"]):
+    for i, (question, gold, _) in enumerate(questions["test"]):
         tokens, routes = tokenizer.question(question)
         selections = model.read(torch.tensor([tokens]), memory, torch.tensor([routes]),
                                 prefix_length=len(tokenizer.head)).selections
