@@ -94,9 +94,9 @@ class EvalConfig:
         parse_lengths(self.lengths)
         of_tasks = ("task", "filler", "baseline", "zero_values", "lengths", "beside")
         of_sets = ("documents", "distractors", "split", "k")
+        rule = "is not for --data; leave it out" if self.data else "is about a set; give its --data"
         for name in of_tasks if self.data else of_sets:
             if getattr(self, name) != getattr(type(self), name):
-                rule = "is not for --data; leave it out" if self.data else "is about a set; give its --data"
                 raise UserError(f"--{name.replace('_', '-')} {rule}")
         if self.data and self.data.endswith(".jsonl") != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
@@ -263,15 +263,14 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
         say(f"encoded {speed:,.0f} tokens/s")
     else:
         at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
-    say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} "
-        f"{'s/question':>10}")
+    columns = f"{f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}"
+    say(f"{'tokens':>10} {'documents':>9} {columns}")
     for count in grown.counts:
         ask = None  # the last memory goes before the next one is opened
         began = time.perf_counter()
         ask = at_length(count)
         opened = time.perf_counter() - began
-        label = "" if ranks.rank else f"{count:,} documents"
-        measured, first = ask_all(ask, numbers, questions, k, label)
+        measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents")
         tokens = int(grown.ends[count - 1])
         row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
@@ -287,6 +286,34 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
             f"{row['named']:>6.3f} {row['exact_match']:>6.3f} {row['seconds_per_question']:>10.3f}",
             flush=True)
         yield [row]
+
+
+def plot(rows, path, beside=()):
+    """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) with it."""
+    tokens, k = [row["memory_tokens"] for row in rows], rows[0]["top_k"]
+    with drawing(path) as axes:
+        for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"),
+                            ("router_top1", "router top-1")):
+            axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
+        axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
+        for name, others in dict(beside).items():
+            axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
+                      lw=1, ms=4, label=f"exact match, {name}")
+        axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
+                 title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
+        axes.legend(loc="center left")
+
+
+def read_rows(path):
+    """What `--json` wrote. Raises UserError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]  # numbers, or it raises
+        return rows
+    except OSError as error:
+        raise UserError(f"--beside {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--beside {path}: not a file that --json wrote") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -326,7 +353,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     name, ks = Path(config.data).resolve().name, [int(k) for k in config.k.split(",")]
     most = model.config.top_k = max(model.config.top_k, *AT, *ks)
     searches = [bm25_search(texts[:count]) for count in counts]
-    encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
+    encoded = tokenizer.encode_batch(texts)
+    chosen = choose(questions, config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
     read = reader(model, tokenizer, encoded, config.interleave)
     for count, search in zip(counts, searches):
@@ -338,40 +366,9 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
         say("\n".join(table(measured)), flush=True)
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
-                     questions_of_recall=len(questions))
+                     questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
                                   checkpoint=config.checkpoint, device=str(model.device)) for row in measured]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Drawings
-
-def plot(rows, path, beside=()):
-    """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) with it."""
-    tokens, k = [row["memory_tokens"] for row in rows], rows[0]["top_k"]
-    with drawing(path) as axes:
-        for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"),
-                            ("router_top1", "router top-1")):
-            axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
-        axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
-        for name, others in dict(beside).items():
-            axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
-                      lw=1, ms=4, label=f"exact match, {name}")
-        axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
-                 title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
-        axes.legend(loc="center left")
-
-
-def read_rows(path):
-    """What `--json` wrote. Raises UserError."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]  # numbers, or it raises
-        return rows
-    except OSError as error:
-        raise UserError(f"--beside {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--beside {path}: not a file that --json wrote") from None
 
 
 def script():

@@ -101,7 +101,7 @@ def test_measured_is_what_the_model_finds(warmed):
     texts, questions = read_beir(data)
     memory = model.encode(list(map(torch.tensor, spelled(tokenizer, texts))))
     inputs = document_inputs(model, spelled(tokenizer, texts))
-    spoken = [tokenizer.question(text)[0] for text, _ in questions["test"]]
+    spoken = [tokenizer.question(row.text)[0] for row in questions["test"]]
     asked = question_inputs(model, spoken, len(tokenizer.head))
     found, layers = [], []
     for i, (question, gold, _) in enumerate(questions["test"]):
