@@ -4,9 +4,8 @@
     python eval.py --data SET --checkpoint C --questions 200 --distractors SET,SET --json rows.json
     python eval.py --data questions.jsonl --documents notes --checkpoint C
 
-**Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own questions, a
-line {"question": "...", "answers": ["..."], "documents": ["a.md:12"]} each. The table of answers.py is
-measured over the set's documents, and again with each set of distractors added.
+**Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
+{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -353,16 +352,16 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     name, ks = Path(config.data).resolve().name, [int(k) for k in config.k.split(",")]
     most = model.config.top_k = max(model.config.top_k, *AT, *ks)
     searches = [bm25_search(texts[:count]) for count in counts]
-    encoded = tokenizer.encode_batch(texts)
-    chosen = choose(questions, config.questions, config.seed)
+    encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
     read = reader(model, tokenizer, encoded, config.interleave)
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
-        finders = dict(bm25=lambda text: [place for place, _ in search(text, most)],
-                       memory=lambda text: ranked(model, tokenizer, memory, text))
+        by_words = lambda text: [place for place, _ in search(text, most)]
+        by_memory = lambda text: ranked(model, tokenizer, memory, text)
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
+        finders = dict(bm25=by_words, memory=by_memory)
         measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
         say("\n".join(table(measured)), flush=True)
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
