@@ -1,8 +1,13 @@
-"""Accuracy of a checkpoint as its memory grows.
+"""Accuracy of a checkpoint as its memory grows: on synthetic tasks, or on a set of real questions.
 
     python eval.py --task niah_multikey --lengths 16k,64k,256k,1m --json rows.json --plot curve.png
+    python eval.py --data SET --checkpoint C --questions 200 --distractors SET,SET --json rows.json
+    python eval.py --data questions.jsonl --documents notes --checkpoint C
 
-Tasks (keys that were never seen in training as a pair; documents as in tasks.py):
+**Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
+{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py.
+
+**Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
     niah_single     one needle among distinct noise documents
     niah_multikey   every document a needle with a key of its own
@@ -37,10 +42,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from answers import AT, choose, drawing, measure, plot_set, ranked, reader, table
 from checkpoint import find
 from common import (
     UserError,
-    atomic_file,
     command_line,
     detect_device,
     keep_freed_memory,
@@ -48,12 +53,13 @@ from common import (
     return_freed_memory,
     write_json,
 )
-from documents import Document, bm25_search
+from documents import Document, read_documents
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
 from prompts import load_checkpoint
+from question_sets import bm25_search, choose_split, read_questions, read_set, read_texts
 from sync import check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
@@ -61,27 +67,42 @@ from tasks import TASKS, Words, grow_memory, parse_lengths
 @dataclass
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
+    data: str = ""                    # a set of questions in place of a task; see above
+    documents: str = ""               # what --data FILE.jsonl asks about: a folder, or a .jsonl file
+    distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
+    split: str = ""                   # of --data; "": test, else dev, else the only one
+    k: str = "5"                      # documents in the prompt; several with commas between; for --data
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
     filler: int = 0                   # noise sentences around every document's own; 2: about 64 tokens each
     baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory
     zero_values: bool = False         # pooled values become zero
     routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # as held; int8: one scale per chunk
     lengths: str = "16k,64k,256k,1m"  # tokens of memory, comma-separated, k or m behind a number
-    questions: int = 200              # asked at every length; their documents lie in the shortest memory
+    questions: int = 200              # answered, at every length; recall on a set is of all its questions
     seed: int = 1                     # of documents and questions
     memory: str = ""                  # folder of a bank for the documents; without one they lie in RAM
     timeout: float = 600              # seconds that ranks wait for each other
     json: str = ""                    # write the rows to this file
     plot: str = ""                    # draw them to this .png
     beside: str = ""                  # files of other runs' rows, with commas between; drawn with ours
-    top_k: int = 0                    # documents that a layer selects; 0: the checkpoint's own
+    top_k: int = 0                    # documents that a layer selects; 0: its own; --data: at least 16
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
         parse_lengths(self.lengths)
-        for name, low in dict(seed=0, questions=1, filler=0).items():
+        of_tasks = ("task", "filler", "baseline", "zero_values", "lengths", "beside")
+        of_sets = ("documents", "distractors", "split", "k")
+        rule = "is not for --data; leave it out" if self.data else "is about a set; give its --data"
+        for name in of_tasks if self.data else of_sets:
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name.replace('_', '-')} {rule}")
+        if self.data and self.data.endswith(".jsonl") != bool(self.documents):
+            raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
+        if not all(k.isdecimal() and int(k) for k in self.k.split(",")):
+            raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
+        for name, low in dict(seed=0, questions=0 if self.data else 1, filler=0).items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
         for flag, given in (("zero-values", self.zero_values),
@@ -169,9 +190,9 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
     return at_length, speed
 
 
-def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
-    """The model with a bank on disk, over the ranks, which holds the documents when this returns."""
-    id_of = lambda i: f"{config.task} seed {config.seed} filler {config.filler} #{i}"
+def fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say):
+    """The bank --memory, which holds the documents when this returns; name: what they are, for their ids."""
+    id_of = lambda i: f"{name} #{i}"
     if (Path(config.memory) / "manifest.json").exists():
         held = Bank(config.memory).id_hashes
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
@@ -180,7 +201,13 @@ def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
     documents = (Document(text, id=id_of(i), number=numbers[i]) for i, text in enumerate(texts))
     size = sum(map(len, texts))
     say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=size))
-    bank = ranks.same(Bank(config.memory))
+    return ranks.same(Bank(config.memory))
+
+
+def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
+    """The model with a bank on disk, over the ranks."""
+    name = f"{config.task} seed {config.seed} filler {config.filler}"
+    bank = fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say)
 
     def at_length(count):
         memory = ParallelMemory(bank.only(numbers[:count]), model.device, ranks, config.routing_keys)
@@ -220,27 +247,61 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
     return at_length
 
 
+def evaluate_task(model, tokenizer, config, ranks, say, on):
+    """Yields a row, in a list, for one length of memory after another. on: the device, as text."""
+    lengths, words = parse_lengths(config.lengths), Words()
+    grown = grow_memory(words, tokenizer, config.task, lengths, config.questions, config.seed, config.filler)
+    texts, numbers, questions = grown.texts, grown.numbers, grown.questions
+    say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {on}")
+    k, speed = model.config.top_k, 0
+    if config.memory:
+        at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
+        texts = grown.texts = None  # they lie in the bank
+        return_freed_memory()
+    elif config.baseline == "none":
+        at_length, speed = memory_asker(model, tokenizer, texts, numbers, grown.needles, config)
+        say(f"encoded {speed:,.0f} tokens/s")
+    else:
+        at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
+    columns = f"{f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}"
+    say(f"{'tokens':>10} {'documents':>9} {columns}")
+    for count in grown.counts:
+        ask = None  # the last memory goes before the next one is opened
+        began = time.perf_counter()
+        ask = at_length(count)
+        opened = time.perf_counter() - began
+        measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents")
+        tokens = int(grown.ends[count - 1])
+        row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
+                   questions=len(questions), seed=config.seed, top_k=k, **measured,
+                   encode_tokens_per_second=round(speed), filler=config.filler,
+                   routing_keys=config.routing_keys, zero_values=config.zero_values,
+                   max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                   checkpoint=config.checkpoint, device=str(model.device))
+        if config.memory:
+            row |= dict(ranks=ranks.world, open_seconds=round(opened, 5),
+                        first_question_seconds=round(first, 4),
+                        resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
+        say(f"{tokens:>10,} {count:>9,} {row['recall_at_k']:>9.3f} {row['router_top1']:>6.3f} "
+            f"{row['named']:>6.3f} {row['exact_match']:>6.3f} {row['seconds_per_question']:>10.3f}",
+            flush=True)
+        yield [row]
+
+
 def plot(rows, path, beside=()):
     """Accuracy against memory tokens; the exact match of other runs' rows (name -> rows) with it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     tokens, k = [row["memory_tokens"] for row in rows], rows[0]["top_k"]
-    for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"),
-                        ("router_top1", "router top-1")):
-        axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
-    axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
-    for name, others in dict(beside).items():
-        axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
-                  lw=1, ms=4, label=f"exact match, {name}")
-    axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
-             title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
-    axes.legend(loc="center left")
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    with drawing(path) as axes:
+        for name, label in (("exact_match", "exact match"), ("recall_at_k", f"router recall@{k}"),
+                            ("router_top1", "router top-1")):
+            axes.plot(tokens, [row[name] for row in rows], "o-", label=label)
+        axes.plot(tokens, [min(1, k / row["documents"]) for row in rows], "k:", label=f"recall@{k} by chance")
+        for name, others in dict(beside).items():
+            axes.plot([row["memory_tokens"] for row in others], [row["exact_match"] for row in others], "s--",
+                      lw=1, ms=4, label=f"exact match, {name}")
+        axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of memory", ylabel="share of questions",
+                 title=f"{rows[0]['task']}, {rows[0]['questions']} questions, seed {rows[0]['seed']}")
+        axes.legend(loc="center left")
 
 
 def read_rows(path):
@@ -253,6 +314,61 @@ def read_rows(path):
         raise UserError(f"--beside {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--beside {path}: not a file that --json wrote") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets of questions
+
+def load_set(config, model, tokenizer, say):
+    """What --data names: (texts, counts, questions, split); memories hold the first `count` of the texts."""
+    if config.documents:
+        count_tokens = lambda text: len(tokenizer.encode(text))
+        documents = list(read_documents(config.documents, count_tokens, model.config.max_document_tokens))
+        texts, split = [document.text for document in documents], ""
+        questions = read_questions(config.data, documents)
+    else:
+        texts, questions = read_set(config.data, say)
+        questions, split = choose_split(questions, config.split, config.data)
+    counts = [len(texts)]
+    for path in filter(None, config.distractors.split(",")):
+        texts += read_texts(path)
+        counts.append(len(texts))
+    return texts, counts, questions, split
+
+
+def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on):
+    """A function: count -> the memory of the first `count` documents, numbered from 0."""
+    if config.memory:
+        bank = fill_bank(model, tokenizer, texts, range(len(texts)), name, config, ranks, say)
+        return lambda count: ParallelMemory(bank.only(range(count)), model.device, ranks, config.routing_keys)
+    memory, speed = encode_texts(model, tokenizer, encoded)
+    say(f"encoded {speed:,.0f} tokens/s on {on}")
+    memory = memory.round_routing_keys(getattr(torch, config.routing_keys))
+    return lambda count: memory if count == len(texts) else memory.subset(range(count))
+
+
+def evaluate_set(model, tokenizer, config, ranks, say, on):
+    """Yields the rows of the table of answers.py, for one size of memory after another."""
+    texts, counts, questions, split = load_set(config, model, tokenizer, say)
+    name, ks = Path(config.data).resolve().name, [int(k) for k in config.k.split(",")]
+    most = model.config.top_k = max(model.config.top_k, *AT, *ks)
+    searches = [bm25_search(texts[:count]) for count in counts]
+    encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
+    at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
+    read = reader(model, tokenizer, encoded, config.interleave)
+    for count, search in zip(counts, searches):
+        memory, tokens = at_length(count), sum(map(len, encoded[:count]))
+        by_words = lambda text: [place for place, _ in search(text, most)]
+        by_memory = lambda text: ranked(model, tokenizer, memory, text)
+        say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
+            f"of which {len(chosen):,} are answered")
+        finders = dict(bm25=by_words, memory=by_memory)
+        measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
+        say("\n".join(table(measured)), flush=True)
+        about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
+                     questions_of_recall=sum(question.gold != () for question in questions))
+        yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
+                                  checkpoint=config.checkpoint, device=str(model.device)) for row in measured]
 
 
 def script():
@@ -270,49 +386,16 @@ def script():
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
-    lengths, words = parse_lengths(config.lengths), Words()
-    grown = grow_memory(words, tokenizer, config.task, lengths, config.questions, config.seed, config.filler)
-    texts, numbers, questions = grown.texts, grown.numbers, grown.questions
-    say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {device} ({reason})")
-    rows, k, speed = [], model.config.top_k, 0
+    evaluate, rows = evaluate_set if config.data else evaluate_task, []
     with torch.no_grad():
-        if config.memory:
-            at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
-            texts = grown.texts = None  # they lie in the bank
-            return_freed_memory()
-        elif config.baseline == "none":
-            at_length, speed = memory_asker(model, tokenizer, texts, numbers, grown.needles, config)
-            say(f"encoded {speed:,.0f} tokens/s")
-        else:
-            at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
-        say(f"{'tokens':>10} {'documents':>9} {f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} "
-            f"{'s/question':>10}")
-        for count in grown.counts:
-            ask = None  # the last memory goes before the next one is opened
-            began = time.perf_counter()
-            ask = at_length(count)
-            opened = time.perf_counter() - began
-            label = "" if ranks.rank else f"{count:,} documents"
-            measured, first = ask_all(ask, numbers, questions, k, label)
-            tokens = int(grown.ends[count - 1])
-            row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
-                       questions=len(questions), seed=config.seed, top_k=k, **measured,
-                       encode_tokens_per_second=round(speed), filler=config.filler,
-                       routing_keys=config.routing_keys, zero_values=config.zero_values,
-                       max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
-                       checkpoint=config.checkpoint, device=str(device))
-            if config.memory:
-                row |= dict(ranks=ranks.world, open_seconds=round(opened, 5),
-                            first_question_seconds=round(first, 4),
-                            resident_bytes_per_rank=ranks.gather_objects(resident_bytes()))
-            rows.append(row)
-            say(f"{tokens:>10,} {count:>9,} {row['recall_at_k']:>9.3f} {row['router_top1']:>6.3f} "
-                f"{row['named']:>6.3f} {row['exact_match']:>6.3f} {row['seconds_per_question']:>10.3f}",
-                flush=True)
+        for measured in evaluate(model, tokenizer, config, ranks, say, f"{device} ({reason})"):
+            rows += measured
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early
     ranks.end()
-    if config.plot and ranks.rank == 0:
+    if config.plot and ranks.rank == 0 and config.data:
+        plot_set(rows, config.plot)
+    elif config.plot and ranks.rank == 0:
         plot(rows, config.plot, beside)
 
 

@@ -128,6 +128,18 @@ def spell(tokenizer, tokens):
         yield tokenizer.decode(found)[len(shown):]
 
 
+def first_line(pieces):
+    """Pieces of text up to the first line end behind a word: a chat model may write on after its answer."""
+    begun = False
+    for piece in pieces:
+        line, end, _ = (piece if begun else piece.lstrip()).partition("\n")
+        begun = begun or line != ""
+        if line:
+            yield line
+        if begun and end:
+            return
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The loops. All take what `interleave` takes, and `pick`: logits -> index, the same on every rank.
 
@@ -204,8 +216,8 @@ def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
         numbers = list(map(number_of, found))
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
     message = tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found])
-    yield from spell(tokenizer, generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens,
-                                         pick))
+    answer = generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, pick)
+    yield from first_line(spell(tokenizer, answer))
 
 
 def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
@@ -280,4 +292,5 @@ def answer_from_text(model, tokenizer, question, appended, config, context=None)
                       *tokenizer.encode_template(END_OF_RETRIEVE),
                       *tokenizer.end_of_retrieval_prompt(question)]
     pick = lambda logits: choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p)
-    return "".join(spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick)))
+    answer = spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick))
+    return "".join(first_line(answer) if prompts == "chat" else answer)

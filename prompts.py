@@ -90,13 +90,15 @@ class ChatTokenizer(Tokenizer):
         own = self.encode(text)
         return self.head + own, [False] * len(self.head) + [True] * len(own)
 
-    def message(self, text, appended=()):
-        """The ids of a question behind documents, pairs (number, text), up to where the answer begins."""
-        if appended:
-            documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
-            text = f"Answer the question from these documents, in few words.\n\n{documents}Question: {text}"
+    def message(self, question, appended=()):
+        """The ids of a question behind documents, pairs (number, text), up to where a short answer begins."""
+        documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
+        return self.templated(f"{documents}Question: {question}\nAnswer:", "Answer:")
+
+    def templated(self, text, begun=""):
+        """The ids of a user's message in the chat template, and of an answer that has `begun`."""
         head, tail, strips = self.template
-        return [*self.start, *self.encode_template(head, text.strip() if strips else text, tail)]
+        return [*self.start, *self.encode_template(head, text.strip() if strips else text, tail + begun)]
 
     def save(self, folder):
         """Write the files that were read, as they were."""

@@ -1,6 +1,5 @@
-"""Documents of a folder, retrieval sets, and the search that is a baseline."""
+"""Documents of a folder, and how long ones are split."""
 import json
-import math
 import os
 import re
 import sys
@@ -10,15 +9,7 @@ import numpy as np
 import pytest
 
 from common import UserError
-from documents import (
-    Document,
-    bm25_search,
-    documents_size,
-    read_beir,
-    read_documents,
-    read_squad,
-    tell_skipped,
-)
+from documents import Document, documents_size, read_documents, tell_skipped
 
 
 def count_words(text):
@@ -370,111 +361,3 @@ def test_titles_count(tmp_path, most):
     assert all(count_words(d.spelled()) <= most and d.title for d in documents)
     assert title.startswith(documents[0].title) and documents[0].title.startswith("t0")
     assert " ".join(d.text for d in documents).split() == [f"w{i}" for i in range(60)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Retrieval sets
-
-def beir_set(folder):
-    """A set of four documents, of which the first question needs one and the second, in another split,
-    two."""
-    (folder / "qrels").mkdir(parents=True)
-    documents = [{"_id": f"d{i}", "title": "Title" if i == 1 else "", "text": f"Text {i}."} for i in range(4)]
-    queries = [{"_id": "q0", "text": "Which is third?"}, {"_id": "q1", "text": "Which are first?"}]
-    for name, rows in (("corpus", documents), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    head = "query-id\tcorpus-id\tscore\n"
-    (folder / "qrels" / "train.tsv").write_text(f"{head}q0\td2\t1\n")
-    lines = ("q1\td1\t1", "", "q0\td3\t2", "q1\td0\t1", "q1\td1\t1", "q1\td3\t0")
-    (folder / "qrels" / "test.tsv").write_text(head + "\n".join(lines))
-    return folder
-
-
-def test_read_beir(tmp_path):
-    """Splits would be mixed, titles read, or a document counted that does not answer, or twice."""
-    texts, questions = read_beir(beir_set(tmp_path / "set"))
-    assert texts == ["Text 0.", "Text 1.", "Text 2.", "Text 3."]
-    assert questions == {"train": [("Which is third?", (2,))],
-                         "test": [("Which are first?", (1, 0)), ("Which is third?", (3,))]}
-
-
-@pytest.mark.parametrize("file,text,message", [
-    ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
-    ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
-    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
-     "two documents have the same _id"),
-    ("qrels/test.tsv", "head\nq0\tnone\t1\n", "test.tsv:2: 'q0.*is not a query's _id"),
-    ("qrels/test.tsv", "head\nq0\td1\tbest\n", "test.tsv:2"),
-    ("qrels/test.tsv", "head\nq0\td1\t²\n", "test.tsv:2"),
-    ("qrels/test.tsv", "head\nq0\td1\t--1\n", "test.tsv:2"),
-    ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
-    ("qrels/test.tsv", "head\nq0\n", "test.tsv:2")])
-def test_bad_sets(tmp_path, file, text, message):
-    """A damaged set would end in a traceback that does not name the line."""
-    folder = beir_set(tmp_path / "set")
-    (folder / file).unlink()
-    if text is not None:
-        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=message):
-        read_beir(folder)
-
-
-def test_read_squad(tmp_path):
-    """Questions would be about another paragraph, or test articles be trained on."""
-    article = lambda name, *asked: {"title": name, "paragraphs": [{"context": f"{name} text.", "qas": [
-        {"question": question, "is_impossible": impossible} for question, impossible in asked]}]}
-    path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"),
-                                         article("C", ("Who?", False)),
-                                         article("D", ("When?", False))]}))
-    texts, questions = read_squad(path)
-    assert texts == ["A_b text.", "B text.", "C text.", "D text."]
-    assert questions == {"train": [("Why?", (0,)), ("Who?", (2,))], "test": [("When?", (3,))]}
-    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
-        path.write_text(text)
-        with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
-            read_squad(path)
-    with pytest.raises(UserError, match="No such file"):
-        read_squad(tmp_path / "none.json")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# BM25
-
-def bm25(query, texts):
-    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.5, b = 0.75, words of
-    at least two letters."""
-    documents = [re.findall(r"\w\w+", text.lower()) for text in texts]
-    mean, scores = sum(map(len, documents)) / len(documents), []
-    for document in documents:
-        total = 0.0
-        for word in set(re.findall(r"\w\w+", query.lower())):
-            holds, times = sum(word in other for other in documents), document.count(word)
-            idf = math.log(1 + (len(documents) - holds + 0.5) / (holds + 0.5))
-            total += idf * times / (times + 1.5 * (0.25 + 0.75 * len(document) / mean))
-        scores.append(total)
-    return scores
-
-
-def test_bm25_search():
-    """The baseline would be another ranking than BM25, cut off too early, or fail where fewer documents are
-    left than are asked for."""
-    pytest.importorskip("bm25s")
-    texts = ["The colour of quiet-river is teal.",
-             "The quiet river can follow the amber castle near the river.", "A river.",
-             "Nothing is so.", "The colour of amber-river is khaki, and nothing is so quiet."]
-    search, query = bm25_search(texts), "What is the colour of amber-river?"
-    scores = bm25(query, texts)
-    order = sorted(range(5), key=lambda i: -scores[i])
-    assert order[0] == 4 and len({round(score, 4) for score in scores}) == 5
-    for k, expected in ((1, order[:1]), (3, order[:3]), (5, order), (50, order)):
-        found = search(query, k)
-        assert [i for i, _ in found] == expected
-        assert [score for _, score in found] == pytest.approx([scores[i] for i in expected], abs=1e-5)
-
-
-def test_bm25_needs_bm25s(monkeypatch):
-    """Without the baselines extra the user would not learn what to install."""
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match=r"bm25s: pip install -e '\.\[baselines\]'"):
-        bm25_search(["a text"])

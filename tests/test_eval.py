@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import answers
 import eval as evaluation
 import interleave
 from common import UserError
-from documents import bm25_search
 from eval import parse_lengths, score
 from interleave import Round
+from question_sets import bm25_search
 from tasks import Question
 from tokenizer import Tokenizer
 
@@ -338,6 +339,7 @@ def test_baselines_of_several_documents_a_hop(monkeypatch, tokenizer, baseline):
     """A comparison's documents would be searched for in two rounds, or not stand in the order of their
     numbers."""
     pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
     texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.",
              "A heron eats."]
     numbers, read = [9, 30, 4, 2], []
@@ -362,6 +364,7 @@ def test_bm25(evaluate, watch, tokenizer, monkeypatch, task, filler):
     """BM25 would search another memory, not go on from the text it found, find a document twice, or be
     counted otherwise than the model."""
     pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
     flags = ["--task", task, "--lengths", "1000,3000", "--questions", 3, "--filler", filler]
     _, asked = evaluate(*flags)
     searched = []
@@ -407,3 +410,123 @@ def test_bm25_that_finds_nothing(watch, monkeypatch):
         assert found[1].routed[1][0] == found[1].named[0]
         (first, _), (second, _) = asked[2 * i:2 * i + 2]
         assert second.startswith(f"{first} One of the special magic numbers for ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets of questions
+
+def write_set(folder, words):
+    """A set in BEIR's layout: a document about each word, and a question about every second one."""
+    (folder / "qrels").mkdir(parents=True)
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    documents = [{"_id": word, "title": f"Of {word}", "text": f"The {word} is item {i}."}
+                 for i, word in enumerate(words)]
+    queries = [{"_id": f"q-{word}", "text": f"Which item is {word}?", "answers": [f"item {i}"]}
+               for i, word in enumerate(words) if i % 2 == 0]
+    (folder / "corpus.jsonl").write_text(lines(documents))
+    (folder / "queries.jsonl").write_text(lines(queries))
+    (folder / "qrels" / "test.tsv").write_text("".join(f"q-{word}\t{word}\t1\n" for word in words[::2]))
+    return folder
+
+
+@pytest.fixture
+def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
+    """Run eval.py on a set, with a reader that copies the last item that it was given; returns the rows, what
+    was read and what was printed. The memory ranks documents by their texts backwards."""
+    pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
+
+    def evaluate_set(*flags):
+        seen = []
+
+        def answer(model, tokenizer, question, appended, config):
+            texts = [tokenizer.decode(text) for _, text in appended]
+            seen.append((question, [number for number, _ in appended], texts))
+            return texts[-1].rpartition(" is ")[2] if texts else "unknown"
+
+        def ranked(model, tokenizer, memory, question):
+            assert model.config.top_k == 16
+            return list(range(len(memory)))[::-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(answers, "answer_from_text", answer)
+            patch.setattr(evaluation, "ranked", ranked)
+            result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
+                         tmp_path / "rows.json", *flags)
+        assert result.code == 0, result.err
+        return json.loads((tmp_path / "rows.json").read_text()), seen, result.out
+    return evaluate_set
+
+
+def test_sets(evaluate_set, tokenizer, tmp_path):
+    """A table would be of other documents than it says: without titles, without distractors, of another
+    order; or lack a field that others read."""
+    words = "amber teal otter heron river castle".split()
+    data, more = write_set(tmp_path / "set", words), write_set(tmp_path / "more", "khaki quiet".split())
+    rows, seen, out = evaluate_set("--data", data, "--distractors", more, "--questions", 2, "--k", "1,3",
+                                   "--plot", tmp_path / "rows.png")
+    assert "test.tsv: no header (1)" in out and "95 % interval" in out
+    texts = [f"Of {word}\nThe {word} is item {i}." for part in (words, ["khaki", "quiet"])
+             for i, word in enumerate(part)]
+    tokens = [len(tokenizer.encode(text)) for text in texts]
+    assert [(row["set"], row["split"], row["documents"], row["memory_tokens"], row["k"], row["method"])
+            for row in rows] == [("set", "test", count, sum(tokens[:count]), k, method) for count in (6, 8)
+                                 for k in (1, 3) for method in ("none", "oracle", "bm25", "memory")]
+    assert all(row["questions"] == 2 and row["questions_of_recall"] == 3 for row in rows)
+    named = dict(oracle=(None,) * 4, none=(None,) * 4, bm25=(1, 1, 1, 1))
+    for row in rows:
+        # backwards, the third of six documents is fourth, the first sixth; behind two more, two later
+        memory = (0, 2 / 3, 1, 1) if row["documents"] == 6 else (0, 1 / 3, 1, 1)
+        recall = named.get(row["method"], memory)
+        assert tuple(row[name] for name in ("recall_at_1", "recall_at_5", "recall_at_16",
+                                            "all_gold_at_16")) == recall
+    assert [row["exact_match"] for row in rows[:2]] == [0, 1] and rows[2]["exact_match"] == 1
+    for _, numbers, read in seen:
+        assert read == [texts[number] for number in numbers] and len(numbers) <= 3
+    given = [numbers for _, numbers, _ in seen]
+    assert {len(numbers) for numbers in given} == {0, 1, 3} and [7, 6, 5] in given and [5, 4, 3] in given
+    assert {question for question, *_ in seen} < {f"Which item is {word}?" for word in words[::2]}
+
+
+def test_a_set_in_a_bank(evaluate_set, tmp_path):
+    """A bank would hold other documents than the set, be searched beyond the size that a row is about, or be
+    encoded twice."""
+    data = write_set(tmp_path / "set", "amber teal otter heron".split())
+    more = write_set(tmp_path / "more", ["khaki"])
+    flags = ["--data", data, "--distractors", more, "--questions", 1]
+    bare = lambda rows: [{name: value for name, value in row.items() if name not in
+                          ("seconds_per_question", "routing_keys")} for row in rows]
+    rows, _, _ = evaluate_set(*flags, "--memory", tmp_path / "bank")
+    state = (tmp_path / "bank" / "manifest.json").read_bytes()
+    assert bare(rows) == bare(evaluate_set(*flags)[0])
+    evaluate_set(*flags, "--memory", tmp_path / "bank")
+    assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
+
+
+def test_own_questions(evaluate_set, tmp_path):
+    """Questions about a folder of notes would be about other pieces of it."""
+    (tmp_path / "notes").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "notes" / f"{name}.md").write_text(f"The {name}{name} is {name.upper()}")
+    (tmp_path / "own.jsonl").write_text(json.dumps(
+        {"question": "What is bb?", "answers": ["b"], "documents": ["b.md"]}) + "\n")
+    rows, seen, _ = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
+                                 "--k", 2)
+    assert [(row["method"], row["exact_match"]) for row in rows] == [
+        ("none", 0), ("oracle", 1), ("bm25", 0), ("memory", 1)]
+    assert rows[3]["recall_at_1"] == 0 and rows[2]["recall_at_1"] == rows[3]["recall_at_16"] == 1
+    assert [numbers for _, numbers, _ in seen if len(numbers) == 2][-1] == [2, 1]
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--data", "set", "--task", "two_hop"], "--task is not for --data"),
+    (["--data", "set", "--zero-values"], "--zero-values is not for --data"),
+    (["--split", "dev"], "--split is about a set; give its --data"),
+    (["--data", "own.jsonl"], "--data own.jsonl: a .jsonl file of questions and --documents belong together"),
+    (["--data", "set", "--documents", "notes"], "and --documents belong together"),
+    (["--data", "set", "--k", "0"], "--k 0: not counts of documents"),
+    (["--data", "set", "--k", "1,x"], "--k 1,x: not counts of documents"),
+    (["--data", "nothing"], "nothing: No such file or directory; expected SQuAD's .json file, or a folder")])
+def test_flags_of_sets(run, checkpoint, flags, message):
+    """A flag that does nothing would be taken without a word."""
+    result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", *flags)
+    assert result.code == 2 and message in result.error, result.error

@@ -16,7 +16,7 @@ from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|object_ref_end|>", "<|endoftext|>"]
 CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-ANSWER = "Answer the question from these documents, in few words.\n\n"
+BEFORE, AFTER = "", "\nAnswer:<|im_end|>\n<|im_start|>assistant\nAnswer:"  # what stands around a question
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {byte: chr(byte) for byte in BYTES}
 LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(BYTES)))}
@@ -54,9 +54,9 @@ def test_chat_template(tmp_path):
     assert t.template == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", False)
     assert t.ends == {t.encoding.ids["<|im_end|>"]}
     assert t.head[0] == t.encoding.ids["<|im_start|>"] and len(t.head) == 1 + len("user\n")
-    assert t.decode(t.message("Why?")) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert t.decode(t.templated("Why?")) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert t.decode(t.message("Why?", [(3, "a b"), (12, "c")])) == (
-        f"<|im_start|>user\n{ANSWER}[3]. a b\n\n[12]. c\n\nQuestion: Why?<|im_end|>\n<|im_start|>assistant\n")
+        f"<|im_start|>user\n[3]. a b\n\n[12]. c\n\n{BEFORE}Question: Why?{AFTER}")
     tokens, routes = t.question("Why?")
     assert t.decode([x for x, r in zip(tokens, routes) if r]) == "Why?"
     assert t.decode(tokens) == "<|im_start|>user\nWhy?"
@@ -140,8 +140,8 @@ def test_templates_as_in_transformers(name, tmp_path):
         options = dict(add_generation_prompt=True, enable_thinking=False)
         messages = [{"role": "user", "content": text}]
         rendered = theirs.apply_chat_template(messages, tokenize=False, **options)
-        assert t.decode(t.message(text)) == rendered
-        assert t.message(text) == theirs.apply_chat_template(messages, return_dict=False, **options)
+        assert t.decode(t.templated(text)) == rendered
+        assert t.templated(text) == theirs.apply_chat_template(messages, return_dict=False, **options)
     assert t.decode(t.head) + "q" == t.decode(t.question("q")[0]) and rendered.startswith(t.decode(t.head))
 
 
@@ -162,8 +162,8 @@ def test_templates_in_every_kind_of_tokenizer(kind, tmp_path):
     ids = t.encoding.ids
     for text in ("model", "  memory   of\n\ndocuments ", "the <tool>"):
         messages = [{"role": "user", "content": text}]
-        assert t.message(text) == theirs.apply_chat_template(messages, return_dict=False)
-    found = t.message("a </s> <|turn|>")  # in the text these are text
+        assert t.templated(text) == theirs.apply_chat_template(messages, return_dict=False)
+    found = t.templated("a </s> <|turn|>")  # in the text these are text
     assert [found.count(ids[name]) for name in ("<s>", "</s>", "<|turn|>", "<|end|>")] == [1, 1, 1, 1]
 
 
@@ -171,9 +171,9 @@ def test_a_base_model(tmp_path):
     """A model without a template could not be asked, or would miss the token that all texts begin with."""
     write(tmp_path, chat_template=None)
     t = ChatTokenizer(tmp_path)
-    assert t.template == ("", "\n", False) and t.decode(t.message("Why?")) == "Why?\n" and t.head == []
+    assert t.template == ("", "\n", False) and t.decode(t.templated("Why?")) == "Why?\n" and t.head == []
     t = ChatTokenizer(write(tmp_path, chat_template=None, post_processor=BOS))
-    assert t.decode(t.message("Why?")) == "<|endoftext|>Why?\n"
+    assert t.decode(t.templated("Why?")) == "<|endoftext|>Why?\n"
     assert t.head == [t.encoding.ids["<|endoftext|>"]]
     assert t.question("Why?") == (t.head + t.encode("Why?"), [False] + [True] * 4)
     assert t.document(3, t.encode("x")) == t.encode("[3]. x[3]")
@@ -394,8 +394,8 @@ def test_chat(ask):
     answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
     assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
     assert (asked[0].text, asked[0].routed, asked[0].prefix) == ("<|im_start|>user\nWhy?", "Why?", 6)
-    assert asked[1].text == (f"<|im_start|>user\n{ANSWER}[0]. zero\n\n[3]. three\n\n"
-                             "Question: Why?<|im_end|>\n<|im_start|>assistant\n")
+    assert asked[1].text == (
+        f"<|im_start|>user\n[0]. zero\n\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}")
     assert asked[1].routed is None and asked[1].prefix == 0
     assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
 
@@ -431,11 +431,23 @@ def test_chat_without_retrieval(ask, options):
     """Without a memory, or without rounds, it would fail instead of answering by itself."""
     answer, rounds, asked = ask("chat", "So.<|im_end|>", **options)
     assert answer == "So." and not rounds
-    assert asked[0].text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert asked[0].text == f"<|im_start|>user\n{BEFORE}Question: Why?{AFTER}"
+
+
+@pytest.mark.parametrize("written,answer", [
+    (" \n So it is.\nQuestion: Who?\n", "So it is."), ("So<|im_end|>", "So"), ("\n\n<|im_end|>", ""),
+    ("So\n\nit is", "So")])
+def test_answers_are_one_line(ask, tmp_path, written, answer):
+    """A chat model that goes on with a question of its own would be quoted with it, or an answer behind an
+    empty line be lost."""
+    assert ask("chat", "", written)[0] == answer
+    t = load_tokenizer(write(tmp_path / "oracle"), ModelConfig(prompts="chat"))
+    model = Scripted(t, "chat", [t.encode_template(written)])
+    assert answer_from_text(model, t, "Why?", [], InterleaveConfig()) == answer
 
 
 @pytest.mark.parametrize("prompts,expected", [
-    ("chat", f"<|im_start|>user\n{ANSWER}[3]. three\n\nQuestion: Why?<|im_end|>\n<|im_start|>assistant\n"),
+    ("chat", f"<|im_start|>user\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}"),
     ("msa", START + "[3]<|object_ref_end|>[3]. three\n<|object_ref_end|><End-of-Retrieve>" + CLOSING)])
 def test_oracle(tmp_path, prompts, expected):
     """The baselines would ask in other words than the loop does."""

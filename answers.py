@@ -1,0 +1,223 @@
+"""How well a set's questions are answered: four methods, with the same prompt, reader and count of documents.
+
+    none      the question alone
+    oracle    its gold documents, however many
+    bm25      the first k documents that BM25 finds
+    memory    the first k documents that the model's routing finds in its memory
+
+Documents stand in the prompt in the order in which they were found. Recall is measured on every question
+that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
+"""
+import contextlib
+import re
+import string
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UserError, atomic_file
+from interleave import answer_from_text, ranking
+
+METHODS = ("none", "oracle", "bm25", "memory")
+AT = (1, 5, 16)     # recall is of the first so many
+RECALLS = (*(f"recall_at_{n}" for n in AT), f"all_gold_at_{AT[-1]}")
+SCORES = ("exact_match", "f1", "contained", "empty")
+RESAMPLES = 1000    # of the bootstrap
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One question's score
+
+def words_of(text):
+    """SQuAD's normalisation: the words of a text in lower case, without punctuation and articles."""
+    text = text.lower().translate(PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1(words, accepted):
+    """The harmonic mean of precision and recall of an answer's words; of an empty side: whether both are."""
+    if not words or not accepted:
+        return float(words == accepted)
+    common = (Counter(words) & Counter(accepted)).total()
+    return 2 * common / (len(words) + len(accepted))
+
+
+def score_answer(answer, accepted):
+    """SCORES of an answer, each the best over the accepted answers (strings, at least one).
+
+    contained: an accepted answer's words stand in the answer, side by side.
+    """
+    words, accepted = words_of(answer), [words_of(text) for text in accepted]
+    inside = [bool(own) and f" {' '.join(own)} " in f" {' '.join(words)} " for own in accepted]
+    return (float(words in accepted), max(f1(words, own) for own in accepted), float(any(inside)),
+            float(not answer.strip()))
+
+
+def score_ranking(documents, gold):
+    """RECALLS of a ranking, best first: the share of gold documents among the first, and whether all are."""
+    shares = [len({*documents[:n]} & {*gold}) / len(gold) for n in AT]
+    return (*shares, float(shares[-1] == 1))
+
+
+def interval(differences, seed):
+    """[mean, low, high] of paired differences (n,): a bootstrap's 95 % interval of the mean."""
+    rng, differences = np.random.default_rng(seed), np.asarray(differences, float)
+    n = len(differences)
+    means = [differences[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    return [float(x) for x in (differences.mean(), *np.percentile(means, (2.5, 97.5)))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Finding and reading
+
+def ranked(model, tokenizer, memory, question):
+    """The positions of the documents that the model's routing finds for a question, best first."""
+    if model.config.prompts == "nanomsa":
+        tokens, prefix_length = tokenizer.question(tokenizer.encode(question)), 0
+        routes = [True] * len(tokens)
+    else:
+        tokens, routes = tokenizer.question(question)
+        prefix_length = len(tokenizer.head)
+    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
+    output = model.read(tokens, memory, routes, prefix_length=prefix_length,
+                        positions=torch.zeros_like(routes))
+    return [document for document, _ in ranking(output.selections)]
+
+
+def find_all(find, questions, label):
+    """The ranking of every question, find(text) -> documents, and the mean seconds of one."""
+    began = time.perf_counter()
+    rankings = [find(question.text) for question in progress(questions, label)]
+    return rankings, (time.perf_counter() - began) / len(questions)
+
+
+def reader(model, tokenizer, texts, config):
+    """A function (question, documents) -> (answer, seconds); nothing is read twice.
+
+    texts: token ids of documents by position, which is the number that they have in the prompt.
+    """
+    known = {}
+
+    def read(question, documents):
+        if (question, *documents) not in known:
+            began = time.perf_counter()
+            appended = [(document, texts[document]) for document in documents]
+            answer = answer_from_text(model, tokenizer, question, appended, config)
+            known[question, *documents] = answer, time.perf_counter() - began
+        return known[question, *documents]
+    return read
+
+
+def progress(items, label):
+    return tqdm(items, desc=label, unit="question", leave=False, delay=1, disable=not label)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+def choose(questions, count, seed):
+    """The indices of `count` random questions, fixed by the seed, among those that have answers."""
+    answerable = [i for i, question in enumerate(questions) if question.answers]
+    order = np.random.default_rng(seed).permutation(len(answerable))[:count]
+    return [answerable[i] for i in sorted(order)]
+
+
+def measure(questions, chosen, finders, read, ks, seed, quiet=False):
+    """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
+
+    finders: text -> documents, best first, of bm25 and memory; read: a `reader`; chosen: the questions that
+    are answered. What does not apply is None. Rows of memory hold what it has over bm25, with intervals.
+    """
+    judged = [i for i, question in enumerate(questions) if question.gold]
+    rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
+    for method, find in finders.items():
+        label = "" if quiet else f"{method} finds"
+        rankings[method], seconds[method] = find_all(find, questions, label)
+        recalls[method] = np.array([score_ranking(rankings[method][i], questions[i].gold) for i in judged])
+    methods = METHODS if set(chosen) <= set(judged) else ("none", "bm25", "memory")
+    rows = []
+    for k in ks if chosen else [None]:
+        scores = {}
+        for method in methods if chosen else finders:
+            row = dict(method=method, k=k) | dict.fromkeys((*RECALLS, *SCORES, "seconds_per_question"))
+            if method in finders and judged:
+                row |= zip(RECALLS, recalls[method].mean(0).tolist())
+            if chosen:
+                answers, spent = [], []
+                for i in progress(chosen, "" if quiet else f"{method} answers, k {k}"):
+                    found = {"none": (), "oracle": questions[i].gold}
+                    documents = found[method] if method in found else rankings[method][i][:k]
+                    answer, took = read(questions[i].text, documents)
+                    answers.append(answer)
+                    spent.append(took)
+                scores[method] = np.array([score_answer(answer, questions[i].answers)
+                                           for answer, i in zip(answers, chosen)])
+                row |= zip(SCORES, scores[method].mean(0).tolist())
+                row["seconds_per_question"] = round(float(np.mean(spent)) + seconds[method], 5)
+            rows.append(row)
+        if judged:
+            first = recalls["memory"][:, 0] - recalls["bm25"][:, 0]
+            rows[-1]["recall_at_1_over_bm25"] = interval(first, seed)
+        if chosen:
+            f1_column = SCORES.index("f1")
+            difference = scores["memory"][:, f1_column] - scores["bm25"][:, f1_column]
+            rows[-1]["f1_over_bm25"] = interval(difference, seed)
+    return rows
+
+
+def table(rows):
+    """The lines of a table of `measure`'s rows, and what memory has over bm25."""
+    names = ("R@1", "R@5", "R@16", "all16", "exact", "F1", "contained", "empty", "s/question")
+    columns = (*RECALLS, *SCORES, "seconds_per_question")
+    lines = [f"{'k':>3} {'method':<7}" + "".join(f" {name:>{max(6, len(name))}}" for name in names)]
+    for row in rows:
+        values = ["-" if row[column] is None else f"{row[column]:.3f}" for column in columns]
+        cells = [f"{value:>{max(6, len(name))}}" for value, name in zip(values, names)]
+        lines.append(f"{row['k'] or '-':>3} {row['method']:<7} " + " ".join(cells))
+    for row in rows:
+        for column, name in (("recall_at_1_over_bm25", "recall@1"), ("f1_over_bm25", "F1")):
+            if column in row:
+                mean, low, high = row[column]
+                lines.append(f"k {row['k'] or '-'}: memory - bm25 in {name}: {mean:+.3f} "
+                             f"(95 % interval {low:+.3f} to {high:+.3f})")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawings
+
+@contextlib.contextmanager
+def drawing(path, columns=1):
+    """Axes, or `columns` of them side by side, to draw on; the .png appears under `path` at the end."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    figure = Figure(figsize=(7 if columns == 1 else 4 * columns, 4), layout="constrained")
+    yield figure.subplots(1, columns)
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def plot_set(rows, path):
+    """Recall and F1 of every method: bars, or curves where the memory has several sizes."""
+    with drawing(path, columns=3) as panels:
+        for axes, name in zip(panels, ("recall_at_1", "recall_at_16", "f1")):
+            curves = {}  # label -> {tokens of memory: value}; recall does not depend on k
+            for row in rows:
+                label = row["method"] if name in RECALLS else f"{row['method']}, k {row['k']}"
+                if row[name] is not None:
+                    curves.setdefault(label, {})[row["memory_tokens"]] = row[name]
+            for label, curve in curves.items():
+                if len(curve) > 1:
+                    axes.plot(curve.keys(), curve.values(), "o-", label=label)
+                    axes.set(xscale="log", xlabel="tokens of memory")
+                    axes.legend(fontsize="small")
+                else:
+                    axes.bar(label, *curve.values())
+                    axes.tick_params(axis="x", rotation=20)
+            axes.set(ylim=(0, 1.02), title=f"{rows[0]['set']}: {name}")

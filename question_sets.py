@@ -1,0 +1,234 @@
+"""Sets of documents with questions about them, and BM25, which searches them by words.
+
+    texts, questions = read_set("squad")       # a folder in BEIR's layout, or SQuAD's own .json file
+    questions["test"][0]                       # SetQuestion(text="Who ...?", gold=(17,), answers=("...",))
+    search = bm25_search(texts)
+    search("Who ...?", 5)                      # the five best, pairs (place in texts, score)
+
+A document's title is the first line of its text. Questions come by split (train, test and others).
+"""
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError
+from documents import read_jsonl
+
+
+class SetQuestion(NamedTuple):
+    text: str
+    gold: tuple           # places, in the list of documents, of those that answer; () where nobody said
+    answers: tuple = ()   # all of them right; () where nobody said
+
+
+def titled(title, text):
+    """A document's text with its title as first line."""
+    return f"{title}\n{text}" if title else text
+
+
+def read_set(path, say=print):
+    """A folder in BEIR's layout or SQuAD's .json file: (texts, {split: list of SetQuestion}).
+
+    say: told in one line what of the judgements could not be used. Raises UserError.
+    """
+    return read_beir(path, say) if Path(path).is_dir() else read_squad(path)
+
+
+def read_texts(path):
+    """The texts of a set's documents alone; the set needs no questions. Raises UserError."""
+    if not Path(path).is_dir():
+        return read_squad(path)[0]
+    return [text for _, text in read_corpus(path)]
+
+
+def choose_split(questions, split, path):
+    """The questions of a split of `read_set`, and its name; "": of test, else dev, else the only one."""
+    filled = [name for name, asked in questions.items() if asked]
+    preferred = [name for name in ("test", "dev") if name in filled]
+    if not split and (preferred or len(filled) == 1):
+        split = [*preferred, *filled][0]
+    if split not in filled:
+        raise UserError(f"--split {split!r}: {path} has no questions of that split with a document that "
+                        f"answers; it has {', '.join(filled) or 'none at all'}")
+    return questions[split], split
+
+
+# ------------------------------------------------------------------------------------------------------------
+# BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv
+
+def read_beir(folder, say=print):
+    """As `read_set`. A question may have "answers", a list; without qrels there are no splits.
+
+    Raises UserError that names the file and line.
+    """
+    corpus = read_corpus(folder)
+    place = {id: i for i, (id, _) in enumerate(corpus)}
+    if len(place) < len(corpus):
+        raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
+    asked = {}
+    for number, row in read_rows(Path(folder) / "queries.jsonl"):
+        if not isinstance(row.get("_id"), str):
+            raise UserError(f'{folder}/queries.jsonl:{number}: a question needs an "_id", a string')
+        asked[row["_id"]] = question_of(row, "text", f"{folder}/queries.jsonl:{number}")
+    splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
+    return [text for _, text in corpus], {path.stem: read_qrels(path, asked, place, say) for path in splits}
+
+
+def read_corpus(folder):
+    """Pairs (id, text) of a folder's corpus.jsonl, titles included."""
+    path = Path(folder) / "corpus.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a set in BEIR's layout: "
+                        "corpus.jsonl, queries.jsonl, qrels/test.tsv")
+    # a document without a title is read with its id in the title's place
+    return [(id, titled(title if title != id else "", text)) for id, title, text in read_jsonl(path)]
+
+
+def read_rows(path):
+    """Yields (line number, object) of a .jsonl file. Raises UserError."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file of one question a line") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object in UTF-8")
+        yield number, row
+
+
+def question_of(row, name, where):
+    """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line."""
+    text, answers = row.get(name), row.get("answers") or []
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f'{where}: "answers" is {answers!r}; it must be a list of strings')
+    return SetQuestion(text, (), tuple(answers))
+
+
+def read_qrels(path, asked, place, say=print):
+    """The questions of a file qrels/SPLIT.tsv, with their gold documents.
+
+    asked: SetQuestions by their ids; place: of documents, by their ids. Judgements of unknown ids are
+    skipped; a missing header, scores with a decimal point and the four columns of TREC are understood; `say`
+    gets one line that counts them. Raises UserError for a line that is not a judgement at all.
+    """
+    gold, odd = {}, Counter()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        columns = line.split("\t") if "\t" in line else line.split()
+        if not columns:
+            continue
+        try:
+            score = float(columns[3] if len(columns) == 4 else columns[2])
+        except (ValueError, IndexError):
+            if number == 1:
+                continue  # the names of the columns
+            raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
+                            "with tabs between") from None
+        query, document = columns[0], columns[-2]
+        odd["no header"] += number == 1
+        odd["four columns"] += len(columns) == 4
+        odd["decimal scores"] += not columns[-1].strip().lstrip("-+").isdigit()
+        if query not in asked or document not in place:
+            odd["skipped: unknown question or document"] += 1
+        elif score > 0:
+            gold.setdefault(query, {})[place[document]] = None  # a dict: in order, each once
+    if odd.total():
+        say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
+    return [asked[query]._replace(gold=tuple(indices)) for query, indices in gold.items()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SQuAD's file, and one's own questions
+
+def read_squad(path):
+    """SQuAD's own file: its paragraphs, titled by their article, and the questions about each. As `read_set`.
+
+    The splits are train and test: every fourth article is for testing. Questions that a paragraph does not
+    answer are left out. Raises UserError for another file.
+    """
+    texts, questions = [], {"train": [], "test": []}
+    try:
+        articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        for i, article in enumerate(articles):
+            split = questions["test" if i % 4 == 3 else "train"]
+            for paragraph in article["paragraphs"]:
+                for row in paragraph["qas"]:
+                    if not row.get("is_impossible"):
+                        answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
+                        split.append(SetQuestion(row["question"].strip(), (len(texts),), tuple(answers)))
+                texts.append(titled(article.get("title", "").replace("_", " "), paragraph["context"]))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's "
+                        "layout") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
+    return texts, questions
+
+
+def read_questions(path, documents):
+    """One's own questions about Documents: a list of SetQuestion.
+
+    A line of the file: {"question": "...", "answers": ["..."], "documents": ["notes.md:12"]}; answers and
+    documents may be missing. A document is a file or id and, where it was split, a line. Raises UserError.
+    """
+    questions, pieces = [], {}
+    for place, document in enumerate(documents):
+        pieces.setdefault(document.id.rpartition("#")[0], []).append(place)
+    for number, row in read_rows(Path(path)):
+        where, gold = f"{path}:{number}", row.get("documents") or []
+        if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
+            raise UserError(f'{where}: "documents" is {gold!r}; it must be a list of strings')
+        found = dict.fromkeys(place_of(name, pieces, documents, where) for name in gold)
+        questions.append(question_of(row, "question", where)._replace(gold=tuple(found)))
+    if not questions:
+        raise UserError(f"{path}: no question in it")
+    return questions
+
+
+def place_of(name, pieces, documents, where):
+    """The place of the one document that is meant by "notes.md" or "notes.md:12"; pieces: places by file."""
+    file, _, line = name.rpartition(":")
+    if name in pieces:
+        places = pieces[name]
+    else:
+        places = [place for place in pieces.get(file, ()) if line.isdigit()
+                  and documents[place].first_line <= int(line) <= documents[place].last_line][:1]
+    if len(places) != 1:
+        raise UserError(f"{where}: {name!r} names {len(places)} documents, not one; give a file below "
+                        '--documents, or an id, and a line of it if the file was split: "notes.md:12"')
+    return places[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def bm25_search(texts):
+    """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 as Lucene computes it.
+
+    k1 1.2, b 0.75; words are stemmed, and English stop words left out.
+    """
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError:
+        raise UserError("BM25 needs bm25s and PyStemmer: pip install -e '.[baselines]'") from None
+    words = dict(stemmer=Stemmer.Stemmer("english"), stopwords="en", show_progress=False)
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    index.index(bm25s.tokenize(texts, **words), show_progress=False)
+
+    def search(query, k):
+        found, scores = index.retrieve(bm25s.tokenize([query], **words), k=min(k, len(texts)),
+                                       show_progress=False)
+        return list(zip(found[0].tolist(), scores[0].tolist()))
+    return search

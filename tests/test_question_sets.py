@@ -1,0 +1,208 @@
+"""Reading of sets of questions, with what is wrong in the files that people have, and BM25."""
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from common import UserError
+from documents import read_documents
+from question_sets import (
+    SetQuestion,
+    bm25_search,
+    choose_split,
+    read_beir,
+    read_questions,
+    read_set,
+    read_squad,
+    read_texts,
+    titled,
+)
+
+HEAD = "query-id\tcorpus-id\tscore\n"
+
+
+def beir_set(folder):
+    """A set of four documents, of which the first question needs one and the second, in another split,
+    two."""
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{i}", "title": "Title" if i == 1 else "", "text": f"Text {i}."} for i in range(4)]
+    queries = [{"_id": "q0", "text": "Which is third?", "answers": ["d2", "the third"]},
+               {"_id": "q1", "text": "Which are first?"}]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "train.tsv").write_text(f"{HEAD}q0\td2\t1\n")
+    lines = ("q1\td1\t1", "", "q0\td3\t2", "q1\td0\t1", "q1\td1\t1", "q1\td3\t0")
+    (folder / "qrels" / "test.tsv").write_text(HEAD + "\n".join(lines))
+    return folder
+
+
+def test_read_beir(tmp_path):
+    """Splits would be mixed, a title or the answers lost, a document counted that does not answer, or
+    twice; a set without a fault would be complained about."""
+    said = []
+    texts, questions = read_beir(beir_set(tmp_path / "set"), said.append)
+    assert texts == ["Text 0.", "Title\nText 1.", "Text 2.", "Text 3."] and said == []
+    assert questions == {"train": [("Which is third?", (2,), ("d2", "the third"))],
+                         "test": [("Which are first?", (1, 0), ()),
+                                  ("Which is third?", (3,), ("d2", "the third"))]}
+    assert read_set(tmp_path / "set", said.append) == (texts, questions)
+    (tmp_path / "set" / "queries.jsonl").unlink()
+    assert read_texts(tmp_path / "set") == texts
+
+
+@pytest.mark.parametrize("text,gold,message", [
+    # a question that is not there, and a document that is not
+    (HEAD + "q9\td1\t1\nq0\td1\t1\nq0\td9\t1\n", {"q0": (1,)},
+     "skipped: unknown question or document (2)"),
+    ("q0\td0\t1\nq0\td3\t1\n", {"q0": (0, 3)}, "no header (1)"),
+    (HEAD + "q0\td0\t1.0\nq0\td1\t0.0\nq0\td2\t0.5\nq0\td3\t1\n", {"q0": (0, 2, 3)}, "decimal scores (3)"),
+    ("q0\t0\td0\t1\nq1\t0\td2\t0\nq1\tQ0\td3\t2\n", {"q0": (0,), "q1": (3,)},
+     "no header (1), four columns (3)"),
+    ("q0 0 d0 1\nq1 0 d2 1\n", {"q0": (0,), "q1": (2,)}, "no header (1), four columns (2)"),
+    (HEAD + "q0\td0\t-1\n", {}, None),
+    ("\ufeff" + HEAD + "q0\td0\t1\r\n", {"q0": (0,)}, None)])
+def test_odd_judgements(tmp_path, text, gold, message):
+    """A set with the usual faults would be refused, its first judgement taken for a header, a negative
+    judgement for a positive; or nobody would be told what was skipped."""
+    folder, said = beir_set(tmp_path / "set"), []
+    (folder / "qrels" / "test.tsv").write_bytes(text.encode())
+    _, questions = read_beir(folder, said.append)
+    names = {"Which is third?": "q0", "Which are first?": "q1"}
+    assert {names[question.text]: question.gold for question in questions["test"]} == gold
+    assert said == ([f"{folder}/qrels/test.tsv: {message}"] if message else [])
+
+
+@pytest.mark.parametrize("file,text,message", [
+    ("corpus.jsonl", None, "corpus.jsonl: no such file; expected a set in BEIR's layout"),
+    ("queries.jsonl", None, "queries.jsonl: No such file"),
+    ("queries.jsonl", '{"_id": "a"}\n', "queries.jsonl:1: not an object"),
+    ("queries.jsonl", '{"text": "a"}\n', 'queries.jsonl:1: a question needs an "_id"'),
+    ("queries.jsonl", '\n[]\n', "queries.jsonl:2: not a JSON object"),
+    ("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n', "queries.jsonl:1: not a JSON object"),
+    ("queries.jsonl", '{"_id": "a", "text": "b", "answers": "c"}\n', "queries.jsonl:1: \"answers\" is 'c'"),
+    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
+     "two documents have the same _id"),
+    ("qrels/test.tsv", HEAD + "q0\td1\tbest\n", "test.tsv:2: 'q0.*is not a question's id"),
+    ("qrels/test.tsv", HEAD + "q0\td1\t--1\n", "test.tsv:2"),
+    ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
+    ("qrels/test.tsv", HEAD + "q0\n", "test.tsv:2")])
+def test_bad_sets(tmp_path, file, text, message):
+    """A damaged set would end in a traceback that does not name the line."""
+    folder = beir_set(tmp_path / "set")
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        read_beir(folder, print)
+
+
+def test_choose_split():
+    """A table would be of training questions, or of another split than it says."""
+    one = [SetQuestion("?", (0,))]
+    assert choose_split({"train": one, "dev": one * 2, "test": one * 3}, "", "set") == (one * 3, "test")
+    assert choose_split({"train": one, "dev": one * 2, "test": []}, "", "set") == (one * 2, "dev")
+    assert choose_split({"train": one * 4, "test": []}, "", "set") == (one * 4, "train")
+    assert choose_split({"train": one * 4, "test": one}, "train", "set") == (one * 4, "train")
+    for questions, split in (({"a": one, "b": one}, ""), ({"test": one}, "dev"), ({"test": []}, "test")):
+        with pytest.raises(UserError, match=f"--split '{split}': set has no questions of that split"):
+            choose_split(questions, split, "set")
+
+
+def test_read_squad(tmp_path):
+    """Questions would be about another paragraph, answers be doubled, or test articles be trained on."""
+    article = lambda name, *asked: {"title": name, "paragraphs": [{"context": f"{name} text.", "qas": [
+        {"question": question, "is_impossible": impossible, "answers": [{"text": name}, {"text": name}]}
+        for question, impossible in asked]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"),
+                                         article("C", ("Who?", False)),
+                                         article("D", ("When?", False))]}))
+    texts, questions = read_squad(path)
+    assert texts == ["A b\nA_b text.", "B\nB text.", "C\nC text.", "D\nD text."] == read_texts(path)
+    assert questions == {"train": [("Why?", (0,), ("A_b",)), ("Who?", (2,), ("C",))],
+                         "test": [("When?", (3,), ("D",))]}
+    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
+            read_squad(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_squad(tmp_path / "none.json")
+
+
+def test_titled():
+    """A document without a title would begin with an empty line, as if the title were one."""
+    assert titled("A", "b") == "A\nb" and titled("", "b") == "b"
+
+
+def test_read_questions(tmp_path):
+    """One's own questions would be about another piece of a file than the line that they name."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("one two three\n\nfour five six\n\nseven")
+    (tmp_path / "notes" / "b.md").write_text("eight")
+    documents = list(read_documents(tmp_path / "notes", lambda text: len(text.split()), 3))
+    assert [document.text for document in documents] == ["one two three", "four five six", "seven", "eight"]
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "Which?", "answers": ["five"], "documents": ["a.md:3", "b.md"]}\n\n'
+                    '{"question": "What?"}\n')
+    assert read_questions(path, documents) == [("Which?", (1, 3), ("five",)), ("What?", (), ())]
+    for line, message in (('{"question": "?", "documents": ["a.md"]}', "'a.md' names 3 documents, not one"),
+                          ('{"question": "?", "documents": ["a.md:2"]}', "'a.md:2' names 0 documents"),
+                          ('{"question": "?", "documents": ["c.md"]}', "'c.md' names 0 documents"),
+                          ('{"question": "?", "documents": "b.md"}', "\"documents\" is 'b.md'"),
+                          ('{"text": "?"}', 'not an object {"question"'), ("?", "not a JSON object")):
+        path.write_text(f"\n{line}\n")
+        with pytest.raises(UserError, match=f"own.jsonl:2: {re.escape(message)}"):
+            read_questions(path, documents)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no question in it"):
+        read_questions(path, documents)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# BM25
+
+def bm25(query, texts, stems, stop_words):
+    """Scores by hand: idf * tf / (tf + k1 * (1 - b + b * length / mean length)), k1 = 1.2, b = 0.75, words of
+    at least two letters, as stems, stop words left out."""
+    words = lambda text: [stems.get(word, word) for word in re.findall(r"\w\w+", text.lower())
+                          if word not in stop_words]
+    documents = [words(text) for text in texts]
+    mean, scores = sum(map(len, documents)) / len(documents), []
+    for document in documents:
+        total = 0.0
+        for word in set(words(query)):
+            holds, times = sum(word in other for other in documents), document.count(word)
+            idf = math.log(1 + (len(documents) - holds + 0.5) / (holds + 0.5))
+            total += idf * times / (times + 1.2 * (0.25 + 0.75 * len(document) / mean))
+        scores.append(total)
+    return scores
+
+
+def test_bm25_search():
+    """The baseline would be another ranking than BM25, miss a word's other forms, count words like "the", be
+    cut off too early, or fail where fewer documents are left than are asked for."""
+    pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
+    texts = ["The colours of quiet rivers are teal.",
+             "The quiet river can follow the amber castle near the river.", "A river.",
+             "Nothing is so.", "The colour of amber-river is khaki, and nothing is so quiet."]
+    search, query = bm25_search(texts), "What is the colouring of amber-rivers?"
+    stems = dict(colours="colour", colouring="colour", rivers="river", nothing="noth")
+    stop_words = {"the", "of", "are", "is", "and"}
+    scores = bm25(query, texts, stems, stop_words)
+    order = sorted(range(5), key=lambda i: -scores[i])
+    assert order[0] == 4 and len({round(score, 4) for score in scores}) == 5
+    for k, expected in ((1, order[:1]), (3, order[:3]), (5, order), (50, order)):
+        found = search(query, k)
+        assert [i for i, _ in found] == expected
+        assert [score for _, score in found] == pytest.approx([scores[i] for i in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["bm25s", "Stemmer"])
+def test_bm25_needs_its_packages(monkeypatch, missing):
+    """Without the baselines extra the user would not learn what to install, or compare with a weaker BM25."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=r"bm25s and PyStemmer: pip install -e '\.\[baselines\]'"):
+        bm25_search(["a text"])
