@@ -83,6 +83,8 @@ def ranked(model, tokenizer, memory, question):
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
     tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
+    if model.config.routing_layers:
+        return [document for document, _ in ranking([model.find(tokens, memory, routes, prefix_length)])]
     output = model.read(tokens, memory, routes, prefix_length=prefix_length,
                         positions=torch.zeros_like(routes))
     return [document for document, _ in ranking(output.selections)]

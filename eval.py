@@ -60,7 +60,8 @@ from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
 from prompts import load_checkpoint
 from question_sets import bm25_search, choose_split, read_questions, read_set, read_texts
-from sync import check_fingerprint, encode_texts, hash64, sync
+from routers import make_routers
+from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
 
@@ -338,6 +339,11 @@ def load_set(config, model, tokenizer, say):
 
 def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on):
     """A function: count -> the memory of the first `count` documents, numbered from 0."""
+    if not model.trained_routers:
+        if config.memory:
+            bank_routers(model, tokenizer, config.memory, lambda: texts, ranks)
+        else:
+            make_routers(model, tokenizer, texts)
     if config.memory:
         bank = fill_bank(model, tokenizer, texts, range(len(texts)), name, config, ranks, say)
         return lambda count: ParallelMemory(bank.only(range(count)), model.device, ranks, config.routing_keys)
@@ -382,7 +388,8 @@ def script():
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(folder, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k
-    if config.memory and (Path(config.memory) / "manifest.json").exists():  # before minutes of counting
+    held = config.memory and (Path(config.memory) / "manifest.json").exists()
+    if held and model.trained_routers:  # better known before minutes of counting tokens
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
