@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memory import Cache
+from memory import Cache, padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means, sparse_attention
 
 RIDGE = 0.01             # added to covariances, as a share of their mean variance, before they are inverted
+FEW = 0.1                # more ridge for small corpora: this share of width over chunks
 SAMPLE_TOKENS = 300_000  # of documents that the statistics are taken from
 QUESTIONS = 2000         # that are made from the documents
 ASKING = ("What is", "What was", "Who is", "Who was", "When did", "When was", "Where is", "Where did",
@@ -30,45 +31,48 @@ ASKING = ("What is", "What was", "Who is", "Who was", "When did", "When was", "W
 
 def make_questions(texts, count, rng):
     """`count` strings like questions: three to nine words of a text that follow each other, behind ASKING."""
-    texts = [words for words in map(str.split, texts) if len(words) > 3]
+    texts = [words for words in map(str.split, texts) if words]
     questions = []
     while texts and len(questions) < count:
         words, size = texts[rng.integers(len(texts))], int(rng.integers(3, 10))
-        start = int(rng.integers(max(1, len(words) - size)))
+        start = int(rng.integers(max(1, len(words) - size + 1)))
         piece = " ".join(words[start:start + size]).strip(".,;:()\"'")
         questions.append(f"{ASKING[rng.integers(len(ASKING))]} {piece}?")
     return questions
 
 
 class Moments:
-    """Mean and second moments of rows that come in batches; scaled, as only the shape of S matters later."""
+    """Mean and second moments of rows that come in batches, in double precision: centring subtracts most."""
 
-    def __init__(self, width, device):
-        self.count, self.sum = 0, torch.zeros(width, device=device)
-        self.products = torch.zeros(width, width, device=device)
+    def __init__(self, width):
+        self.count, self.sum = 0, torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, rows):
         """rows: (n, E)."""
-        rows = rows.float()
+        rows = rows.cpu().double()
         self.count, self.sum = self.count + len(rows), self.sum + rows.sum(0)
         self.products += rows.T @ rows
 
     def mean(self):
-        return self.sum.double() / self.count
+        return self.sum / self.count
 
     def shape(self, centred):
         """The covariance (E, E), or the second moments, at trace 1."""
-        moments = self.products.double() / self.count
+        moments = self.products / self.count
         if centred:
             moments = moments - torch.outer(self.mean(), self.mean())
+        if moments.trace() <= 0:  # one chunk
+            moments = torch.eye(len(moments)).to(moments)
         return moments / moments.trace()
 
 
-def inverse_root(moments):
-    """(moments + ridge)^-1/2, (E, E) symmetric."""
-    values, vectors = torch.linalg.eigh(moments.cpu())
-    scales = (values.clamp(min=0) + RIDGE * values.mean()).rsqrt()
-    return ((vectors * scales) @ vectors.T).to(moments.device)
+def inverse_root(moments, count):
+    """(moments + ridge)^-1/2, (E, E) symmetric. count: rows that they are taken from; few need more ridge."""
+    values, vectors = torch.linalg.eigh(moments)
+    ridge = max(RIDGE, FEW * len(values) / count)
+    scales = (values.clamp(min=0) + ridge * values.mean()).rsqrt()
+    return (vectors * scales) @ vectors.T
 
 
 def layer_inputs(model, tokens, prefix_length=0, shift=0):
@@ -86,17 +90,11 @@ def layer_inputs(model, tokens, prefix_length=0, shift=0):
     return [found[i] for i in layers]
 
 
-def batches(texts, bar, size=2048):
-    """Padded batches of about `size` tokens, of similar length: tokens (B, L), lengths (B,); texts: ids."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        part = order[-max(1, size // len(texts[order[-1]])):]
-        del order[-len(part):]
-        lengths = torch.tensor([len(texts[i]) for i in part])
-        tokens = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)
-        for row, i in enumerate(part):
-            tokens[row, :lengths[row]] = torch.tensor(texts[i])
-        yield tokens.to(bar.device), lengths.to(bar.device)
+def batches(texts, device, bar):
+    """Padded tokens (B, L) and their lengths (B,) of texts, lists of ids, in batches of similar length."""
+    for batch, tokens in padded_batches([torch.tensor(text) for text in texts], 2048):
+        lengths = torch.tensor([len(texts[i]) for i in batch])
+        yield tokens.to(device), lengths.to(device)
         bar.update(int(lengths.sum()))
 
 
@@ -106,15 +104,13 @@ def fit_routers(model, documents, questions, prefix_length=0):
     question's do not count. With routing_dim the maps are the whitenings themselves; else a random map to the
     heads follows, orthogonal and the same for both sides, and nothing is centred: there is no bias."""
     config, device, centred = model.config, model.device, model.config.routing_dim > 0
-    chunks, tokens_of = ([Moments(config.hidden_size, device) for _ in config.router_layers]
-                         for _ in range(2))
+    chunks, tokens_of = ([Moments(config.hidden_size) for _ in config.router_layers] for _ in range(2))
     total = sum(map(len, documents)) + sum(map(len, questions))
     with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
-        bar.device = device
-        for tokens, lengths in batches(documents, bar):
+        for tokens, lengths in batches(documents, device, bar):
             for moments, h in zip(chunks, layer_inputs(model, tokens)):
                 moments.add(chunk_means(h[:, :, None].float(), lengths, config.chunk_size)[:, 0])
-        for tokens, lengths in batches(questions, bar):
+        for tokens, lengths in batches(questions, device, bar):
             place = torch.arange(tokens.size(1), device=device)
             counts = (place >= prefix_length) & (place < lengths[:, None])
             for moments, h in zip(tokens_of, layer_inputs(model, tokens, prefix_length, config.top_k)):
@@ -123,7 +119,8 @@ def fit_routers(model, documents, questions, prefix_length=0):
         attention = model.model.layers[i].self_attn
         query_map, key_map = attention.router_q_proj[0], attention.router_k_proj[0]
         both = of_documents.shape(centred) + of_questions.shape(centred)
-        key, query = inverse_root(of_documents.shape(centred)), inverse_root(both)
+        key = inverse_root(of_documents.shape(centred), of_documents.count)
+        query = inverse_root(both, of_documents.count)
         if centred:
             key_map.bias.data.copy_(-(key @ of_documents.mean()))
             query_map.bias.data.copy_(-(query @ of_questions.mean()))

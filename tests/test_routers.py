@@ -1,0 +1,116 @@
+"""Routers that are made of statistics, against the formulas worked out one by one."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_prompts import write
+
+import routers
+from memory import rank_documents
+from model import MSA, ModelConfig
+from prompts import ChatTokenizer, load_tokenizer
+
+TEXTS = [f"The {thing} of {town} is {colour} and stands near the {place}." for thing, town, colour,
+         place in zip(
+    ("tower", "bridge", "mill", "church", "school", "harbour"),
+             ("Ulm", "Bonn", "Kiel", "Trier", "Jena", "Emden"),
+    ("red", "green", "white", "grey", "blue", "black"), ("river", "wood", "lake", "hill", "moor", "sea"))]
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A folder with a tiny Llama without routers, whose inputs have one direction that is alike
+    everywhere."""
+    write(tmp_path)
+    tokenizer = ChatTokenizer(tmp_path)
+    torch.manual_seed(3)
+    config = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                  hidden_size=32)
+    model = MSA(ModelConfig(vocab_size=tokenizer.vocab_size, attend_memory=False, prompts="chat", **config))
+    model.model.embed_tokens.weight.data += 3 * torch.randn(32)
+    plain = {name: tensor for name, tensor in model.state_dict().items() if "router" not in name}
+    model.state_dict = lambda *_, **__: plain
+    model.save(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    del about["msa_config"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+def test_defaults(backbone):
+    """A backbone would route late, by each token, or store keys and values that it does not read."""
+    config = MSA.from_pretrained(backbone).config
+    assert config.router_layers == [0, 1] and config.routing_dim == 32 and config.query_reduction == "mean"
+    assert config.reading_layers == [] and config.chunk_size == 32
+
+
+@torch.no_grad()
+def test_formulas(backbone):
+    """Keys would not be whitened by their own statistics, or queries not by both kinds', or not centred."""
+    model = MSA.from_pretrained(backbone, chunk_size=4)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
+    documents, questions = [draw(n) for n in (9, 4, 7, 12) * 12], [draw(n) for n in (5, 3, 8) * 9]
+    routers.fit_routers(model, documents, questions, prefix_length=1)
+    for place, layer in enumerate(model.config.router_layers):
+        chunks, tokens = [], []
+        for document in documents:
+            h = routers.layer_inputs(model, torch.tensor([document]))[place][0].double()
+            chunks += [part.mean(0) for part in h.split(4)]
+        for question in questions:
+            h = routers.layer_inputs(model, torch.tensor([question]), 1,
+                                     model.config.top_k)[place][0].double()
+            tokens += list(h[1:])
+        chunks, tokens = torch.stack(chunks), torch.stack(tokens)
+        shape = lambda x: torch.cov(x.T, correction=0) / torch.cov(x.T, correction=0).trace()
+        attention = model.model.layers[layer].self_attn
+        for router, x, moments in ((attention.router_k_proj[0], chunks, shape(chunks)),
+                                   (attention.router_q_proj[0], tokens, shape(chunks) + shape(tokens))):
+            ridge = max(0.01, 0.1 * 32 / len(chunks)) * moments.trace() / 32
+            weight = router.weight.double()
+            identity = weight @ (moments + ridge * torch.eye(32)) @ weight
+            assert torch.allclose(identity, torch.eye(32, dtype=torch.float64), atol=2e-3)
+            assert torch.allclose(weight, weight.T, atol=1e-3)
+            assert torch.allclose(router(x.float()).mean(0), torch.zeros(32), atol=1e-2)
+    seen = [sum(token in document for document in documents) for token in range(model.config.vocab_size)]
+    rarity = np.log((len(documents) + 1) / (np.array(seen) + 0.5)).clip(0) / np.log(len(documents) + 1)
+    assert torch.allclose(model.model.token_weights, torch.tensor(rarity ** 0.5).float(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_finds(backbone):
+    """A question would not find the document whose words it has; or the routers not survive a bank's file."""
+    model = MSA.from_pretrained(backbone)
+    tokenizer = load_tokenizer(backbone, model.config)
+    routers.make_routers(model, tokenizer, TEXTS)
+    assert model.trained_routers
+    memory = model.encode([torch.tensor(tokenizer.document(n, tokenizer.encode(text)))
+                           for n, text in enumerate(TEXTS)])
+    assert memory.keys == [] and len(memory.routing_keys) == 2
+    first = []
+    for text in TEXTS:
+        tokens, routes = tokenizer.question("Where is the " + " ".join(text.split()[1:4]) + "?")
+        found = model.find(torch.tensor([tokens]), memory, torch.tensor([routes]), len(tokenizer.head))
+        first.append(int(rank_documents([found])[0][0, 0]))
+    assert sum(place == n for n, place in enumerate(first)) >= 5
+
+
+@pytest.mark.parametrize("texts", [["a"], ["one two"], [TEXTS[0]], ["", "b c"]])
+def test_tiny_corpora(backbone, texts):
+    """One note, or one word, would end in a division by zero or in keys that are not numbers."""
+    model = MSA.from_pretrained(backbone)
+    routers.make_routers(model, load_tokenizer(backbone, model.config), texts)
+    for name, tensor in model.state_dict().items():
+        assert tensor.isfinite().all(), name
+
+
+def test_questions():
+    """Questions would not be pieces of the texts, or end the program where texts are short."""
+    questions = routers.make_questions(TEXTS, 50, np.random.default_rng(0))
+    assert len(questions) == 50
+    for question in questions:
+        asking = next(words for words in routers.ASKING if question.startswith(words))
+        piece = question[len(asking) + 1:-1]
+        assert any(piece in text for text in TEXTS) and 3 <= len(piece.split()) <= 9
+    assert routers.make_questions([""], 5, np.random.default_rng(0)) == []
