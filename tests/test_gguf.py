@@ -191,7 +191,7 @@ def test_tokens(pre, hub, tmp_path):
     ids = {token: len(tokens) + i for i, token in enumerate(special)}
     own = ours.encode("hi<|end|>")
     assert ids["<|end|>"] not in own and ids["<think>"] in ours.encode("a<think>")
-    assert ours.message("hi<|end|>") == [ids["<|begin|>"], ids["<|user|>"], *own, ids["<|end|>"]]
+    assert ours.templated("hi<|end|>") == [ids["<|begin|>"], ids["<|user|>"], *own, ids["<|end|>"]]
     assert ours.ends == {ids["<|end|>"]} and ours.vocab_size == len(tokens) + 5
     assert ours.encoding.start() == ([ids["<|begin|>"]] if pre == "llama-bpe" else [])
 
