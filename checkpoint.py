@@ -296,9 +296,7 @@ class Pretrained:
                if not (untrained and is_router(name))}
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
-            parent, _, leaf = name.rpartition(".")
-            module, tensor = model.get_submodule(parent), weights.read(name, device, dtype)
-            setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
+            model.put(name, weights.read(name, device, dtype))
         if untrained:
             model.init_routers()
         model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
@@ -356,10 +354,14 @@ class Pretrained:
         own = {name: tuple(x.shape) for name, x in self.state_dict().items() if is_router(name)}
         check_shapes(own, {name: tuple(x.shape) for name, x in tensors.items()}, lambda name: path)
         for name, tensor in tensors.items():
-            parent, _, leaf = name.rpartition(".")
-            module, tensor = self.get_submodule(parent), tensor.to(self.device)
-            setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
+            self.put(name, tensor.to(self.device))
         self.trained_routers = True
+
+    def put(self, name, tensor):
+        """Let a tensor take the place, type and all, of the parameter or buffer of this name."""
+        parent, _, leaf = name.rpartition(".")
+        module = self.get_submodule(parent)
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
 
     def init_routers(self):
         """Routers of a backbone that has none. Their layers route as they attend, but without RoPE: routers

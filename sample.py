@@ -118,14 +118,13 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     say: print, of rank 0 only; on: the device and why it was chosen, as text.
     """
     if config.documents:
-        longest = config.max_document_tokens or model.config.max_document_tokens
-        skipped = {}
-        documents = read_documents(config.documents, count_tokens, longest, skipped)
+        skipped, longest = {}, config.max_document_tokens
+        read = lambda skipped: read_documents(config.documents, count_tokens, longest, skipped)
         if not model.trained_routers:
-            texts = lambda: [d.spelled() for d in read_documents(config.documents, count_tokens, longest, {})]
+            texts = lambda: [document.spelled() for document in read({})]
             bank_routers(model, tokenizer, config.memory, texts, ranks)
         size = documents_size(config.documents)
-        done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size, skipped)
+        done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped)
         tell_skipped(skipped, say)
         say(f"{config.memory}: {done} on {on}")
     if not model.trained_routers:
@@ -163,6 +162,7 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(folder, device, dtype)
+    config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
     ranks = Ranks(device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))
     say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -177,9 +177,8 @@ def script():
             where = lambda position: memory.bank.document(position)[1]
             show(model, tokenizer, memory, memory.texts, where, question, config, say)
     else:
-        longest = config.max_document_tokens or model.config.max_document_tokens
         skipped = {}
-        documents = list(read_documents(config.documents, count_tokens, longest, skipped))
+        documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
         tell_skipped(skipped, say)
         if not model.trained_routers:
             make_routers(model, tokenizer, [document.spelled() for document in documents])
