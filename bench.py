@@ -18,8 +18,9 @@ Multiplying and adding are 2 operations; W = G * D:
               `loss within`: the largest relative difference of the two losses over 20 steps on one seed
     memory    the demo's bank on disk (not where only torch, triton and numpy are installed): opening, asking,
               cold (not in the page cache) and warm; a document added and removed. Then random contents of
-              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys; and the
-              paper's mode, which selects in 18 layers, beside shared mode: 4 layers route once for all
+              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys; and,
+              of SmolLM2's shape too, the paper's mode, where each memory layer selects, beside shared mode:
+              4 layers route once for all
     load      not part of `all`: a random checkpoint of Qwen3-4B's shape (8.5 GB, in a temporary folder) is
               loaded in bfloat16 by a process of its own, which then answers. Limit: the size of its weights
 
@@ -263,6 +264,7 @@ def bench_train(bench, cases, steps=20):
 # ------------------------------------------------------------------------------------------------------------
 
 SHAPE = Layout("random", 18, G, D, 18, G, D)  # Qwen3-4B: the upper half of 36 layers
+SMALL = Layout("random", 15, 3, 64, 15, 3, 64)  # SmolLM2-135M
 CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
 
 
@@ -352,15 +354,15 @@ class BesideAnEmptyRank(Ranks):
         return x
 
 
-def bench_modes(bench, fraction=0.25, top_k=16):
-    """A question in the paper's mode and in shared mode, Qwen3-4B's shape: what it reads, asks and costs."""
+def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
+    """A question in the paper's mode and in shared mode: what it reads, asks and costs. shape: a Layout."""
     device = bench.device
-    keys, content = SHAPE.chunk_bytes()
+    keys, content = shape.chunk_bytes()
     chunks = int(fraction * proc_bytes("meminfo", "MemAvailable") / (keys + content))
     if bench.cuda:
         chunks = min(chunks, int(fraction * torch.cuda.mem_get_info()[0] / keys))
-    for mode, layers, tokens in (("paper's mode", SHAPE.routing_layers, 16), ("shared mode", 4, 1)):
-        layout = dataclasses.replace(SHAPE, routing_layers=layers)
+    for mode, layers, tokens in (("paper's mode", shape.routing_layers, 16), ("shared mode", 4, 1)):
+        layout = dataclasses.replace(shape, routing_layers=layers)
         query = torch.randn(1, tokens, 4 * layout.routing_heads, layout.routing_dim, device=device)
         query = R.group_queries(query, layout.routing_heads)
         mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
@@ -375,7 +377,7 @@ def bench_modes(bench, fraction=0.25, top_k=16):
         note = (f"{layers} routing layers, {tokens} routing tokens; {counted} collectives, {reads} content "
                 f"reads; keys {keys * held / 1e9:.2f} GB; 100M tokens: {keys * 1e8 / 64 / 1e9:.1f} GB")
         operations = 2 * tokens * layers * layout.routing_heads * layout.routing_dim * held
-        title = f"memory {mode}, {held * 64 / 1e6:,.1f}M tokens"
+        title = f"memory {name}, {mode}, {held * 64 / 1e6:,.1f}M tokens"
         bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
         bench.rows[-1] |= dict(collectives=counted, content_reads=reads, routing_key_bytes=keys * held)
         del memory, bank, run
@@ -539,7 +541,8 @@ def script():
         if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
             bench_bank(bench)
         bench_random_memory(bench)
-        bench_modes(bench)
+        bench_modes(bench, "Qwen3-4B", SHAPE)
+        bench_modes(bench, "SmolLM2-135M", SMALL)
     if args.what == "load":
         bench_load(bench)
     if args.json:

@@ -79,9 +79,9 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     found = read_json(path, "a checkpoint's configuration")
     kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
-    if kind not in ("llama", "qwen3", "msa", "nanomsa"):
+    if kind not in ("llama", "qwen3", "msa"):
         raise UserError(f"{path}: model_type is {kind!r}; "
-                        "supported are llama, qwen3, msa (the authors') and nanomsa")
+                        "supported are llama, qwen3 and msa (the authors')")
     if not isinstance(msa, dict | None):
         raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
     for key, (allowed, meaning) in PLAIN.items():
@@ -103,18 +103,15 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
-    if kind != "nanomsa":
-        found["qk_norm"] = kind != "llama"
-        heads, width = found.get("num_attention_heads"), found.get("hidden_size")
-        defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
-                        num_key_value_heads=heads)
-        if kind == "llama" and isinstance(heads, int) and isinstance(width, int):
-            defaults["head_dim"] = width // max(heads, 1)
-        for name, value in defaults.items():
-            if found.get(name) is None:
-                found[name] = value
-    elif msa is None:
-        raise UserError(f"{path}: not a checkpoint's configuration: 'msa_config' is missing")
+    found["qk_norm"] = kind != "llama"
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
+                    num_key_value_heads=heads)
+    if kind == "llama" and isinstance(heads, int) and isinstance(width, int):
+        defaults["head_dim"] = width // max(heads, 1)
+    for name, value in defaults.items():
+        if found.get(name) is None:
+            found[name] = value
     for name in PLAIN_FIELDS:
         if name not in found:
             raise UserError(f"{path}: not a checkpoint's configuration: {name!r} is missing")
@@ -157,11 +154,8 @@ def write_config(folder, config, others, dtype):
     """
     values = asdict(config)
     plain = {name: values.pop(name) for name in PLAIN_FIELDS}
-    if config.smear:
-        kind, architecture = "nanomsa", "MSA"
-    else:
-        normed = plain.pop("qk_norm")
-        kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
+    normed = plain.pop("qk_norm")
+    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
     others = {name: value for name, value in others.items() if name != "dtype"}  # newer for torch_dtype
     write_json(Path(folder) / "config.json", {
         "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,
@@ -275,7 +269,7 @@ class Pretrained:
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, **changes):
         """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
-        Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without
+        Reads what `save_pretrained` wrote, Llama and Qwen3 backbones, and MSA-4B. A backbone without
         routers gets those of `init_routers`. Every tensor is read straight into the device and dtype: there
         is no second copy. changes: fields of the configuration that replace the checkpoint's. Raises
         UserError for what is missing, damaged or not supported. Sets `trained_routers`, whether the
@@ -308,22 +302,15 @@ class Pretrained:
         values, others = read_config(folder)
         return merge(cls.config_class(), values, Path(folder) / "config.json"), others
 
-    def save(self, folder):
-        """Write config.json and the weights in the type that they have, each file atomically."""
+    def save_pretrained(self, folder):
+        """Write config.json and the weights in the type that they have, each file atomically. transformers
+        loads the folder as a plain Llama or Qwen3 with the same logits, and leaves the routers out."""
         write_weights(folder, self.state_dict())
         self.save_config(folder)
 
     def save_config(self, folder):
         """Write config.json alone."""
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
-
-    def save_pretrained(self, folder):
-        """`save`, for a backbone that transformers knows: it loads the folder as a plain Llama or Qwen3 with
-        the same logits, and leaves the routers out. Raises UserError for another model."""
-        if self.config.smear:
-            raise UserError("model.smear is on: transformers has no such model; "
-                            "train without it, or use save")
-        self.save(folder)
 
     def load_tensors(self, tensors, path):
         """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""

@@ -143,7 +143,6 @@ class Cache:
         self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
         self.selections = []                   # as in Output; empty without a memory
         self.length, self.prefix_length = 0, 0
-        self.last = {}                         # what an `embed` needs of the tokens before, name -> (B, ...)
 
     def extended(self, layer, keys, values):
         """The layer's keys and values with these behind them."""
@@ -155,7 +154,7 @@ class Cache:
     def map(self, pick):
         """A copy of which every tensor of B rows is what `pick` makes of it; the original stays as it is."""
         copy = Cache()
-        for name in ("keys", "values", "last"):
+        for name in ("keys", "values"):
             setattr(copy, name, {key: pick(x) for key, x in getattr(self, name).items()})
         copy.selections = [selection.map(pick) for selection in self.selections]
         copy.length, copy.prefix_length = self.length, self.prefix_length

@@ -224,10 +224,6 @@ class PaperMSA(Pretrained, nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def embed(self, tokens, cache):
-        """(B, T) ids that continue those of a Cache -> (B, T, E)."""
-        return self.model.embed_tokens(tokens)
-
     def chunk_offsets(self, lengths):
         """Where documents' chunks begin: (M,) lengths -> (M + 1,), ceil(length / chunk_size) for each."""
         return chunk_offsets(lengths, self.config.chunk_size)
@@ -288,7 +284,7 @@ class PaperMSA(Pretrained, nn.Module):
             attended = sparse_attention(attention.query(h, rope), keys, values) if i < last else None
             return attended, self.pool(*kept, routing_keys, lengths)
 
-        _, found = self.run(self.embed(tokens, Cache()), rope, attend, last + 1)
+        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, last + 1)
         keys, values, routing_keys = ([x for x in xs if x is not None] for xs in zip(*found))
         if self.config.document_share:
             offsets = self.chunk_offsets(lengths)
@@ -319,7 +315,7 @@ class PaperMSA(Pretrained, nn.Module):
                 routed = attention.routing_query(inputs, query), mask
             return sparse_attention(query, keys, values) if i < layers[-1] else None, routed
 
-        _, found = self.run(self.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
         queries = {place: found[i][0] for place, i in enumerate(layers)}
         return memory.select(queries, found[-1][1], config.top_k, range(len(config.reading_layers)))
 
@@ -361,7 +357,7 @@ class PaperMSA(Pretrained, nn.Module):
                           cache.prefix_length, self.memory_bias(selection))
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
-        x, found = self.run(self.embed(tokens, cache), rope, attend)
+        x, found = self.run(self.model.embed_tokens(tokens), rope, attend)
         for i, (keys, values, _) in enumerate(found):
             cache.keys[i], cache.values[i] = keys, values
         if routes and not shared:

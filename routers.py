@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memory import Cache, padded_batches
+from memory import padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means, sparse_attention
 
@@ -86,7 +86,7 @@ def layer_inputs(model, tokens, prefix_length=0, shift=0):
     def attend(i, attention, h, keys, values):
         return None if i == layers[-1] else sparse_attention(attention.query(h, rope), keys, values), h
 
-    _, found = model.run(model.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+    _, found = model.run(model.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
     return [found[i] for i in layers]
 
 

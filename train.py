@@ -296,7 +296,7 @@ def script():
                             position=position), buffer)
             with atomic_file(state_path, "wb") as file:
                 file.write(buffer.getbuffer())
-            model.save(out)
+            model.save_pretrained(out)
             tokenizer.save(out)
             save_log()
 

@@ -172,13 +172,7 @@ class Reference:
         return self.placed(layer, "q", query, position), self.placed(layer, "k", key, position), value
 
     def embed(self, tokens):
-        rows = [self.weights["model.embed_tokens.weight"][token] for token in tokens]
-        if not self.config.smear:
-            return rows
-        smeared = rows[:1]
-        for before, row in zip(rows, rows[1:]):
-            smeared.append(row + linear(self.weights["model.smear.weight"], before))
-        return smeared
+        return [self.weights["model.embed_tokens.weight"][token] for token in tokens]
 
     def finish(self, layer, x, attended):
         """The rest of a layer for one token: output projection and SwiGLU, each added to the residual."""

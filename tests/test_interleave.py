@@ -295,9 +295,9 @@ def test_settings_are_checked(options, message):
 
 SMALL = {  # seeds of models that name several documents in several rounds
     "plain": ("tokenizer", 4, {}),
-    "smear": ("tokenizer", 7, dict(smear=True, qk_norm=True)),
-    "number tokens": ("number_tokenizer", 7,
-                      dict(smear=True, qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
+    "qk norm": ("tokenizer", 4, dict(qk_norm=True)),
+    "number tokens": ("number_tokenizer", 5,
+                      dict(qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
 }
 
 

@@ -552,7 +552,7 @@ def test_another_model(loaded, tmp_path, other):
 def test_fingerprint_survives_saving(loaded, tmp_path):
     """A checkpoint that is copied, or loaded again, would no longer fit its bank."""
     model, tokenizer = loaded
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     assert fingerprint(*load_checkpoint(tmp_path, CPU)) == fingerprint(model, tokenizer)
 
@@ -702,7 +702,7 @@ def test_ranks_answer_alike(asked):
 def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
     """A mean over layers would depend, if only in its last bit, on how many ranks hold the memory."""
     model, tokenizer = model_of(loaded, SHARED[changes])
-    model.save(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS + TEXTS[:4]), ALONE)
     questions = ["The number of elm is", "Which number is it, of oak or of pine?", "What?"]

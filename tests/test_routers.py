@@ -31,7 +31,7 @@ def backbone(tmp_path):
     model.model.embed_tokens.weight.data += 3 * torch.randn(32)
     plain = {name: tensor for name, tensor in model.state_dict().items() if "router" not in name}
     model.state_dict = lambda *_, **__: plain
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     del about["msa_config"]
     (tmp_path / "config.json").write_text(json.dumps(about))

@@ -459,7 +459,7 @@ def backbone(tmp_path):
                             num_attention_heads=2, num_key_value_heads=1, head_dim=8, attend_memory=False,
                             prompts="chat"))
     model.init_routers()
-    model.save(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "backbone")
     write(tmp_path / "backbone")
     return tmp_path / "backbone"
 
@@ -504,7 +504,7 @@ def test_init_from_a_backbone(run, tmp_path, backbone):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (("--model.smear",), "model.smear is True, but --init-from"),
+    (("--model.equal-routers",), "model.equal_routers is True, but --init-from"),
     (("--model.hidden-size", "64"), "model.hidden_size is 64, but --init-from"),
     (("--init-from", "nowhere"), "nowhere/config.json: no such file"),
     ((), "prepared with another tokenizer than that of --init-from"),
