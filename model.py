@@ -49,6 +49,7 @@ class PaperConfig:
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
     prompts: Literal["nanomsa", "msa", "chat"] = "nanomsa"  # how the model is asked; see interleave.py
+    second_look: int = 0                # found documents that a chat backbone reads alone and orders anew
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
@@ -373,19 +374,24 @@ class PaperMSA(Pretrained, nn.Module):
 
     # --------------------------------------------------------------------------------------------------------
     def forward(self, documents, numbers, batches):
-        """encode + read + losses of one pool: its questions share its documents.
+        """encode + read + losses of one pool: its questions share its documents, which may be none.
 
         documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T),
-        answers (B,), positive and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of
-        scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over positives, layers and
-        questions) carry gradients; those of `memory.Tally` do not, nor `chance`, a random ranking's recall.
+        answers (B,), positive and appended (B, M), and `shared` (1, P), first tokens of all rows, or without,
+        as `prepare_data.collate` makes them. Returns a dict of scalars: `lm` (mean over predicted tokens) and
+        `aux` (Eq. 5, mean over positives, layers and questions) carry gradients; those of `memory.Tally` do
+        not, nor `chance`, a random ranking's recall.
         """
-        config, memory = self.config, self.encode(documents, numbers)
+        config, memory = self.config, self.encode(documents, numbers) if documents else None
         lm = aux = torch.zeros((), device=self.device)
         tally = Tally(config.rankings, self.device)
         for batch in batches:
-            tokens, target = batch["tokens"], batch["target_mask"]
-            output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
+            tokens, target, cache = batch["tokens"], batch["target_mask"], Cache()
+            if "shared" in batch:
+                self.read(batch["shared"], cache=cache, positions=torch.zeros_like(batch["shared"]).bool())
+                cache = cache.expand(len(tokens))
+            output = self.read(tokens, memory, batch["routing_mask"], cache,
+                               positions=F.pad(target[:, 1:], (0, 1)))
             token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")         # (N,)
             lm = lm + token_losses.sum()
             tally.add_tokens(batch, output.logits, token_losses)
@@ -397,7 +403,7 @@ class PaperMSA(Pretrained, nn.Module):
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
             tally.add_rankings(selections, positive, appended, config.top_k)
-        chance = torch.zeros_like(lm) + min(1.0, config.top_k / len(numbers))
+        chance = torch.zeros_like(lm) + min(1.0, config.top_k / max(len(numbers), 1))
         return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1), chance=chance,
                     **tally.means())
 

@@ -6,6 +6,7 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
+    python train.py config/smollm2.toml                                  # a chat backbone learns to read
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find
+from checkpoint import find, find_base
 from common import (
     UserError,
     atomic_file,
@@ -40,8 +41,9 @@ from common import (
     main,
     start_process_group,
 )
+from low_rank import add_factors
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, check_prepared, collate
+from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
@@ -51,6 +53,7 @@ from tokenizer import Tokenizer
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
+    rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
@@ -77,10 +80,13 @@ class TrainConfig:
                      "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate",
+        for name in ("rank", "seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate",
                      "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.model.prompts == "msa" or (self.model.prompts == "chat") != (self.rank > 0 and self.init_from != ""):
+            raise UserError(f"model.prompts is {self.model.prompts!r} and rank {self.rank}; \"nanomsa\" trains "
+                            "with rank 0, and \"chat\" with a rank and --init-from")
         if not 0 <= self.routing_dropout < 1:
             raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
@@ -95,22 +101,27 @@ def learning_rate(step, config):
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
 
 
-def start_from(config, folder, tokenizer, device):
+def start_from(config, folder, tokenizer, device, dtype):
     """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
     its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
-    whiten_routers. Raises UserError where it cannot be."""
+    whiten_routers. With a rank it stays a chat backbone in `dtype`, and what is trained are low-rank changes.
+    Raises UserError where it cannot be."""
     loaded = MSA.read_config(folder)[0]
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
-    changes = settings(config, loaded, free)
-    if backbone:
+    changes = settings(config, loaded, ("second_look",) if config.rank else free)
+    if backbone and not config.rank:
         changes |= dict(attend_memory=True, prompts="nanomsa")
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
                         f"--encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, **changes)
-    model.resize_vocabulary(tokenizer.vocab_size)
+    model = MSA.from_pretrained(folder, device, dtype, **changes)
+    if config.rank:
+        model.others["base"] = config.init_from
+        add_factors(model, config.rank)
+    else:
+        model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 
 
@@ -150,8 +161,8 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     documents that have them: where they score best, the maximum over tokens hides the words that tell
     documents apart, and Eq. 5 has no gradient that could change it.
     """
-    rng = np.random.default_rng([config.seed, position])
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    rng, samples = np.random.default_rng([config.seed, position]), collate_chat if config.rank else collate
+    documents, numbers, batches = samples(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         routes = batch["routing_mask"]
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
@@ -224,7 +235,9 @@ def script():
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
-    out, folder = Path(config.out), find(config.init_from) if config.init_from else None
+    out, folder = Path(config.out), None
+    if config.init_from:
+        folder = (find_base if config.rank else find)(config.init_from)
     state_path = out / "training_state.pt"
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
@@ -238,28 +251,29 @@ def script():
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
                         f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
-    if config.model.prompts != "nanomsa":
-        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py makes models that are asked as "
-                        '"nanomsa"')
     if config.data.documents:
         config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
-    model = start_from(config, folder, tokenizer, device) if folder else MSA(config.model).to(device)
+    weights, dtype = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # frozen: no autocast
+    model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
     config = replace(config, model=model.config)
+    if config.rank:
+        tokenizer = load_tokenizer(folder, model.config)
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
-    if folder and not model.trained_routers and not config.resume:
+    if folder and not (model.trained_routers or config.resume or config.rank):
         whiten_routers(model, train_pools, tokenizer, config, dtype)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
     # model and optimizer
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    learns = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in learns if (p.ndim < 2) == small] for small in (False, True))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
                                    dict(params=vectors, weight_decay=0.0)],
                                   lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
-        f"{config.model.memory_layers}; data: {len(train_pools):,} pools")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
+        f"{sum(p.numel() for p in learns):,} learn, memory layers {config.model.memory_layers}; "
+        f"data: {len(train_pools):,} pools")
 
     # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
     # is no other state.
@@ -292,7 +306,7 @@ def script():
         """Write the checkpoint; each file appears whole or not at all."""
         if first:
             buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            torch.save(dict(model=model.trained(), optimizer=optimizer.state_dict(), step=step,
                             position=position), buffer)
             with atomic_file(state_path, "wb") as file:
                 file.write(buffer.getbuffer())
@@ -348,11 +362,13 @@ def script():
                 wrapped.require_backward_grad_sync = micro == config.accumulate - 1
             with autocast(device, dtype):
                 losses = wrapped(documents, numbers, batches)
-            ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
+            if batches:
+                ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
             metrics = metrics + flatten_metrics(losses) / config.accumulate
-            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
+            tokens_done += sum(map(len, documents)) + sum(b["tokens"].numel() for b in batches)
+            tokens_done += sum(b["shared"].numel() for b in batches if "shared" in b)
         position += config.accumulate * world
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
