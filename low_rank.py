@@ -12,7 +12,7 @@ from torch import nn
 
 
 class LowRank(nn.Linear):
-    """A map with a change of low rank: W frozen in its own type; down (rank, inputs) and up (outputs, rank) in
+    """A map with a change of low rank: W in its own type, down (rank, inputs) and up (outputs, rank) in
     float32."""
 
     def forward(self, x):

@@ -55,7 +55,7 @@ class DataConfig:
     properties: int = 0             # documents that state a colour; asked about, answered from pooled memory
     alike: float = 0.0              # share of the keys with a common word that begin alike (tell, teller)
     filler: int = 0                 # up to so many noise sentences around each; 2: up to 64 tokens
-    encoding: str = "train"         # "train" a BPE on this data, tiktoken's "gpt2" and others, or a checkpoint
+    encoding: str = "train"         # "train" a BPE on this data, a name that tiktoken knows, or a checkpoint
     vocab_size: int = 4096          # of the trained BPE, special tokens included
     number_tokens: bool = False     # spell documents' numbers in tokens of their own; see tokenizer.py
     documents: str = ""             # your own documents: a folder of text, or a .jsonl file
@@ -378,31 +378,32 @@ def collate_chat(pool, tokenizer, number_limit, rng):
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], batches),
-    one batch at most: its samples begin with the same tokens, which are `shared` (1, P) int64, and go on with
-    `tokens`; `answers` says which are not NOT_FOUND.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], [batch]):
+    its samples begin with the same tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says
+    which are not NOT_FOUND.
     """
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
               {document for hop in gold for document in hop}) for question, answer, gold, _ in questions]
     leaders = [gold for _, _, gold in asked if gold]
-    gold, order = leaders[rng.integers(len(leaders))], rng.permutation(len(texts)).tolist()
-    others, shows = [i for i in order if i not in gold], rng.random() >= WITHOUT_GOLD
-    count = int(rng.integers(1, MOST_SHOWN + 1))
-    shown = [*gold, *others[:max(count - len(gold), 0)]] if shows else others[:count]
-    shown = [shown[i] for i in rng.permutation(len(shown))]
-    numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
-    appended = [(number, texts[i]) for number, i in zip(numbers, shown)]
-    said = " ".join(texts[i] for i in shown).lower()
-    samples = []
-    for question, answer, gold in asked:
-        if not gold <= {*shown}:
-            if gold & {*shown} or answer.lower() in said:
-                continue
-            answer = NOT_FOUND
-        samples.append((tokenizer.message(question, appended), tokenizer.answer(answer), answer != NOT_FOUND))
-    return [], [], [stack_chat(samples)] if samples else []
+    gold, samples = leaders[rng.integers(len(leaders))], []
+    for shows in (rng.random() >= WITHOUT_GOLD, True):  # nothing may be left of a message without gold
+        others = [i for i in rng.permutation(len(texts)).tolist() if i not in gold]
+        count = int(rng.integers(1, MOST_SHOWN + 1))
+        shown = [*gold, *others[:max(count - len(gold), 0)]] if shows else others[:count]
+        shown = [shown[i] for i in rng.permutation(len(shown))]
+        numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
+        appended, said = [(n, texts[i]) for n, i in zip(numbers, shown)], " ".join(texts[i] for i in shown)
+        for question, answer, needed in asked:
+            if not needed <= {*shown}:
+                if needed & {*shown} or answer.lower() in said.lower():
+                    continue
+                answer = NOT_FOUND
+            target = tokenizer.answer(answer)
+            samples.append((tokenizer.message(question, appended), target, answer != NOT_FOUND))
+        if samples:
+            return [], [], [stack_chat(samples)]
 
 
 def stack_chat(samples):
@@ -537,7 +538,8 @@ def write_sets(config, folder):
             allowed = own.usable - held[path] if trains else own.usable
             places, chosen = own.pool(next(turns[path]), allowed, config, rng)
             at = {place: i for i, place in enumerate(places)}
-            writer.add_pool(*writer.add([own.texts[place] for place in places], [q.moved(at) for q in chosen]))
+            texts, asked = [own.texts[place] for place in places], [q.moved(at) for q in chosen]
+            writer.add_pool(*writer.add(texts, asked))
         writer.close()
     return tokenizer
 
