@@ -509,7 +509,7 @@ class QuestionSet:
         answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
         few = int(config.questions_per_pool * IMPOSSIBLE)
         chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
-        found = [[place for place, _ in self.search(question.text, config.documents_per_pool)]
+        found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
                  for question in chosen]
         alike = [place for places in zip(*found) for place in places if place in allowed]
         drawn = rng.choice(sorted(allowed), RANDOM_DOCUMENTS).tolist()
