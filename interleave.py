@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from common import UserError
-from memory import Cache, rank_documents
+from memory import Cache, padded_batches, rank_documents
 from memory_parallel import ParallelMemory
-from prompts import END_OF_RETRIEVE
+from prompts import END_OF_RETRIEVE, NOT_FOUND
 
 NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
 
@@ -99,6 +99,39 @@ def number_log_probabilities(model, tokenizer, cache, numbers):
             allowed = list(following[tuple(number[:t])])
             log_p[row] += logits[row, t - 1, number[t]] - logits[row, t - 1, allowed].logsumexp(0)
     return log_p
+
+
+@torch.no_grad()
+def refusals(model, tokenizer, question, documents):
+    """log p(NOT_FOUND) (n,) of a trained chat backbone that reads each of `documents`, pairs (number, text),
+    alone with the question."""
+    target = tokenizer.answer(NOT_FOUND)
+    rows = [torch.tensor(tokenizer.message(question, [document]) + target) for document in documents]
+    log_p = torch.zeros(len(rows))
+    for batch, tokens in padded_batches(rows, 2048):
+        ends = torch.tensor([[len(rows[i])] for i in batch])
+        place = torch.arange(tokens.size(1))
+        says = (place >= ends - len(target) - 1) & (place < ends - 1)  # the token before predicts
+        logits = model.read(tokens.to(model.device), positions=says.to(model.device)).logits.cpu()
+        spoken = logits.log_softmax(-1).view(len(batch), len(target), -1)
+        log_p[batch] = spoken.gather(2, torch.tensor(target).expand(len(batch), -1)[..., None]).sum((1, 2))
+    return log_p
+
+
+def second_look(model, tokenizer, question, ranked, texts, numbers, weight):
+    """A `ranking` of which the first `second_look` documents are ordered anew: by how unlikely NOT_FOUND is
+    when the model reads one of them alone, log(1 - p) + weight * score / tau.
+
+    texts: ids by document; numbers: document -> number. Without `second_look` the ranking stays as it is.
+    """
+    first, others = ranked[:model.config.second_look], ranked[model.config.second_look:]
+    if not first:
+        return ranked
+    documents = [(numbers(d), tokenizer.decode(texts[d])) for d, _ in first]
+    found = torch.log(-torch.expm1(refusals(model, tokenizer, question, documents).clamp(max=-1e-6)))
+    scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return [first[i] for i in order] + others
 
 
 def generate(model, tokens, cache, stop, limit, pick, **first):
@@ -211,7 +244,8 @@ def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
             model.read(tokens, memory, cache=cache, positions=torch.zeros_like(routes), **about)
         elif len(memory):
             cache.selections = [model.find(tokens, memory, **about)]
-        ranked = ranking(cache.selections)
+        ranked = second_look(model, tokenizer, question, ranking(cache.selections), texts, number_of,
+                             config.router_weight)
         found = sorted(d for d, _ in ranked[:config.max_documents])
         numbers = list(map(number_of, found))
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)

@@ -243,9 +243,9 @@ class Tally:
         self.asked += len(positive)
 
     def means(self):
-        """A dict of these, each a mean over what was added."""
-        naming, answer = self.losses / self.predicted.clamp(min=1)
-        named, answered = self.right / self.samples.clamp(min=1)
+        """A dict of these, each a mean over what was added; NaN where no sample names, or none answers."""
+        naming, answer = self.losses / self.predicted
+        named, answered = self.right / self.samples
         asked = max(self.asked, 1)
         return dict(naming=naming, answer=answer, named=named, answered=answered, recall=self.recall / asked,
                     top1=self.top1 / asked)

@@ -3,8 +3,7 @@
     memory = model.encode(documents, numbers)              # once per document
     output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
 
-Training and inference are these two calls; `forward` is encode + read + losses. What `encode` makes and
-`read` consumes: memory.py.
+`forward` is encode + read + losses. What `encode` makes and `read` consumes: memory.py.
 
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
@@ -49,6 +48,7 @@ class PaperConfig:
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
     prompts: Literal["nanomsa", "msa", "chat"] = "nanomsa"  # how the model is asked; see interleave.py
+    second_look: int = 0                # found documents that a chat backbone reads alone and orders anew
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
@@ -240,8 +240,7 @@ class PaperMSA(Pretrained, nn.Module):
     def run(self, x, rope, attend, count=None):
         """The first `count` layers, all by default: the one loop, of documents and questions alike.
 
-        attend(i, attention, h, keys, values): for layer i, as Block.forward has it. Returns x (B, T, E) and a
-        list of what was found in each layer.
+        attend(i, attention, h, keys, values): as Block.forward has it. Returns x and what each layer found.
         """
         found = []
         for i, layer in enumerate(self.model.layers[:count]):
@@ -329,9 +328,8 @@ class PaperMSA(Pretrained, nn.Module):
         template's head: at positions 0.., blind to the memory. positions: optional (B, T) bool, where logits
         are wanted. The question stands at prefix_length + top_k (global RoPE, section 3.3).
         """
-        config, memory_layers = self.config, self.config.memory_layers
-        shared = config.routing_layers != ""
-        cache = Cache() if cache is None else cache
+        config, cache = self.config, Cache() if cache is None else cache
+        memory_layers, shared = config.memory_layers, config.routing_layers != ""
         cache.prefix_length = cache.prefix_length if cache.length else prefix_length
         place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
@@ -367,21 +365,23 @@ class PaperMSA(Pretrained, nn.Module):
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         return Output(F.linear(x, head.weight).float(), cache.selections)
 
-    # --------------------------------------------------------------------------------------------------------
     def forward(self, documents, numbers, batches):
-        """encode + read + losses of one pool: its questions share its documents.
+        """encode + read + losses of one pool: its questions share its documents, which may be none.
 
         documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T),
-        answers (B,), positive and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of
-        scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over positives, layers and
-        questions) carry gradients; those of `memory.Tally` do not, nor `chance`, a random ranking's recall.
+        answers (B,), positive and appended (B, M), perhaps `shared` (1, P), which all rows begin with: see
+        `prepare_data.collate`. Returns scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over
+        positives, layers and questions) carry gradients; those of `memory.Tally` and `chance` do not.
         """
-        config, memory = self.config, self.encode(documents, numbers)
+        config, memory = self.config, self.encode(documents, numbers) if documents else None
         lm = aux = torch.zeros((), device=self.device)
         tally = Tally(config.rankings, self.device)
         for batch in batches:
-            tokens, target = batch["tokens"], batch["target_mask"]
-            output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
+            tokens, target, cache = batch["tokens"], batch["target_mask"], Cache()
+            if "shared" in batch:
+                self.read(batch["shared"], cache=cache, positions=torch.zeros_like(batch["shared"]).bool())
+            output = self.read(tokens, memory, batch["routing_mask"], cache.expand(len(tokens)),
+                               positions=F.pad(target[:, 1:], (0, 1)))
             token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")         # (N,)
             lm = lm + token_losses.sum()
             tally.add_tokens(batch, output.logits, token_losses)
@@ -393,7 +393,7 @@ class PaperMSA(Pretrained, nn.Module):
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
             tally.add_rankings(selections, positive, appended, config.top_k)
-        chance = torch.zeros_like(lm) + min(1.0, config.top_k / len(numbers))
+        chance = torch.zeros_like(lm) + min(1.0, config.top_k / max(len(numbers), 1))
         return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1), chance=chance,
                     **tally.means())
 

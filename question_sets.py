@@ -75,6 +75,19 @@ def read_beir(folder, say=print):
     return [text for _, text in corpus], {path.stem: read_qrels(path, asked, place, say) for path in splits}
 
 
+def read_impossible(folder):
+    """A folder's impossible.jsonl, {split: pairs (question, place of the document that does not answer it)};
+    {} without one. A line: {"text": "...", "document": an _id of the corpus, "split": "train"}."""
+    path, found = Path(folder) / "impossible.jsonl", {}
+    place = {id: i for i, (id, _) in enumerate(read_corpus(folder))} if path.is_file() else {}
+    for number, row in read_rows(path) if place else ():
+        if row.get("document") not in place:
+            raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
+        question = question_of(row, "text", f"{path}:{number}")
+        found.setdefault(row.get("split"), []).append((question.text, place[row["document"]]))
+    return found
+
+
 def read_corpus(folder):
     """Pairs (id, text) of a folder's corpus.jsonl, titles included."""
     path = Path(folder) / "corpus.jsonl"

@@ -6,6 +6,7 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
+    python train.py config/smollm2.toml                                  # a chat backbone learns to read
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find
+from checkpoint import find, find_base
 from common import (
     UserError,
     atomic_file,
@@ -40,8 +41,9 @@ from common import (
     main,
     start_process_group,
 )
+from low_rank import add_factors
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, check_prepared, collate
+from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
@@ -51,6 +53,7 @@ from tokenizer import Tokenizer
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
+    rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
@@ -77,10 +80,12 @@ class TrainConfig:
                      "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate",
-                     "weight_decay"):
+        for name in ("rank", "seed", "router_steps", "router_lm_weight", "warmup_steps", "weight_decay",
+                     "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.rank and not self.init_from:
+            raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
         if not 0 <= self.routing_dropout < 1:
             raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
@@ -95,22 +100,30 @@ def learning_rate(step, config):
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
 
 
-def start_from(config, folder, tokenizer, device):
+def start_from(config, folder, tokenizer, device, dtype):
     """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
     its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
-    whiten_routers. Raises UserError where it cannot be."""
+    whiten_routers. With a rank it stays a chat backbone in `dtype`, and what is trained are low-rank changes.
+    Raises UserError where it cannot be."""
     loaded = MSA.read_config(folder)[0]
+    if config.rank and loaded.prompts != "chat":
+        raise UserError(f"rank is {config.rank}, of changes to a chat backbone, which --init-from "
+                        f"{config.init_from} is not; leave it out")
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
-    changes = settings(config, loaded, free)
-    if backbone:
+    changes = settings(config, loaded, ("second_look",) if config.rank else free)
+    if backbone and not config.rank:
         changes |= dict(attend_memory=True, prompts="nanomsa")
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
                         f"--encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, **changes)
-    model.resize_vocabulary(tokenizer.vocab_size)
+    model = MSA.from_pretrained(folder, device, dtype, **changes)
+    if config.rank:
+        model.others["base"] = config.init_from
+        add_factors(model, config.rank)
+    else:
+        model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 
 
@@ -150,8 +163,8 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     documents that have them: where they score best, the maximum over tokens hides the words that tell
     documents apart, and Eq. 5 has no gradient that could change it.
     """
-    rng = np.random.default_rng([config.seed, position])
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    rng, samples = np.random.default_rng([config.seed, position]), collate_chat if config.rank else collate
+    documents, numbers, batches = samples(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         routes = batch["routing_mask"]
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
@@ -164,51 +177,61 @@ METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance
 
 
 def flatten_metrics(losses):
-    """A step's metrics as one detached tensor, to average over pools and ranks; the recalls are last."""
+    """A pool's metrics, the recalls last, as one detached tensor (2, n) to add up over pools and ranks: the
+    values, and a 1 for each that there is."""
     scalars = torch.stack([losses[name].detach().float() for name in METRICS])
-    return torch.cat([scalars, losses["recall"].float()])
+    values = torch.cat([scalars, losses["recall"].float()])
+    return torch.stack([values.nan_to_num(), 1.0 - values.isnan().float()])
 
 
-def name_metrics(values):
-    values = [round(v, 6) for v in values.tolist()]
+def name_metrics(sums):
+    """The means of what `flatten_metrics` made, by name."""
+    values = [round(v, 6) for v in (sums[0] / sums[1].clamp(min=1)).tolist()]
     return {**dict(zip(METRICS, values)), "recall": values[len(METRICS):]}
 
 
-def describe(row, top_k):
-    """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score."""
+def describe(row, config):
+    """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score. A chat
+    backbone does not route in training: its two kinds of answers."""
+    if config.rank:
+        return (f"| answer {row['answer']:.3f} {row['answered']:.2f} | not found {row['naming']:.3f} "
+                f"{row['named']:.2f}")
     recall = " ".join(f"{r:.2f}" for r in row["recall"])
     return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} "
-            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{top_k} {recall} "
+            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{config.model.top_k} {recall} "
             f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
-def plot(rows, path):
-    """Draw a log's losses, its samples wholly right, and every memory layer's recall beside chance."""
+def plot(rows, path, routes):
+    """Draw a log's losses, its samples wholly right, and, of what routes, every memory layer's recall beside
+    chance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return  # the plot extra is not installed
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
     figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = panels = figure.subplots(1, 3)
 
     def draw(axes, label, of_row, **style):
         line, = axes.plot([r["step"] for r in train], [of_row(r) for r in train], label=label, **style)
         dots = [r["step"] for r in validation], [of_row(r) for r in validation]
         axes.plot(*dots, "o", color=line.get_color(), ms=4)
 
-    for axes, name, label in ((left, "naming", "next token, naming"), (left, "answer", "next token, answers"),
-                              (left, "aux", "routing (Eq. 5)"), (middle, "named", "number and stop"),
-                              (middle, "answered", "answer")):
+    losses = ((left, "naming", "next token, naming" if routes else "next token, not found"),
+              (left, "answer", "next token, answers"), (left, "aux", "routing (Eq. 5)"))
+    shares = (middle, "named", "number and stop" if routes else "not found"), (middle, "answered", "answer")
+    for axes, name, label in (*losses[:3 if routes else 2], *shares):
         draw(axes, label, lambda row, name=name: row[name], lw=0.8)
     layers = len(train[0]["recall"]) - 1
+    right.set_visible(routes)
     for i, label in enumerate([*(f"memory layer {i}" for i in range(layers)), "mean score"]):
         draw(right, label, lambda row, i=i: row["recall"][i], lw=0.8)
     right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
     middle.set(xlabel="step", ylabel="share of samples wholly right", ylim=(0, 1.02), title="named, answered")
     right.set(xlabel="step", ylabel="recall@k, nothing forced", ylim=(0, 1.02), title="routing")
-    for axes in (left, middle, right):
+    for axes in panels:
         axes.legend()
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
@@ -224,7 +247,9 @@ def script():
     first = rank == 0
     say = print if first else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}")
-    out, folder = Path(config.out), find(config.init_from) if config.init_from else None
+    out, folder = Path(config.out), None
+    if config.init_from:
+        folder = (find_base if config.rank else find)(config.init_from)
     state_path = out / "training_state.pt"
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
@@ -239,27 +264,31 @@ def script():
                         f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
     if config.model.prompts != "nanomsa":
-        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py makes models that are asked as "
-                        '"nanomsa"')
+        raise UserError(f"model.prompts is {config.model.prompts!r}; leave it out: models that train.py "
+                        'makes are asked as "nanomsa", or with a rank as --init-from is')
     if config.data.documents:
         config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
-    model = start_from(config, folder, tokenizer, device) if folder else MSA(config.model).to(device)
+    weights, dtype = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
+    model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
     config = replace(config, model=model.config)
+    if config.rank:
+        tokenizer = load_tokenizer(folder, model.config)
     tokenizer.check_number_chunk(config.model.number_chunk)
     train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
-    if folder and not model.trained_routers and not config.resume:
+    if folder and not (model.trained_routers or config.resume or config.rank):
         whiten_routers(model, train_pools, tokenizer, config, dtype)
     validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
 
     # model and optimizer
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    learns = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in learns if (p.ndim < 2) == small] for small in (False, True))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
                                    dict(params=vectors, weight_decay=0.0)],
                                   lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
-        f"{config.model.memory_layers}; data: {len(train_pools):,} pools")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
+        f"{sum(p.numel() for p in learns):,} learn, memory layers {config.model.memory_layers}; "
+        f"data: {len(train_pools):,} pools")
 
     # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
     # is no other state.
@@ -292,7 +321,7 @@ def script():
         """Write the checkpoint; each file appears whole or not at all."""
         if first:
             buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            torch.save(dict(model=model.trained(), optimizer=optimizer.state_dict(), step=step,
                             position=position), buffer)
             with atomic_file(state_path, "wb") as file:
                 file.write(buffer.getbuffer())
@@ -310,16 +339,15 @@ def script():
 
     def validate():
         """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(len(METRICS) + config.model.rankings + 2, device=device)  # last: pools
+        sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
         model.eval()
         with torch.no_grad(), autocast(device, dtype):
             for i in range(rank, len(validation_pools), world):
-                losses = model(*next_pool(validation_pools, i, tokenizer, config, device))
-                sums += torch.cat([flatten_metrics(losses), sums.new_ones(1)])
+                sums += flatten_metrics(model(*next_pool(validation_pools, i, tokenizer, config, device)))
         model.train()
         if world > 1:
             dist.all_reduce(sums)
-        return sums[:-1] / sums[-1]
+        return sums
 
     signals = []                          # what this rank was told
     stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
@@ -349,26 +377,26 @@ def script():
             with autocast(device, dtype):
                 losses = wrapped(documents, numbers, batches)
             ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
-            metrics = metrics + flatten_metrics(losses) / config.accumulate
-            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
+            metrics = metrics + flatten_metrics(losses)
+            tokens_done += sum(map(len, documents)) + sum(b["tokens"].numel() for b in batches)
+            tokens_done += sum(b["shared"].numel() for b in batches if "shared" in b)
         position += config.accumulate * world
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         stop.fill_(bool(signals))
         if world > 1:  # every rank logs the same and stops at the same step
             dist.all_reduce(metrics)
-            metrics /= world
             dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if not math.isfinite(metrics.sum()):
+        if not math.isfinite(norm):
             raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
                             f"checkpoint in {out} is intact)")
         log("train", metrics, norm=round(float(norm), 4))
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
-            say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config.model.top_k)} | "
+            say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config)} | "
                 f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
                 flush=True)
         due = step % config.evaluate_every == 0 or step == config.max_steps
@@ -378,10 +406,10 @@ def script():
                 log("validation", validate())
                 if first:
                     save_log()
-                say(f"step {step:5d} validation {describe(rows[-1], config.model.top_k)}", flush=True)
+                say(f"step {step:5d} validation {describe(rows[-1], config)}", flush=True)
     if first:
         save_log()
-        plot(rows, out / "curves.png")
+        plot(rows, out / "curves.png", config.rank == 0)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
         + ("; go on with --resume" if stop else ""))
     if world > 1:

@@ -178,7 +178,7 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    found = ranked(model, tokenizer, memory, "Which amber otter?")
+    found = ranked(model, tokenizer, memory, texts, "Which amber otter?", 1.0)
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
     expected, _ = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
     assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) <= 10

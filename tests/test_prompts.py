@@ -290,7 +290,7 @@ class Scripted:
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
         self.config = SimpleNamespace(prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4,
-                                      router_temperature=0.1, routing_layers="")
+                                      router_temperature=0.1, routing_layers="", second_look=0)
         self.device = torch.device("cpu")
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
