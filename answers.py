@@ -15,11 +15,10 @@ import time
 from collections import Counter
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import UserError, atomic_file
-from interleave import answer_from_text, ranking
+from interleave import answer_from_text, route_rounds
 
 METHODS = ("none", "oracle", "bm25", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -74,20 +73,24 @@ def interval(differences, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Finding and reading
 
-def ranked(model, tokenizer, memory, question):
-    """The positions of the documents that the model's routing finds for a question, best first."""
+def ranked(model, tokenizer, memory, question, config):
+    """The positions of the documents that the model's routing finds for a question, best first.
+
+    Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first `max_documents` of
+    the first round, then what the second one finds besides.
+    """
+    count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":
-        tokens, prefix_length = tokenizer.question(tokenizer.encode(question)), 0
+        tokens = tokenizer.question(tokenizer.encode(question))
         routes = [True] * len(tokens)
     else:
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
-    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
-    if model.config.routing_layers:
-        return [document for document, _ in ranking([model.find(tokens, memory, routes, prefix_length)])]
-    output = model.read(tokens, memory, routes, prefix_length=prefix_length,
-                        positions=torch.zeros_like(routes))
-    return [document for document, _ in ranking(output.selections)]
+    if model.config.prompts == "chat":
+        count = max(config.max_rounds, 1)
+    first, *second = route_rounds(model, memory, tokens, routes, prefix_length, count)
+    kept = first[:config.max_documents] if second else first
+    return list(dict.fromkeys(document for ranking in (kept, *second) for document, _ in ranking))
 
 
 def find_all(find, questions, label):

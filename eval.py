@@ -365,7 +365,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
         by_words = lambda text: [place for place, _ in search(text, most)]
-        by_memory = lambda text: ranked(model, tokenizer, memory, text)
+        by_memory = lambda text: ranked(model, tokenizer, memory, text, config.interleave)
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
         finders = dict(bm25=by_words, memory=by_memory)
@@ -374,7 +374,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
-                                  checkpoint=config.checkpoint, device=str(model.device)) for row in measured]
+                                  max_rounds=config.interleave.max_rounds, checkpoint=config.checkpoint,
+                                  device=str(model.device)) for row in measured]
 
 
 def script():
