@@ -74,7 +74,8 @@ def interval(differences, seed):
 # Finding and reading
 
 def ranked(model, tokenizer, memory, question, config):
-    """The positions of the documents that the model's routing finds for a question, best first.
+    """The positions of the documents that the model's routing finds for a question, best first, and the best
+    score of its first round.
 
     Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first `max_documents` of
     the first round, then what the second one finds besides.
@@ -90,7 +91,16 @@ def ranked(model, tokenizer, memory, question, config):
         count = max(config.max_rounds, 1)
     first, *second = route_rounds(model, memory, tokens, routes, prefix_length, count)
     kept = first[:config.max_documents] if second else first
-    return list(dict.fromkeys(document for ranking in (kept, *second) for document, _ in ranking))
+    found = dict.fromkeys(document for ranking in (kept, *second) for document, _ in ranking)
+    return list(found), first[0][1]
+
+
+def refused(questions, best, reaches):
+    """The share that is refused of the questions that have an answer, and of those that nothing answers; None
+    where there are none. best: text -> best score; reaches: what it reaches by chance, -inf if unknown."""
+    parts = [[best[question.text] <= reaches for question in questions if question.nothing == nothing]
+             for nothing in (False, True)]
+    return [float(np.mean(part)) if part and reaches > float("-inf") else None for part in parts]
 
 
 def find_all(find, questions, label):

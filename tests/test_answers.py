@@ -179,9 +179,10 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    found = ranked(model, tokenizer, memory, "Which amber otter?", InterleaveConfig())
+    found, best = ranked(model, tokenizer, memory, "Which amber otter?", InterleaveConfig())
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
-    expected, _ = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
+    expected, scores = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
+    assert best == pytest.approx(float(scores[0, 0]), abs=1e-6)
     assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) <= 10
 
 
@@ -195,7 +196,7 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, documents, expected):
     model = SimpleNamespace(config=SimpleNamespace(prompts="chat"))
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds, max_documents=documents)
-    assert ranked(model, tokenizer, None, "?", config) == expected
+    assert ranked(model, tokenizer, None, "?", config) == (expected, 0.9)
 
 
 @torch.no_grad()
