@@ -42,7 +42,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from answers import AT, choose, drawing, measure, plot_set, ranked, reader, table
+from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refused, table
 from checkpoint import find
 from common import (
     UserError,
@@ -60,7 +60,7 @@ from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
 from prompts import load_checkpoint
 from question_sets import bm25_search, choose_split, read_questions, read_set, read_texts
-from routers import make_routers
+from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
@@ -365,17 +365,26 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
         by_words = lambda text: [place for place, _ in search(text, most)]
-        weight = config.interleave.router_weight
-        by_memory = lambda text: ranked(model, tokenizer, memory, encoded, text, weight)
+        best, reaches = {}, chance(model, tokenizer, memory)
+
+        def by_memory(text):
+            documents, best[text] = ranked(model, tokenizer, memory, encoded, text, config.interleave)
+            return documents
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
         finders = dict(bm25=by_words, memory=by_memory)
         measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
         say("\n".join(table(measured)), flush=True)
+        shares = refused(questions, best, reaches)
+        for share, what in zip(shares, ("have an answer", "nothing answers")):
+            if share is not None:
+                say(f"refused of the questions that {what}: {share:.3f} (chance reaches {reaches:.3f})")
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
-                                  checkpoint=config.checkpoint, device=str(model.device)) for row in measured]
+                                  max_rounds=config.interleave.max_rounds, checkpoint=config.checkpoint,
+                                  device=str(model.device), refused=shares[0], refused_rightly=shares[1])
+               for row in measured]
 
 
 def script():

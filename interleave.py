@@ -233,21 +233,41 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
                                          config.max_answer_tokens, pick))
 
 
+def route_rounds(model, memory, tokens, routes, prefix_length, count):
+    """What routing finds for a question: the rankings of one round, or in shared mode of `count`, at most
+    two; in the second one the best of the first route too. tokens, routes: lists (T,); the rest as for
+    `model.read`. Returns lists of pairs (document index, score), best first."""
+    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
+    if not model.config.routing_layers:
+        cache = Cache()
+        model.read(tokens, memory, routes, cache, prefix_length, torch.zeros_like(routes))
+        return [ranking(cache.selections)]
+    found = []
+    while len(memory) and len(found) < min(count, 2):
+        found.append(model.find(tokens, memory, routes, prefix_length, *found))
+    return [ranking([selection]) for selection in found]
+
+
+def look_again(model, tokenizer, rankings, texts, numbers, question, config):
+    """Yields the rankings of rounds as a `second_look` orders them, each without what an earlier one named."""
+    named = set()
+    for ranked in rankings:
+        left = [(document, score) for document, score in ranked if document not in named]
+        left = second_look(model, tokenizer, question, left, texts, numbers, config.router_weight)
+        named |= {document for document, _ in left[:config.max_documents]}
+        yield left
+
+
 def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
-    """One retrieval: the router's first `max_documents` stand in the message that the plain backbone answers,
-    in order of their numbers."""
-    cache, found, number_of = Cache(), [], lambda d: int(memory.numbers[d])
+    """A round names the router's first `max_documents` that are not yet named. All stand in the message that
+    the plain backbone answers, round by round, in order of their numbers."""
+    rounds, found, number_of = [], [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
-        tokens, routes = (torch.tensor([x], device=model.device) for x in tokenizer.question(question))
-        about = dict(routing_mask=routes, prefix_length=len(tokenizer.head))
-        if not model.config.routing_layers:
-            model.read(tokens, memory, cache=cache, positions=torch.zeros_like(routes), **about)
-        elif len(memory):
-            cache.selections = [model.find(tokens, memory, **about)]
-        ranked = second_look(model, tokenizer, question, ranking(cache.selections), texts, number_of,
-                             config.router_weight)
-        found = sorted(d for d, _ in ranked[:config.max_documents])
-        numbers = list(map(number_of, found))
+        rounds = route_rounds(model, memory, *tokenizer.question(question), len(tokenizer.head),
+                              config.max_rounds)
+    for ranked in look_again(model, tokenizer, rounds, texts, number_of, question, config):
+        named = sorted(d for d, _ in ranked[:config.max_documents])
+        numbers, found = list(map(number_of, named)), found + named
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
     message = tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found])
     answer = generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, pick)

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from msa_kernel import ranges
-from routing import document_slots, mean_scores, quantize, route, top_documents
+from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
+
+FOUND = 3           # documents of a first round that route in the second
+FOUND_WEIGHT = 0.8  # of such a document beside the question, where it is the best; others': by their scores
 
 
 @dataclass
@@ -59,13 +62,21 @@ class Memory:
         score is the mean over them. mask: (B, T) bool, the tokens that route; top_k: documents that a
         question selects; readers: places of the reading layers whose keys and values are wanted.
         """
-        scales = self.scales or [None] * len(self.routing_keys)
+        scales = self.layer_scales()
         scores = mean_scores([route(query, mask, self.routing_keys[place], self.offsets, scales[place])
                               for place, query in queries.items()])
         documents, best = top_documents(scores.detach(), top_k)
         index, slots, owner = document_slots(documents, self.offsets)
         keys, values = ([xs[place] for place in readers] for xs in (self.keys, self.values))
         return Selection(keys, values, index, slots, best.gather(1, owner), documents, best, scores)
+
+    def document_queries(self, documents):
+        """As `routing.document_queries`."""
+        return document_queries(documents, self.routing_keys, self.offsets, self.layer_scales())
+
+    def layer_scales(self):
+        """The scales of every routing layer, None where keys are not int8."""
+        return self.scales or [None] * len(self.routing_keys)
 
     @staticmethod
     def in_order(parts, encoded, offsets, numbers):
@@ -190,6 +201,21 @@ def rank_documents(selections):
     scores = (total / layers).gather(1, order).masked_fill(repeated | (documents < 0), float("-inf"))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return documents.gather(1, order).masked_fill(scores == float("-inf"), -1), scores
+
+
+def follow(queries, mask, memory, found):
+    """What routes in a second round, where what the first one found routes too: (queries, mask) for `select`.
+
+    queries, mask: of the first round; found: its Selection. Each routing query is joined by one for each of
+    the FOUND best documents: the question's plus a share of the document's own. As ever, the best counts.
+    """
+    documents, scores = found.documents[:, :FOUND], found.scores[:, :FOUND]
+    shares = FOUND_WEIGHT * (scores / scores[:, :1]).nan_to_num().clamp(0, 1)               # (B, n)
+    own = memory.document_queries(documents.flatten().tolist()).unflatten(0, documents.shape)
+    own = own * shares[..., None, None]                                                     # (B, n, R, W)
+    joined = {place: (query[:, :, None] + own[:, None, :, place]).flatten(1, 2)
+              for place, query in queries.items()}
+    return joined, mask.repeat_interleave(documents.size(1), 1)
 
 
 def leave_out(documents, excluded):

@@ -3,7 +3,7 @@
     memory = model.encode(documents, numbers)              # once per document
     output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
 
-`forward` is encode + read + losses. What `encode` makes and `read` consumes: memory.py.
+Training and inference are these two calls. What `encode` makes and `read` consumes: memory.py.
 
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import Pretrained, check_config, named_layers
-from memory import Cache, Memory, Output, Tally, check_documents, padded_batches
+from memory import Cache, Memory, Output, Tally, check_documents, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -300,9 +300,9 @@ class PaperMSA(Pretrained, nn.Module):
         total, dtype = weights.sum(2, keepdim=True), torch.promote_types(h.dtype, weights.dtype)
         return (weights / total.clamp(min=1e-9)).to(dtype) @ h.to(dtype), total[..., 0] > 0
 
-    def find(self, tokens, memory, routing_mask, prefix_length=0):
+    def find(self, tokens, memory, routing_mask, prefix_length=0, first=None):
         """The Selection that all reading layers share: one pass of the question through the routing layers
-        alone, which see no memory. Arguments as for `read`."""
+        alone, which see no memory. Arguments as for `read`; first: of a first round, which routes too."""
         config, layers = self.config, self.config.router_layers
         place = torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= prefix_length), config)
@@ -316,7 +316,8 @@ class PaperMSA(Pretrained, nn.Module):
 
         _, found = self.run(self.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
         queries = {place: found[i][0] for place, i in enumerate(layers)}
-        return memory.select(queries, found[-1][1], config.top_k, range(len(config.reading_layers)))
+        queries, mask = follow(queries, found[-1][1], memory, first) if first else (queries, found[-1][1])
+        return memory.select(queries, mask, config.top_k, range(len(config.reading_layers)))
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
         """Question tokens -> Output: logits, and the Selections (section 3.3).

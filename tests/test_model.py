@@ -3,6 +3,7 @@ and against values worked out by hand."""
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,6 +335,39 @@ def test_find_runs_the_routing_layers_alone(monkeypatch):
     assert len(memory.routing_keys) == 2 and not memory.keys and not memory.values
     selection = model.find(stack(QUESTIONS), memory, stack(ROUTES))
     assert selection.documents.shape == (3, 2) and not selection.keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name.startswith("shared")])
+@pytest.mark.parametrize("top_k", [1, 2, 9])
+def test_second_round(shape, top_k):
+    """What was found would route by another document's keys, or without its share, in another layer, or
+    alone; or a document that is not there would count."""
+    model, asked = make(**SHAPES[shape] | dict(top_k=top_k)), []
+    memory = model.encode(tokens(*LENGTHS))
+    rows, mask = stack(QUESTIONS), stack(ROUTES)
+    mask[1] = 0  # this question does not route
+    select = lambda *about: asked.append(about) or memory.select(*about)
+    watched = SimpleNamespace(select=select, document_queries=memory.document_queries)
+    first = model.find(rows, watched, mask)
+    second = model.find(rows, watched, mask, first=first)
+    (queries, routes, *_), unit = asked[0], torch.nn.functional.normalize
+    for b in range(len(rows)):
+        best = [d for d in first.documents[b, :3].tolist() if d >= 0]
+        for m, score in enumerate(second.all_scores[b].tolist()):
+            own = range(memory.offsets[m], memory.offsets[m + 1])
+            layers = []
+            for place, keys in enumerate(memory.routing_keys):
+                scores = [-INF]
+                for rank, d in enumerate(best):
+                    mean = keys[memory.offsets[d]:memory.offsets[d + 1]].mean(0)
+                    share = 0.8 * min(1, max(0, float(first.scores[b, rank] / first.scores[b, 0])))
+                    found = share * unit(mean, dim=-1).flatten() / len(mean)
+                    scores += [float((queries[place][b, t] + found) @ keys[c].flatten())
+                               for t in range(len(routes[b])) if routes[b, t] for c in own]
+                layers.append(max(scores))
+            assert score == pytest.approx(sum(layers) / len(layers), abs=1e-5)
+    assert second.all_scores[1].eq(-INF).all() and second.all_scores[0].isfinite().all()
 
 
 def test_read_needs_a_routing_mask():
