@@ -193,10 +193,10 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, documents, expected):
     """What the second round finds would be put before the first's best, be counted twice, or not at all."""
     found = [[(7, 0.9), (3, 0.8), (5, 0.2), (4, 0.1)], [(1, 1.3), (7, 1.1), (5, 1.0), (3, 0.9)]]
     monkeypatch.setattr(answers, "route_rounds", lambda *about: found[:about[-1]])
-    model = SimpleNamespace(config=SimpleNamespace(prompts="chat"))
+    model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0))
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds, max_documents=documents)
-    assert ranked(model, tokenizer, None, "?", config) == (expected, 0.9)
+    assert ranked(model, tokenizer, None, [], "?", config) == (expected, 0.9)
 
 
 @torch.no_grad()

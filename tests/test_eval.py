@@ -444,7 +444,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
             seen.append((question, [number for number, _ in appended], texts))
             return texts[-1].rpartition(" is ")[2] if texts else "unknown"
 
-        def ranked(model, tokenizer, memory, question, config):
+        def ranked(model, tokenizer, memory, texts, question, config):
             assert model.config.top_k == 16
             return list(range(len(memory)))[::-1], len(question) / 100
         with monkeypatch.context() as patch:
