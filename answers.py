@@ -3,7 +3,7 @@
     none      the question alone
     oracle    its gold documents, however many
     bm25      the first k documents that BM25 finds
-    memory    the first k documents that the model's routing finds in its memory
+    memory    the first k documents that the model's routing finds in its memory, in one round or two
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
 that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
@@ -92,7 +92,7 @@ def ranked(model, tokenizer, memory, question, config):
     first, *second = route_rounds(model, memory, tokens, routes, prefix_length, count)
     kept = first[:config.max_documents] if second else first
     found = dict.fromkeys(document for ranking in (kept, *second) for document, _ in ranking)
-    return list(found), first[0][1]
+    return list(found), first[0][1] if first else float("-inf")
 
 
 def refused(questions, best, reaches):
