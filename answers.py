@@ -3,7 +3,8 @@
     none      the question alone
     oracle    its gold documents, however many
     bm25      the first k documents that BM25 finds
-    memory    the first k documents that the model's routing finds in its memory, after its second look
+    memory    the first k documents that the model finds in its memory: by routing, in one round or two, and
+              by a second look where it has learned one
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
 that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
@@ -90,9 +91,10 @@ def ranked(model, tokenizer, memory, texts, question, config):
     if model.config.prompts == "chat":
         count = max(config.max_rounds, 1)
     rankings = route_rounds(model, memory, tokens, routes, prefix_length, count)
-    *before, last = look_again(model, tokenizer, rankings, texts, int, question, config)
+    *before, last = list(look_again(model, tokenizer, rankings, texts, int, question, config)) or [[]]
     found = [document for first in before for document, _ in first[:config.max_documents]]
-    return found + [document for document, _ in last], rankings[0][0][1]
+    best = [score for first in rankings[:1] for _, score in first[:1]]
+    return found + [document for document, _ in last], best[0] if best else float("-inf")
 
 
 def refused(questions, best, reaches):

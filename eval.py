@@ -5,7 +5,9 @@
     python eval.py --data questions.jsonl --documents notes --checkpoint C
 
 **Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
-{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py.
+{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. A chat
+backbone finds its 16 in two rounds of 8, with --max-rounds 1 in one; documents [] without answers: nothing
+answers, the question should be refused.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 

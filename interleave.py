@@ -27,7 +27,8 @@ class InterleaveConfig:
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
     router_weight: float = 1.0      # of routing scores in naming; 0: the paper's generation, 1000: routing
                                     # alone. MSA-4B names by generation, a chat backbone by its router
-    max_rounds: int = 4             # retrievals before the answer; 1: no interleave; 0: nothing is named
+    max_rounds: int = 4             # retrievals before the answer, a chat backbone's are two at most; 1: no
+                                    # interleave; 0: nothing is named
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 

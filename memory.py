@@ -14,7 +14,7 @@ from msa_kernel import ranges
 from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
 
 FOUND = 3           # documents of a first round that route in the second
-FOUND_WEIGHT = 0.8  # of such a document beside the question, where it is the best; others': by their scores
+FOUND_WEIGHT = 0.5  # of the best of them, beside the question; the others' is less, as their scores are
 
 
 @dataclass
@@ -58,13 +58,14 @@ class Memory:
     def select(self, queries, mask, top_k, readers):
         """Route (section 3.2) and point at what was found; nothing is copied. Returns a Selection.
 
-        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; a document's
-        score is the mean over them. mask: (B, T) bool, the tokens that route; top_k: documents that a
-        question selects; readers: places of the reading layers whose keys and values are wanted.
+        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; behind the last
+        layer the count begins again. A document's score is the mean over queries. mask: (B, T) bool, the
+        tokens that route; top_k: documents that a question selects; readers: places of the reading layers
+        whose keys and values are wanted.
         """
-        scales = self.layer_scales()
-        scores = mean_scores([route(query, mask, self.routing_keys[place], self.offsets, scales[place])
-                              for place, query in queries.items()])
+        layers, scales = len(self.routing_keys), self.layer_scales()
+        scores = mean_scores([route(query, mask, self.routing_keys[place % layers], self.offsets,
+                                    scales[place % layers]) for place, query in queries.items()])
         documents, best = top_documents(scores.detach(), top_k)
         index, slots, owner = document_slots(documents, self.offsets)
         keys, values = ([xs[place] for place in readers] for xs in (self.keys, self.values))
@@ -206,16 +207,17 @@ def rank_documents(selections):
 def follow(queries, mask, memory, found):
     """What routes in a second round, where what the first one found routes too: (queries, mask) for `select`.
 
-    queries, mask: of the first round; found: its Selection. Each routing query is joined by one for each of
-    the FOUND best documents: the question's plus a share of the document's own. As ever, the best counts.
+    queries, mask: of the first round; found: its Selection. In every layer a document is scored by the
+    question, as before, and by the FOUND best documents, of which the best counts, with its weight.
     """
     documents, scores = found.documents[:, :FOUND], found.scores[:, :FOUND]
-    shares = FOUND_WEIGHT * (scores / scores[:, :1]).nan_to_num().clamp(0, 1)               # (B, n)
-    own = memory.document_queries(documents.flatten().tolist()).unflatten(0, documents.shape)
-    own = own * shares[..., None, None]                                                     # (B, n, R, W)
-    joined = {place: (query[:, :, None] + own[:, None, :, place]).flatten(1, 2)
-              for place, query in queries.items()}
-    return joined, mask.repeat_interleave(documents.size(1), 1)
+    (B, n), T = documents.shape, mask.size(1)
+    weights = FOUND_WEIGHT * (scores / scores[:, :1]).nan_to_num().clamp(0, 1)              # (B, n)
+    own = memory.document_queries(documents.flatten().tolist()).unflatten(0, (B, n))        # (B, n, R, W)
+    own = (weights[..., None, None] * own).repeat(1, T, 1, 1)                               # (B, T * n, R, W)
+    both = {place: query.repeat_interleave(n, 1) for place, query in queries.items()}
+    both |= {own.size(2) + place: own[:, :, place] for place in queries}
+    return both, mask.repeat_interleave(n, 1)
 
 
 def leave_out(documents, excluded):

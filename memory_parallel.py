@@ -295,7 +295,7 @@ class ParallelMemory:
         """As Memory.select: the best documents of every question, and their content. Collective."""
         if 0 in queries:  # the first routing layer: a new question
             self.recent = {}
-        B, places = len(mask), list(queries)
+        B, places = len(mask), [place % self.bank.layout.routing_layers for place in queries]
         found = [torch.full((B, top_k), float("-inf"), device=self.device)]
         numbers = [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
