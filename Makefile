@@ -35,9 +35,9 @@ scale: .venv/installed
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 ask: .venv/smollm2
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-rounds 1 --max-documents 1 \
-		--trace "Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-rounds 1 --max-documents 1 \
+	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-documents 1 --trace \
+		 "Who built the lighthouse?"
+	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 1 \
 		"When was the north pier rebuilt?"
 
 torture: .venv/installed

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, atomic_file
-from interleave import answer_from_text, look_again, route_rounds
+from interleave import answer_from_text, look_again, rounds_of, route_rounds
 
 METHODS = ("none", "oracle", "bm25", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -78,8 +78,8 @@ def ranked(model, tokenizer, memory, texts, question, config):
     """The positions of the documents that the model finds for a question, best first, and the best score of
     its first round; texts: token ids by position.
 
-    Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first `max_documents` of
-    the first round, then what the second one finds besides.
+    Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first eight of the first
+    round, then what the second one finds besides.
     """
     count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":
@@ -89,12 +89,11 @@ def ranked(model, tokenizer, memory, texts, question, config):
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
     if model.config.prompts == "chat":
-        count = max(config.max_rounds, 1)
+        count = max(rounds_of(model, config), 1)
     rankings = route_rounds(model, memory, tokens, routes, prefix_length, count)
-    *before, last = list(look_again(model, tokenizer, rankings, texts, int, question, config)) or [[]]
-    found = [document for first in before for document, _ in first[:config.max_documents]]
-    best = [score for first in rankings[:1] for _, score in first[:1]]
-    return found + [document for document, _ in last], best[0] if best else float("-inf")
+    rounds = look_again(model, tokenizer, rankings, texts, int, question, config.router_weight, AT[-1])
+    best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
+    return [document for ranked in rounds for document, _ in ranked], best
 
 
 def refused(questions, best, reaches):

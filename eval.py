@@ -5,9 +5,9 @@
     python eval.py --data questions.jsonl --documents notes --checkpoint C
 
 **Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
-{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. A chat
-backbone finds its 16 in two rounds of 8, with --max-rounds 1 in one; documents [] without answers: nothing
-answers, the question should be refused.
+{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. With
+--max-rounds 2 a chat backbone finds its 16 documents in two rounds of 8. "documents": [] without answers says
+that nothing answers, and the question should be refused.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -56,7 +56,7 @@ from common import (
     write_json,
 )
 from documents import Document, read_documents
-from interleave import InterleaveConfig, Round, answer_from_text, answer_question
+from interleave import InterleaveConfig, Round, answer_from_text, answer_question, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
@@ -279,7 +279,8 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
                    encode_tokens_per_second=round(speed), filler=config.filler,
                    routing_keys=config.routing_keys, zero_values=config.zero_values,
-                   max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                   max_rounds=rounds_of(model, config.interleave),
+                   router_weight=config.interleave.router_weight,
                    checkpoint=config.checkpoint, device=str(model.device))
         if config.memory:
             row |= dict(ranks=ranks.world, open_seconds=round(opened, 5),
@@ -384,7 +385,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
-                                  max_rounds=config.interleave.max_rounds, checkpoint=config.checkpoint,
+                                  max_rounds=rounds_of(model, config.interleave),
+                                  checkpoint=config.checkpoint,
                                   device=str(model.device), refused=shares[0], refused_rightly=shares[1])
                for row in measured]
 

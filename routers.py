@@ -160,9 +160,10 @@ def make_routers(model, tokenizer, texts, seed=0):
 @torch.no_grad()
 def chance(model, tokenizer, memory, seed=0):
     """What the best score of a question reaches in this memory by chance: of RANDOM questions of random
-    tokens the mean and DEVIATIONS standard deviations. -inf where nothing is known of it: the memory is
-    empty, or the model no chat backbone in shared mode. Collective."""
-    if not (len(memory) and model.config.routing_layers and model.config.prompts == "chat"):
+    tokens the mean and DEVIATIONS standard deviations. -inf where that says nothing: the memory has fewer
+    documents than a routing key has numbers, or the model is no chat backbone in shared mode. Collective."""
+    few = len(memory) < max(model.config.routing_dim, 1)
+    if few or not model.config.routing_layers or model.config.prompts != "chat":
         return float("-inf")
     rng, questions, best, head = np.random.default_rng(seed), [], [], len(tokenizer.head)
     for _ in range(RANDOM):

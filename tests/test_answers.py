@@ -186,16 +186,17 @@ def test_ranked(checkpoint):
     assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) <= 10
 
 
-@pytest.mark.parametrize("rounds,documents,expected", [
-    (4, 2, [7, 3, 1, 5]), (2, 3, [7, 3, 5, 1]), (2, 8, [7, 3, 5, 4, 1]), (1, 2, [7, 3, 5, 4]),
-    (0, 2, [7, 3, 5, 4])])
-def test_ranked_in_two_rounds(monkeypatch, rounds, documents, expected):
+@pytest.mark.parametrize("rounds,most,expected", [
+    (2, 16, [7, 3, 5, 4, 1]), (2, 4, [7, 3, 1, 5]), (2, 5, [7, 3, 5, 1]), (1, 4, [7, 3, 5, 4]),
+    (0, 16, [7, 3, 5, 4]), (-1, 16, [7, 3, 5, 4])])
+def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     """What the second round finds would be put before the first's best, be counted twice, or not at all."""
     found = [[(7, 0.9), (3, 0.8), (5, 0.2), (4, 0.1)], [(1, 1.3), (7, 1.1), (5, 1.0), (3, 0.9)]]
     monkeypatch.setattr(answers, "route_rounds", lambda *about: found[:about[-1]])
     model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0))
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
-    config = InterleaveConfig(max_rounds=rounds, max_documents=documents)
+    config = InterleaveConfig(max_rounds=rounds)
+    monkeypatch.setattr(answers, "AT", (1, most))
     assert ranked(model, tokenizer, None, [], "?", config) == (expected, 0.9)
 
 

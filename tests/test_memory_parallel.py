@@ -718,7 +718,8 @@ def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
     (tmp_path / "questions.json").write_text(json.dumps(questions))
     memory, told = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), []
     for question in questions:
-        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question,
+                                         InterleaveConfig(max_rounds=4))
         told.append([answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]])
     assert all(len(rounds) >= 1 + (changes == "chat") and rounds[0][0] for _, rounds in told)
     done = torchrun(2, TESTS / "rank_answers.py", tmp_path / "model", tmp_path / "bank",

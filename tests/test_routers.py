@@ -105,6 +105,8 @@ def test_chance(backbone):
     routers.make_routers(model, tokenizer, TEXTS)
     memory = model.encode([torch.tensor(tokenizer.document(n, tokenizer.encode(text)))
                            for n, text in enumerate(TEXTS)])
+    assert routers.chance(model, tokenizer, memory) == -np.inf  # fewer documents than a key has numbers
+    model.config.routing_dim = len(TEXTS)
     asked, spelled = [], tokenizer.question
     tokenizer.question = lambda text: asked.append(text) or spelled(text)
     reaches = routers.chance(model, tokenizer, memory)
