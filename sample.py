@@ -1,7 +1,7 @@
 """Ask a memory: encode documents, then answer questions and name the sources.
 
-    python sample.py --documents examples "What is the special magic number for gentle-otter?"
-    python sample.py --checkpoint out/demo --documents examples     # no question: asks for them
+    python sample.py --documents texts "Who built the lighthouse?"
+    python sample.py --checkpoint checkpoints/demo --documents examples     # no question: asks for them
     python sample.py --documents examples --trace "..."             # what was routed to, named, appended
     python sample.py --memory bank --documents examples "..."       # bring a bank in line first
     python sample.py --memory bank "..."                            # ask the bank as it is
@@ -10,6 +10,7 @@
 A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B) or a name on the
 Hugging Face Hub.
 """
+import importlib.util
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from checkpoint import find
+from checkpoint import PACKAGES, SMOLLM2, find
 from common import UserError, command_line, detect_device, keep_freed_memory, main
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
@@ -43,7 +44,9 @@ COMMON_WORDS = frozenset("""a about all also an and any are as at be been both b
 class SampleConfig:
     # without one, they are read from the terminal
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
-    checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
+    # a folder, or "owner/name" on the Hugging Face Hub; empty: checkpoints/smollm2 where `make ask` has
+    # installed what it was trained from, else checkpoints/demo
+    checkpoint: str = ""
     documents: str = ""                   # folder of texts, pages, PDFs, or a .jsonl file of id, title, text
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
@@ -157,13 +160,21 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
+def default_checkpoint():
+    """checkpoints/smollm2, or without its base checkpoints/demo, and a word about that."""
+    if importlib.util.find_spec(PACKAGES[SMOLLM2]):
+        return "checkpoints/smollm2"
+    print("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
+    return "checkpoints/demo"
+
+
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents and not config.memory:
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    folder = find(config.checkpoint)
+    folder = find(config.checkpoint or default_checkpoint())
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)

@@ -14,7 +14,7 @@ import checkpoint
 import prepare_data
 import train
 from common import UserError
-from interleave import refusals, second_look
+from interleave import refusals, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
 from prepare_data import Pools, collate_chat
@@ -321,3 +321,16 @@ def test_second_look(backbone):
         key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
         assert look(weight) == sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
     assert second_look(SimpleNamespace(config=model.config), t, "Why?", [], texts, int, 1.0) == []
+
+
+def test_reluctant(backbone):
+    """A model that has learned to refuse would refuse what it is half sure of, or a plain one be changed."""
+    model = MSA.from_pretrained(backbone)
+    tokenizer = ChatTokenizer(backbone)
+    first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
+    logits[first], logits[first - 1] = 1.9, 0.1
+    assert reluctant(model, tokenizer, logits) is logits
+    model.config.second_look = 8
+    assert int(reluctant(model, tokenizer, logits).argmax()) == first - 1 and logits.argmax() == first
+    logits[first] = 2.2
+    assert int(reluctant(model, tokenizer, logits).argmax()) == first
