@@ -64,6 +64,7 @@ class TrainConfig:
     weight_decay: float = 0.1           # matrices only
     gradient_clip: float = 1.0          # norm
     accumulate: int = 1                 # pools per rank and step; raise it when memory is short
+    checkpoint_activations: bool = False  # made again in the backward: less memory, more than a third slower
     number_limit: int = 10_000_000      # documents' numbers are drawn below it: as many as will be needed
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
@@ -271,7 +272,7 @@ def script():
     torch.manual_seed(config.seed)
     weights, dtype = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
-    config = replace(config, model=model.config)
+    config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
     tokenizer.check_number_chunk(config.model.number_chunk)
