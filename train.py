@@ -7,20 +7,20 @@
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
     python train.py config/smollm2.toml                                  # a chat backbone learns to read
+    torchrun --nproc_per_node=8 train.py config/qwen3-4b.toml            # weights shared out to eight GPUs
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
-it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state.pt (for --resume),
-log.jsonl and curves.png. A step is measured before it changes the weights: the row of step 1 is the untrained
-model's. Every memory layer's recall is its own, nothing forced.
+it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state/ (for --resume, on
+any number of ranks), log.jsonl and curves.png. A step is measured before it changes the weights: the row of
+step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
 """
-import io
-import json
+import contextlib
 import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find, find_base
+from checkpoint import ROUTING_ONLY, find, find_base, whole
 from common import (
     UserError,
     atomic_file,
@@ -47,6 +47,7 @@ from prepare_data import DataConfig, Pools, check_prepared, collate, collate_cha
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
+from training_state import Log, read_about, read_log, read_state, tell_changes, write_state
 
 
 @dataclass
@@ -69,6 +70,7 @@ class TrainConfig:
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
     evaluate_every: int = 250           # steps; the checkpoint is written first
+    shard: Literal["auto", "on", "off"] = "auto"  # each rank holds a part of the model; auto: where it must
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     resume: bool = False                # continue the run in `out`
@@ -87,6 +89,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.rank and not self.init_from:
             raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
+        if self.rank and self.shard == "on":
+            raise UserError(f"rank is {self.rank}: what is trained is small; leave --shard out")
         if not 0 <= self.routing_dropout < 1:
             raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
@@ -238,29 +242,24 @@ def plot(rows, path, routes):
         figure.savefig(file, format="png", dpi=110)
 
 
-def script():
-    config = command_line(TrainConfig, __doc__)
-    keep_freed_memory()
-    device, dtype, reason = detect_device(config.device, config.dtype)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        start_process_group(device, timeout=600)
-    first = rank == 0
-    say = print if first else lambda *_, **__: None
-    say(f"device: {device} ({reason}); ranks: {world}")
-    out, folder = Path(config.out), None
-    if config.init_from:
-        folder = (find_base if config.rank else find)(config.init_from)
-    state_path = out / "training_state.pt"
+def check_out(config, folder):
+    """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
+    out = Path(config.out)
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-    if ((out / "config.json").exists() or state_path.exists()) and not (config.overwrite or config.resume):
+    held = (out / "config.json").exists() or (out / "training_state").exists()
+    if held and not (config.overwrite or config.resume):
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
                         "or give another --out")
-    # data
+
+
+def prepare(config, folder, device, dtype):
+    """The model with its device's first weights, the tokenizer, the pools of each split, and the
+    configuration with what the model says. folder: of `init_from`, or None. Raises UserError for data that
+    do not fit."""
     check_prepared(config.data)
     tokenizer = Tokenizer.load(config.data.out)
-    if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
+    if tokenizer.vocab_size > config.model.vocab_size and not folder:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
                         f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
     tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
@@ -270,85 +269,169 @@ def script():
     if config.data.documents:
         config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
-    weights, dtype = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
+    weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
     config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
     tokenizer.check_number_chunk(config.model.number_chunk)
-    train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
+    pools = {split: Pools(f"{config.data.out}/{split}", config.model.vocab_size)
+             for split in ("train", "validation")}
     if folder and not (model.trained_routers or config.resume or config.rank):
-        whiten_routers(model, train_pools, tokenizer, config, dtype)
-    validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
+        whiten_routers(model, pools["train"], tokenizer, config, products)
+    return config, model, tokenizer, pools, products
 
-    # model and optimizer
+
+def device_bytes(device):
+    """Bytes of a GPU, or of this process's share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share_out(model, config, device, dtype, world):
+    """What the loop calls: the model itself, or in DDP, where every rank holds all of it, or, shared out,
+    FSDP2's. Then each rank holds its rows of weights, gradients and moments, and all weights only while a
+    pool is computed: in bfloat16 with that `dtype` (the residual stream, too; gradients are added up, and
+    weights changed, in float32). `auto` shares out where 20 bytes a parameter that learns (weight, gradient,
+    two moments, DDP's copy of gradients) would take more than 3/4 of the device."""
+    if world == 1:
+        return model
+    needed = sum(p.nbytes + 16 * p.numel() * p.requires_grad for p in model.parameters())
+    fits = needed <= 0.75 * device_bytes(device)
+    if config.rank or config.shard == "off" or config.shard == "auto" and fits:
+        return DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # As a whole: with blocks by themselves ranks whose pools have more batches would wait for ever
+    return fully_shard(model, mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=False,
+                       mp_policy=precision)
+
+
+def is_shared(model):
+    """Whether `share_out` gave each rank a part."""
+    return hasattr(model, "unshard")
+
+
+def make_optimizer(model, config):
+    """AdamW for what learns; weight decay for matrices only."""
     learns = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in learns if (p.ndim < 2) == small] for small in (False, True))
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
-                                   dict(params=vectors, weight_decay=0.0)],
-                                  lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    return torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                              dict(params=vectors, weight_decay=0.0)],
+                             lr=config.learning_rate, betas=(0.9, 0.95), fused=model.device.type != "mps")
+
+
+def settings_of(config):
+    """Every setting by name, nested ones as "model.top_k"; not those of one call."""
+    values = {}
+    for name, value in asdict(config).items():
+        nested = value if is_dataclass(getattr(config, name)) else {}
+        values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
+    return {name: value for name, value in values.items() if name not in ("out", "resume", "overwrite")}
+
+
+def is_fixed(name):
+    """Whether a run cannot go on when the setting of this name has changed."""
+    table, _, key = name.rpartition(".")
+    return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from")
+            or table == "data" and key in ("encoding", "vocab_size", "number_tokens"))
+
+
+def resume(model, optimizer, tokenizer, config, world, say):
+    """Go on where the run in `out` was last saved: returns step, position and the log's rows. Says what is
+    otherwise than before. Raises UserError for what cannot be."""
+    out = Path(config.out)
+    about = read_about(out / "training_state")
+    changes = tell_changes(out / "training_state", about, settings_of(config), world, is_fixed)
+    if not tokenizer.extends(Tokenizer.load(out)):
+        raise UserError(f"{config.data.out}: prepared with another tokenizer than the run in {out}, to which "
+                        "its tokens are other words; start anew with --overwrite or another --out")
+    rows = read_log(out / "log.jsonl", about["step"])
+    read_state(out / "training_state", model, optimizer, about)
+    say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
+    return about["step"], about["position"], rows
+
+
+def save(model, optimizer, tokenizer, config, step, position, rank, world):
+    """Write the checkpoint: first what --resume needs, then the folder in the Hugging Face layout, which the
+    first rank writes tensor by tensor. Each file appears whole or not at all."""
+    out, shared = Path(config.out), is_shared(model)
+    if rank == 0 or shared:
+        about = dict(step=step, position=position, ranks=world, settings=settings_of(config))
+        write_state(out / "training_state", model, optimizer, about, rank, world if shared else 1)
+        model.save_pretrained(out if rank == 0 else None)
+    if rank == 0:
+        tokenizer.save(out)
+
+
+def validate(model, pools, tokenizer, config, device, dtype, rank, world):
+    """Mean metrics over the validation pools, dealt to the ranks."""
+    sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
+    model.eval()
+    if is_shared(model):
+        model.unshard()  # all ranks at once: they may have unequal numbers of pools
+    with torch.no_grad(), autocast(device, dtype):
+        for i in range(rank, len(pools), world):
+            sums += flatten_metrics(model(*next_pool(pools, i, tokenizer, config, device)))
+    if is_shared(model):
+        model.reshard()
+    model.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+@contextlib.contextmanager
+def telling_of_lost_ranks(config):
+    """Where another rank has ended, UserError says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = "onnection" in str(error) or "imed out" in str(error) or isinstance(error, dist.DistError)
+        if not (dist.is_initialized() and gone):
+            raise
+        raise UserError(f"another rank has ended ({str(error).splitlines()[0]}); the same command with "
+                        f"--resume goes on from the last checkpoint in {config.out}") from None
+
+
+def script():
+    config = command_line(TrainConfig, __doc__)
+    keep_freed_memory()
+    device, dtype, reason = detect_device(config.device, config.dtype)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        start_process_group(device, timeout=600)
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"device: {device} ({reason}); ranks: {world}")
+    with telling_of_lost_ranks(config):
+        train(config, device, dtype, rank, world, say)
+    end_process_group()
+
+
+def train(config, device, dtype, rank, world, say):
+    """A whole run: prepare, perhaps resume, step by step, save."""
+    out, folder = Path(config.out), None
+    if config.init_from:
+        folder = (find_base if config.rank else find)(config.init_from)
+    check_out(config, folder)
+    config, model, tokenizer, pools, dtype = prepare(config, folder, device, dtype)
+    called = share_out(model, config, device, dtype, world)
+    optimizer = make_optimizer(model, config)
+    learns = [p for group in optimizer.param_groups for p in group["params"]]
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
         f"{sum(p.numel() for p in learns):,} learn, memory layers {config.model.memory_layers}; "
-        f"data: {len(train_pools):,} pools")
-
-    # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
-    # is no other state.
+        f"data: {len(pools['train']):,} pools" + "; weights are shared out to the ranks" * is_shared(model))
     step, position, rows = 0, 0, []
     if config.resume:
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-            if state.keys() != {"model", "optimizer", "step", "position"}:
-                raise KeyError
-            model.load_tensors(state["model"], state_path)
-            optimizer.load_state_dict(state["optimizer"])
-            step, position = int(state["step"]), int(state["position"])
-        except FileNotFoundError:
-            raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
-        except UserError:
-            raise
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew "
-                            "with --overwrite") from None
-        try:
-            lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with "
-                            "--overwrite") from None
-        say(f"resumed from {out} at step {step}")
+        step, position, rows = resume(model, optimizer, tokenizer, config, world, say)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
-
-    def save():
-        """Write the checkpoint; each file appears whole or not at all."""
-        if first:
-            buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
-            torch.save(dict(model=model.trained(), optimizer=optimizer.state_dict(), step=step,
-                            position=position), buffer)
-            with atomic_file(state_path, "wb") as file:
-                file.write(buffer.getbuffer())
-            model.save_pretrained(out)
-            tokenizer.save(out)
-            save_log()
-
-    def log(split, metrics, **more):
-        """One row of log.jsonl; a tracker is called here."""
-        rows.append({"step": step, "split": split, **name_metrics(metrics), **more})
-
-    def save_log():
-        with atomic_file(out / "log.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def validate():
-        """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
-        model.eval()
-        with torch.no_grad(), autocast(device, dtype):
-            for i in range(rank, len(validation_pools), world):
-                sums += flatten_metrics(model(*next_pool(validation_pools, i, tokenizer, config, device)))
-        model.train()
-        if world > 1:
-            dist.all_reduce(sums)
-        return sums
+    # What --overwrite replaces stays until there is something to put in its place
+    log = Log(out / "log.jsonl" if rank == 0 else None, rows,
+              begin=config.resume or not (out / "log.jsonl").exists())
 
     signals = []                          # what this rank was told
     stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
@@ -360,7 +443,6 @@ def script():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish_step)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
     model.train()
     began, tokens_done, start_step = time.time(), 0, step
     while step < config.max_steps and not stop:
@@ -371,18 +453,21 @@ def script():
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
-            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer,
-                                                    config, device, dropout)
-            if world > 1:
-                wrapped.require_backward_grad_sync = micro == config.accumulate - 1
+            place = position + micro * world + rank
+            documents, numbers, batches = next_pool(pools["train"], place, tokenizer, config, device, dropout)
+            last = micro == config.accumulate - 1  # gradients are added up over ranks once
+            if is_shared(model):
+                model.set_requires_gradient_sync(last)
+            elif world > 1:
+                called.require_backward_grad_sync = last
             with autocast(device, dtype):
-                losses = wrapped(documents, numbers, batches)
+                losses = called(documents, numbers, batches)
             ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
             metrics = metrics + flatten_metrics(losses)
             tokens_done += sum(map(len, documents)) + sum(b["tokens"].numel() for b in batches)
             tokens_done += sum(b["shared"].numel() for b in batches if "shared" in b)
         position += config.accumulate * world
-        norm = torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -393,29 +478,25 @@ def script():
         if not math.isfinite(norm):
             raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
                             f"checkpoint in {out} is intact)")
-        log("train", metrics, norm=round(float(norm), 4))
+        log.add({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
-            say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config)} | "
+            say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
                 flush=True)
         due = step % config.evaluate_every == 0 or step == config.max_steps
-        if due or stop:
-            save()  # before the evaluation, which might fail
-            if due:
-                log("validation", validate())
-                if first:
-                    save_log()
-                say(f"step {step:5d} validation {describe(rows[-1], config)}", flush=True)
-    if first:
-        save_log()
-        plot(rows, out / "curves.png", config.rank == 0)
+        if due or stop:  # before the evaluation, which might fail
+            save(model, optimizer, tokenizer, config, step, position, rank, world)
+            log.begin()
+        if due:
+            metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)
+            log.add({"step": step, "split": "validation", **name_metrics(metrics)})
+            say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
+    if rank == 0:
+        plot(log.rows, out / "curves.png", config.rank == 0)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
         + ("; go on with --resume" if stop else ""))
-    if world > 1:
-        del wrapped  # it holds the group
-        end_process_group()
 
 
 if __name__ == "__main__":
