@@ -428,11 +428,18 @@ def train(config, device, dtype, rank, world, say):
     step, position, rows = 0, 0, []
     if config.resume:
         step, position, rows = resume(model, optimizer, tokenizer, config, world, say)
+    unseen = not any((row["step"], row["split"]) == (step, "validation") for row in rows)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
     # What --overwrite replaces stays until there is something to put in its place
     log = Log(out / "log.jsonl" if rank == 0 else None, rows,
               begin=config.resume or not (out / "log.jsonl").exists())
 
+    def evaluate():
+        metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)
+        log.add({"step": step, "split": "validation", **name_metrics(metrics)})
+        say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
+
+    due = lambda step: step % config.evaluate_every == 0 or step == config.max_steps
     signals = []                          # what this rank was told
     stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
 
@@ -445,6 +452,8 @@ def train(config, device, dtype, rank, world, say):
         signal.signal(number, finish_step)
     model.train()
     began, tokens_done, start_step = time.time(), 0, step
+    if step and unseen and due(step):  # the run was killed before it
+        evaluate()
     while step < config.max_steps and not stop:
         first_phase = step < config.router_steps
         aux_weight, lm_weight = (1.0, config.router_lm_weight) if first_phase else (0.1, 1.0)
@@ -485,14 +494,11 @@ def train(config, device, dtype, rank, world, say):
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
                 flush=True)
-        due = step % config.evaluate_every == 0 or step == config.max_steps
-        if due or stop:  # before the evaluation, which might fail
+        if due(step) or stop:  # before the evaluation, which might fail
             save(model, optimizer, tokenizer, config, step, position, rank, world)
             log.begin()
-        if due:
-            metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)
-            log.add({"step": step, "split": "validation", **name_metrics(metrics)})
-            say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
+        if due(step):
+            evaluate()
     if rank == 0:
         plot(log.rows, out / "curves.png", config.rank == 0)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"

@@ -7,10 +7,13 @@ import pickle
 import resource
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp  # before processes are forked: each would need seconds for it
+import torch.distributed.nn
 from conftest import run_script
 from safetensors.torch import load, load_file, save_file
 from test_prompts import write
@@ -28,8 +31,8 @@ ABOUT = "training_state/about.json"
 
 def files_at(step, shards=1):
     """The names of a checkpoint's files."""
-    return {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "log.jsonl", ABOUT,
-            *(f"training_state/{step:08d}-{i}-of-{shards}.safetensors" for i in range(shards))}
+    return {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "log.jsonl",
+            ABOUT, *(f"training_state/{step:08d}-{i}-of-{shards}.safetensors" for i in range(shards))}
 
 
 def put(files, folder):
@@ -260,7 +263,7 @@ def test_kill_and_resume(fit, tmp_path, whole, files_of, monkeypatch):
     assert read_log(files) == read_log(whole)
 
 
-def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of, monkeypatch):
+def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, whole, files_of, monkeypatch):
     """An evaluation that fails would cost the steps before it."""
     def fail(pools, at, *rest):
         if pools.folder.name == "validation":
@@ -270,6 +273,9 @@ def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of
     with pytest.raises(Killed):
         fit("--out", tmp_path)
     assert files_of(tmp_path).keys() == files_at(3)
+    monkeypatch.setattr(train, "next_pool", next_pool)
+    assert fit("--out", tmp_path, "--resume").code == 0
+    assert read_log(files_of(tmp_path)) == read_log(whole)  # what was not evaluated is, when it goes on
 
 
 def test_resume_an_older_checkpoint(fit, tmp_path, whole, files_of, monkeypatch):
@@ -356,7 +362,7 @@ def test_broken_training_states(fit, tmp_path, whole, files_of, damage, file):
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["--model.hidden-size", 24], "a run with model.hidden_size = 16 cannot go on with 24; leave it as it was"),
+    (["--model.hidden-size", 24], "a run with model.hidden_size = 16 cannot go on with 24; leave it as it"),
     (["--model.qk-norm"], "model.qk_norm = False cannot go on with True"),
     (["--model.chunk-size", 8], "model.chunk_size = 16 cannot go on with 8")])
 def test_resume_another_model(fit, tmp_path, whole, files_of, flags, said):
@@ -462,8 +468,8 @@ def test_position_decides(tiny, tokenizer):
 
 def as_rank(rank, count, port, report, flags):
     """What a process of `ranks` does: train as one of `count` ranks; its exit code and output into a file."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
-                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    places = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "localhost"}
     result = run_script(train, *flags)
     report.write_text(json.dumps([result.code, result.out, result.err]))
 
@@ -495,12 +501,23 @@ def ranks(tiny, draw, tmp_path):
 STEPS = ("--max-steps", 3, "--evaluate-every", 3, "--learning-rate", 1e-3, "--number-limit", 1000)
 
 
+def unequal(pool, *rest):
+    """`collate`, but every other pool has a batch for each sample."""
+    return prepare_data.collate(pool, *rest, batch_tokens=2048 if len(pool[0][0]) % 2 else 1)
+
+
+@pytest.fixture
+def unequal_pools(monkeypatch):
+    monkeypatch.setattr(train, "collate", unequal)
+
+
 @pytest.fixture(scope="module")
 def four_pools_a_step(run, tiny, tmp_path_factory, files_of):
     """The files of one process that takes four pools a step, for three steps."""
     out = tmp_path_factory.mktemp("accumulated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "plot", lambda *_: None)
+        patch.setattr(train, "collate", unequal)
         assert run(train, tiny / "tiny.toml", "--out", out, "--accumulate", 4, *STEPS).code == 0
     return files_of(out)
 
@@ -519,10 +536,13 @@ def check_same_run(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("count,shard", [(2, "auto"), (2, "on"), (4, "on")])
-def test_ranks_are_one_that_accumulates(ranks, tmp_path, four_pools_a_step, files_of, count, shard):
+def test_ranks_are_one_that_accumulates(ranks, unequal_pools, tmp_path, tiny, four_pools_a_step, files_of,
+                                        count, shard):
     """Ranks would average losses or gradients wrongly, read the same pools, log what one of them saw, or wait
     for ever where their pools or their numbers of them differ: the same weights, whether each rank holds all
     of the model (DDP) or a part (FSDP2)."""
+    pools = Pools(tiny / "data" / "train", 608)
+    assert {len(pools[i][0][0]) % 2 for i in range(4)} == {0, 1}
     flags = ("--out", tmp_path / "out", "--accumulate", 4 // count, "--shard", shard, *STEPS)
     found = ranks(count, *flags)
     assert [code for code, _, _ in found] == [0] * count, found
@@ -533,6 +553,57 @@ def test_ranks_are_one_that_accumulates(ranks, tmp_path, four_pools_a_step, file
     assert json.loads(files[ABOUT])["position"] == 12
     check_same_run(four_pools_a_step, files)
     assert files["config.json"] == four_pools_a_step["config.json"]
+
+
+def test_resume_on_another_number_of_ranks(ranks, fit, unequal_pools, tmp_path, four_pools_a_step, files_of):
+    """A run that goes on with more or fewer ranks would mix up rows of weights or of moments, or take other
+    pools: 4 ranks, then 2, then 1, or 1, then 2 that hold it all, then 4, are the run of one process."""
+    def go(out, count, shard, step):
+        flags = ("--out", tmp_path / out, "--accumulate", 4 // count, *STEPS, "--max-steps", step,
+                 *["--resume"] * (step > 1))
+        if count == 1:
+            result = fit(*flags)
+            return result.code, result.out, result.err
+        found = ranks(count, *flags, "--shard", shard)
+        assert all(code == 0 for code, _, _ in found), found
+        return found[0]
+    for out, runs in (("down", [(4, "on"), (2, "on"), (1, "")]), ("up", [(1, ""), (2, "off"), (4, "on")])):
+        for step, (count, shard) in enumerate(runs, start=1):
+            code, said, err = go(out, count, shard, step)
+            assert code == 0, err
+            if step > 1:
+                assert f"; ranks {runs[step - 2][0]} -> {count}" in said
+                assert f"; accumulate {4 // runs[step - 2][0]} -> {4 // count}" in said
+        one, other = four_pools_a_step, files_of(tmp_path / out)
+        assert other.keys() == files_at(3, runs[-1][0])
+        rows = [row for row in read_log(other) if row["split"] == "train"]
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        one, other = (load(files["model.safetensors"]) for files in (one, other))
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_killed_rank(ranks, unequal_pools, tmp_path, files_of):
+    """A rank that is killed at any moment would cost more than the steps since the checkpoint, the others
+    would wait for it or end in a traceback, and nobody would say how to go on."""
+    flags = ("--max-steps", 6, "--evaluate-every", 1, "--shard", "on")
+    assert [code for code, _, _ in ranks(2, "--out", tmp_path / "whole", *flags)] == [0, 0]
+    log, turns = tmp_path / "out" / "log.jsonl", np.random.default_rng()
+
+    def kill(started):
+        step, wait = int(turns.integers(1, 5)), float(turns.uniform(0, 0.1))
+        until = time.time() + 50
+        while time.time() < until and not (log.exists() and f'"step": {step}, ' in log.read_text()):
+            time.sleep(0.005)
+        time.sleep(wait)
+        started[1].kill()
+    survivor, _ = ranks(2, "--out", tmp_path / "out", *flags, kill=kill)
+    assert survivor[0] == 2 and survivor[2].count("\n") == 1, survivor
+    assert "error: another rank has ended (" in survivor[2]
+    assert "; the same command with --resume goes on from the last checkpoint in " in survivor[2]
+    found = ranks(2, "--out", tmp_path / "out", *flags, "--resume")
+    assert [code for code, _, _ in found] == [0, 0] and "resumed from" in found[0][1], found
+    one, other = (files_of(tmp_path / name) for name in ("whole", "out"))
+    assert one["model.safetensors"] == other["model.safetensors"] and read_log(one) == read_log(other)
 
 
 # ------------------------------------------------------------------------------------------------------------
