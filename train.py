@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,7 @@ class TrainConfig:
     gradient_clip: float = 1.0          # norm
     accumulate: int = 1                 # pools per rank and step; raise it when memory is short
     checkpoint_activations: bool = False  # made again in the backward: less memory, more than a third slower
+    compile: bool = False               # blocks' products by torch.compile: minutes at first, then faster
     number_limit: int = 10_000_000      # documents' numbers are drawn below it: as many as will be needed
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
@@ -178,6 +180,76 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     return documents, numbers, batches
 
 
+def samples(pools, tokenizer, config, device, step, position, rank, world):
+    """`next_pool` of every pool that this rank takes from a step and a position on. For a GPU the next one is
+    made by a thread meanwhile; on a CPU that would take the time of the step."""
+    def places():
+        for at in range(step, config.max_steps):
+            dropout = config.routing_dropout if at < config.router_steps else 0.0
+            for micro in range(config.accumulate):
+                place = position + ((at - step) * config.accumulate + micro) * world + rank
+                yield pools, place, tokenizer, config, device, dropout
+
+    if device.type == "cuda":
+        with ThreadPoolExecutor(1) as worker:
+            coming = (worker.submit(next_pool, *place) for place in places())
+            ahead = next(coming, None)
+            while ahead:
+                made, ahead = ahead, next(coming, None)
+                yield made.result()
+        return
+    for place in places():
+        yield next_pool(*place)
+
+
+def operations(config, lengths, batches, learns=3.0):
+    """What a pool's forward and backward have to compute, in operations, 2 for a product and its sum:
+
+        learns * (sum over tokens of 2 * the matrices that a token passes + 4 * H * D * the keys that it sees)
+
+    config: a ModelConfig; lengths: of documents, in tokens; batches: (rows, tokens, shared tokens, predicted
+    tokens). A document's token passes the layers before the last that a memory keeps, and this one's key and
+    value maps, and sees half its document; a question's passes all, and sees the shared tokens, half the
+    question and, in memory layers, the chunks of top_k documents; a predicted one passes the output matrix.
+    learns: the backward is twice a forward; 5/3 for changes of low rank, where two thirds of the layers have
+    a backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
+    peak (MFU) is of use."""
+    E, layers, memory = config.hidden_size, config.num_hidden_layers, config.memory_layers
+    width, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    matrices = E * (2 * width + 2 * groups + 3 * config.intermediate_size)
+    heads, key_heads, size = config.routing_shape
+    router = E * size * len(config.router_layers) * config.decouple_router
+    deep = max(config.reading_layers + config.router_layers)
+    total = 2 * sum(lengths) * (deep * matrices + 2 * E * groups + key_heads * router)
+    total += 2 * width * deep * sum(length * length for length in lengths)
+    chunks = sum(-(-length // config.chunk_size) for length in lengths) / max(len(lengths), 1)
+    slots = min(config.top_k, len(lengths)) * chunks * len(memory) * config.attend_memory
+    for rows, tokens, shared, predicted in batches:
+        total += 2 * (rows * tokens + shared) * (layers * matrices + heads * router)
+        seen = layers * (shared + tokens / 2) + slots
+        total += 4 * width * (rows * tokens * seen + layers * shared * shared / 2)
+        total += 2 * E * config.vocab_size * predicted
+    return learns * total
+
+
+# bfloat16 operations a second, without sparsity, by what the device's name holds
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def speed(device, done, spent):
+    """Operations of this rank in some seconds, as text; of a GPU in PEAK with their share of its peak."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for part, rate in PEAK.items() if part in name), None)
+    text = f"{done / spent / 1e12:.3g} TFLOP/s"
+    return f"{text}, MFU {done / spent / peak:.0%}" if peak else text
+
+
+def sizes(batches):
+    """(rows, tokens, shared tokens, predicted tokens) of each batch."""
+    return [(*b["tokens"].shape, b["shared"].numel() if "shared" in b else 0, int(b["target_mask"].sum()))
+            for b in batches]
+
+
 METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance")  # scalars of a step
 
 
@@ -288,6 +360,17 @@ def device_bytes(device):
         return torch.cuda.mem_get_info(device)[1]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def compile_blocks(model):
+    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
+    out: it has its own kernels, and shapes that the data decide."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
+                                                for method in (attention.query, attention.key_value))
 
 
 def share_out(model, config, device, dtype, world):
@@ -419,6 +502,8 @@ def train(config, device, dtype, rank, world, say):
         folder = (find_base if config.rank else find)(config.init_from)
     check_out(config, folder)
     config, model, tokenizer, pools, dtype = prepare(config, folder, device, dtype)
+    if config.compile:
+        compile_blocks(model)
     called = share_out(model, config, device, dtype, world)
     optimizer = make_optimizer(model, config)
     learns = [p for group in optimizer.param_groups for p in group["params"]]
@@ -451,19 +536,18 @@ def train(config, device, dtype, rank, world, say):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish_step)
     model.train()
-    began, tokens_done, start_step = time.time(), 0, step
+    taken = samples(pools["train"], tokenizer, config, device, step, position, rank, world)
+    began, tokens_done, work_done, start_step = time.time(), 0, 0, step
     if step and unseen and due(step):  # the run was killed before it
         evaluate()
     while step < config.max_steps and not stop:
         first_phase = step < config.router_steps
         aux_weight, lm_weight = (1.0, config.router_lm_weight) if first_phase else (0.1, 1.0)
-        dropout = config.routing_dropout if first_phase else 0.0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
-            place = position + micro * world + rank
-            documents, numbers, batches = next_pool(pools["train"], place, tokenizer, config, device, dropout)
+            documents, numbers, batches = next(taken)
             last = micro == config.accumulate - 1  # gradients are added up over ranks once
             if is_shared(model):
                 model.set_requires_gradient_sync(last)
@@ -473,8 +557,9 @@ def train(config, device, dtype, rank, world, say):
                 losses = called(documents, numbers, batches)
             ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
             metrics = metrics + flatten_metrics(losses)
-            tokens_done += sum(map(len, documents)) + sum(b["tokens"].numel() for b in batches)
-            tokens_done += sum(b["shared"].numel() for b in batches if "shared" in b)
+            lengths, parts = [*map(len, documents)], sizes(batches)
+            tokens_done += sum(lengths) + sum(rows * tokens + shared for rows, tokens, shared, _ in parts)
+            work_done += operations(config.model, lengths, parts, 5 / 3 if config.rank else 3)
         position += config.accumulate * world
         norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
         optimizer.step()
@@ -491,9 +576,9 @@ def train(config, device, dtype, rank, world, say):
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
+            rates = f"{tokens_done * world / spent:,.0f} tokens/s, {speed(device, work_done, spent)}"
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
-                f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
-                flush=True)
+                f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
         if due(step) or stop:  # before the evaluation, which might fail
             save(model, optimizer, tokenizer, config, step, position, rank, world)
             log.begin()

@@ -1,5 +1,6 @@
 """The training loop: resuming, ranks, the schedule, and checkpoints that survive what goes wrong."""
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import torch.distributed.nn
 from conftest import run_script
 from safetensors.torch import load, load_file, save_file
 from test_prompts import write
+from torch.utils.flop_counter import FlopCounterMode
 
 import msa_kernel
 import prepare_data
@@ -450,6 +452,58 @@ def test_losses_that_are_not_numbers(fit, tmp_path, whole, files_of):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Speed
+
+def test_operations_are_those_that_are_computed():
+    """The share of a device's peak would be of other operations than the model's."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=6, top_k=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, chunk_size=8)
+    documents, shape = [torch.randint(500, (24,)) for _ in range(8)], (6, 20)
+    target = torch.zeros(shape, dtype=torch.bool)
+    target[:, 15:] = True
+    positive = torch.eye(6, 8, dtype=torch.bool)
+    batch = dict(tokens=torch.randint(500, shape), routing_mask=~target, target_mask=target,
+                 positive=positive, answers=torch.zeros(6, dtype=torch.bool), appended=positive & False)
+    model = MSA(config)
+    with FlopCounterMode(display=False) as counted:
+        losses = model(documents, [*range(8)], [batch])
+        (losses["lm"] + losses["aux"]).backward()
+    expected = train.operations(config, [24] * 8, train.sizes([batch]))
+    assert counted.get_total_flops() == pytest.approx(expected, rel=0.08)
+    without = train.operations(config, [24] * 8, [])
+    assert 0 < without < train.operations(config, [25] * 8, []) < train.operations(config, [24] * 9, [])
+
+
+def test_samples_ahead(monkeypatch):
+    """For a GPU pools would be made in another order or with other dropout than for a CPU, or not ahead."""
+    config = TrainConfig(max_steps=7, router_steps=4, accumulate=2, routing_dropout=0.5)
+    made = []
+    monkeypatch.setattr(train, "next_pool", lambda *args: made.append(args[1]) or (args[1], args[5]))
+    arguments = (config, torch.device("cuda"), 3, 18, 1, 3)  # rank 1 of 3, from step 3 on
+    found = list(train.samples(None, None, *arguments))
+    assert found == list(train.samples(None, None, config, torch.device("cpu"), 3, 18, 1, 3))
+    assert found == [(18 + 3 * i + 1, 0.5 if i < 2 else 0.0) for i in range(8)]
+    made.clear()
+    taken = train.samples(None, None, *arguments)
+    assert next(taken)[0] == 19
+    taken.close()
+    assert made == [19, 22]
+
+
+def test_compiled(fit, whole, tmp_path, monkeypatch, files_of):
+    """Compiled blocks would compute something else, or weights be saved under other names."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **_: setattr(self, "_compiled_call_impl", compiled(self._call_impl)))
+    assert fit("--out", tmp_path, "--compile", "--max-steps", 2).code == 0
+    for found, expected in zip(read_log(files_of(tmp_path))[:2], read_log(whole)):
+        assert found["lm"] == pytest.approx(expected["lm"], rel=1e-4)
+    assert load_file(tmp_path / "model.safetensors").keys() == load(whole["model.safetensors"]).keys()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Several pools
 
 def test_position_decides(tiny, tokenizer):
@@ -535,16 +589,17 @@ def check_same_run(one, other, tolerance=1e-5):
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < tolerance
 
 
-@pytest.mark.parametrize("count,shard", [(2, "auto"), (2, "on"), (4, "on")])
+@pytest.mark.parametrize("count,shard,more", [
+    (2, "auto", ["--checkpoint-activations"]), (2, "on", ["--checkpoint-activations"]), (4, "on", [])])
 def test_ranks_are_one_that_accumulates(ranks, unequal_pools, tmp_path, tiny, four_pools_a_step, files_of,
-                                        count, shard):
+                                        count, shard, more):
     """Ranks would average losses or gradients wrongly, read the same pools, log what one of them saw, or wait
     for ever where their pools or their numbers of them differ: the same weights, whether each rank holds all
     of the model (DDP) or a part (FSDP2)."""
     pools = Pools(tiny / "data" / "train", 608)
     assert {len(pools[i][0][0]) % 2 for i in range(4)} == {0, 1}
     flags = ("--out", tmp_path / "out", "--accumulate", 4 // count, "--shard", shard, *STEPS)
-    found = ranks(count, *flags)
+    found = ranks(count, *flags, *more)
     assert [code for code, _, _ in found] == [0] * count, found
     assert [out.count("done at step 3") for _, out, _ in found] == [1] + [0] * (count - 1)  # one rank speaks
     assert ("shared out" in found[0][1]) == (shard == "on")
