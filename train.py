@@ -319,7 +319,7 @@ def check_out(config, folder):
     out = Path(config.out)
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-    held = (out / "config.json").exists() or (out / "training_state").exists()
+    held = (out / "config.json").exists() or (out / "training_state" / "about.json").exists()
     if held and not (config.overwrite or config.resume):
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
                         "or give another --out")
@@ -408,9 +408,9 @@ def make_optimizer(model, config):
                              lr=config.learning_rate, betas=(0.9, 0.95), fused=model.device.type != "mps")
 
 
-def settings_of(config):
-    """Every setting by name, nested ones as "model.top_k"; not those of one call."""
-    values = {}
+def settings_of(config, tokenizer):
+    """Every setting by name, nested ones as "model.top_k", not those of one call; and the tokenizer's."""
+    values = {"tokenizer": tokenizer.fingerprint()}
     for name, value in asdict(config).items():
         nested = value if is_dataclass(getattr(config, name)) else {}
         values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
@@ -420,8 +420,7 @@ def settings_of(config):
 def is_fixed(name):
     """Whether a run cannot go on when the setting of this name has changed."""
     table, _, key = name.rpartition(".")
-    return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from")
-            or table == "data" and key in ("encoding", "vocab_size", "number_tokens"))
+    return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"))
 
 
 def resume(model, optimizer, tokenizer, config, world, say):
@@ -429,10 +428,8 @@ def resume(model, optimizer, tokenizer, config, world, say):
     otherwise than before. Raises UserError for what cannot be."""
     out = Path(config.out)
     about = read_about(out / "training_state")
-    changes = tell_changes(out / "training_state", about, settings_of(config), world, is_fixed)
-    if not tokenizer.extends(Tokenizer.load(out)):
-        raise UserError(f"{config.data.out}: prepared with another tokenizer than the run in {out}, to which "
-                        "its tokens are other words; start anew with --overwrite or another --out")
+    settings = settings_of(config, tokenizer)
+    changes = tell_changes(out / "training_state", about, settings, world, is_fixed)
     rows = read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
@@ -444,7 +441,7 @@ def save(model, optimizer, tokenizer, config, step, position, rank, world):
     first rank writes tensor by tensor. Each file appears whole or not at all."""
     out, shared = Path(config.out), is_shared(model)
     if rank == 0 or shared:
-        about = dict(step=step, position=position, ranks=world, settings=settings_of(config))
+        about = dict(step=step, position=position, ranks=world, settings=settings_of(config, tokenizer))
         write_state(out / "training_state", model, optimizer, about, rank, world if shared else 1)
         model.save_pretrained(out if rank == 0 else None)
     if rank == 0:
@@ -477,8 +474,8 @@ def telling_of_lost_ranks(config):
         gone = "onnection" in str(error) or "imed out" in str(error) or isinstance(error, dist.DistError)
         if not (dist.is_initialized() and gone):
             raise
-        raise UserError(f"another rank has ended ({str(error).splitlines()[0]}); the same command with "
-                        f"--resume goes on from the last checkpoint in {config.out}") from None
+        raise UserError("another rank has ended or does not answer; the same command with --resume goes on "
+                        f"from the last checkpoint in {config.out}") from None
 
 
 def script():
