@@ -486,7 +486,8 @@ def script():
     if world > 1:
         start_process_group(device, timeout=600)
     say = print if rank == 0 else lambda *_, **__: None
-    say(f"device: {device} ({reason}); ranks: {world}")
+    say(f"device: {device} ({reason}); ranks: {world}"
+        + "; if one ends, the same command with --resume goes on from the last checkpoint" * (world > 1))
     with telling_of_lost_ranks(config):
         train(config, device, dtype, rank, world, say)
     end_process_group()
@@ -513,8 +514,7 @@ def train(config, device, dtype, rank, world, say):
     unseen = not any((row["step"], row["split"]) == (step, "validation") for row in rows)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
     # What --overwrite replaces stays until there is something to put in its place
-    log = Log(out / "log.jsonl" if rank == 0 else None, rows,
-              begin=config.resume or not (out / "log.jsonl").exists())
+    log = Log(out / "log.jsonl" if rank == 0 else None, rows, patient=config.overwrite and not config.resume)
 
     def evaluate():
         metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)

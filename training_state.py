@@ -107,10 +107,11 @@ def read_state(folder, model, optimizer, about):
 class Log:
     """log.jsonl: one row a line, written when it is made."""
 
-    def __init__(self, path, rows=(), begin=True):
-        """path None: rows are kept, not written. begin: whether to replace what is there at once."""
-        self.path, self.rows, self.file = path, list(rows), None
-        if path and begin:
+    def __init__(self, path, rows=(), patient=False):
+        """path None: rows are kept, not written. patient: what is there stays until `begin` is called; else
+        the first new row replaces it, or `rows` do, if there are any."""
+        self.path, self.rows, self.patient, self.file = path, list(rows), patient, None
+        if rows:
             self.begin()
 
     def begin(self):
@@ -122,6 +123,8 @@ class Log:
 
     def add(self, row):
         """Keep a row, a dict, and write it. A tracker is called here: `wandb.log(row)`, or trackio's."""
+        if not self.patient:
+            self.begin()
         self.rows.append(row)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
