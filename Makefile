@@ -36,8 +36,9 @@ scale: .venv/installed
 
 ask: .venv/smollm2
 	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-documents 1 --trace \
-		"Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 1 "When was the north pier rebuilt?"
+		 "Who built the lighthouse?"
+	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 1 \
+		"When was the north pier rebuilt?"
 
 torture: .venv/installed
 	$(RUN) tests/torture.py

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from msa_kernel import ranges
-from routing import document_slots, mean_scores, quantize, route, top_documents
+from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
+
+FOUND = 3           # documents of a first round that route in the second
+FOUND_WEIGHT = 0.5  # of the best of them, beside the question; the others' is less, as their scores are
 
 
 @dataclass
@@ -56,17 +59,26 @@ class Memory:
     def select(self, queries, mask, top_k, readers):
         """Route (section 3.2) and point at what was found; nothing is copied. Returns a Selection.
 
-        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; a document's
-        score is the mean over them. mask: (B, T) bool, the tokens that route; top_k: documents that a
-        question selects; readers: places of the reading layers whose keys and values are wanted.
+        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; behind the last
+        layer the count begins again. A document's score is the mean over queries. mask: (B, T) bool, the
+        tokens that route; top_k: documents that a question selects; readers: places of the reading layers
+        whose keys and values are wanted.
         """
-        scales = self.scales or [None] * len(self.routing_keys)
-        scores = mean_scores([route(query, mask, self.routing_keys[place], self.offsets, scales[place])
-                              for place, query in queries.items()])
+        layers, scales = len(self.routing_keys), self.layer_scales()
+        scores = mean_scores([route(query, mask, self.routing_keys[place % layers], self.offsets,
+                                    scales[place % layers]) for place, query in queries.items()])
         documents, best = top_documents(scores.detach(), top_k)
         index, slots, owner = document_slots(documents, self.offsets)
         keys, values = ([xs[place] for place in readers] for xs in (self.keys, self.values))
         return Selection(keys, values, index, slots, best.gather(1, owner), documents, best, scores)
+
+    def document_queries(self, documents):
+        """As `routing.document_queries`."""
+        return document_queries(documents, self.routing_keys, self.offsets, self.layer_scales())
+
+    def layer_scales(self):
+        """The scales of every routing layer, None where keys are not int8."""
+        return self.scales or [None] * len(self.routing_keys)
 
     @staticmethod
     def in_order(parts, encoded, offsets, numbers):
@@ -139,7 +151,7 @@ def padded_batches(documents, batch_tokens):
         yield batch, tokens
 
 
-def computed(function, *inputs, again):
+def apply(function, *inputs, again):
     """function(*inputs). again: nothing in between is kept for the backward, which computes it once more."""
     if again:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -201,6 +213,22 @@ def rank_documents(selections):
     scores = (total / layers).gather(1, order).masked_fill(repeated | (documents < 0), float("-inf"))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return documents.gather(1, order).masked_fill(scores == float("-inf"), -1), scores
+
+
+def follow(queries, mask, memory, found):
+    """What routes in a second round, where what the first one found routes too: (queries, mask) for `select`.
+
+    queries, mask: of the first round; found: its Selection. In every layer a document is scored by the
+    question, as before, and by the FOUND best documents, of which the best counts, with its weight.
+    """
+    documents, scores = found.documents[:, :FOUND], found.scores[:, :FOUND]
+    (B, n), T = documents.shape, mask.size(1)
+    weights = FOUND_WEIGHT * (scores / scores[:, :1]).nan_to_num().clamp(0, 1)              # (B, n)
+    own = memory.document_queries(documents.flatten().tolist()).unflatten(0, (B, n))        # (B, n, R, W)
+    own = (weights[..., None, None] * own).repeat(1, T, 1, 1)                               # (B, T * n, R, W)
+    both = {place: query.repeat_interleave(n, 1) for place, query in queries.items()}
+    both |= {own.size(2) + place: own[:, :, place] for place in queries}
+    return both, mask.repeat_interleave(n, 1)
 
 
 def leave_out(documents, excluded):

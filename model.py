@@ -3,7 +3,7 @@
     memory = model.encode(documents, numbers)              # once per document
     output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
 
-`forward` is encode + read + losses. What `encode` makes and `read` consumes: memory.py.
+Training and inference are these two calls. What `encode` makes and `read` consumes: memory.py.
 
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import Pretrained, check_config, named_layers
-from memory import BATCH_TOKENS, Cache, Memory, Output, Tally, check_documents, computed, padded_batches
+from memory import BATCH_TOKENS, Cache, Memory, Output, Tally, apply, check_documents, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -246,7 +246,7 @@ class PaperMSA(Pretrained, nn.Module):
         """
         found, again = [], again and self.checkpoint_activations
         for i, layer in enumerate(self.model.layers[:count]):
-            x, of_layer = computed(layer, x, rope, partial(attend, i), again=again)
+            x, of_layer = apply(layer, x, rope, partial(attend, i), again=again)
             found.append(of_layer)
         return x, found
 
@@ -268,7 +268,7 @@ class PaperMSA(Pretrained, nn.Module):
         for batch, tokens in padded_batches(documents, batch_tokens):
             self.check_ids(tokens)
             inputs = tokens.to(self.device), lengths[batch].to(self.device)
-            parts.append(computed(self.encode_batch, *inputs, again=self.checkpoint_activations))
+            parts.append(apply(self.encode_batch, *inputs, again=self.checkpoint_activations))
             encoded += batch
             if progress:
                 progress(int(lengths[batch].sum()))
@@ -304,9 +304,9 @@ class PaperMSA(Pretrained, nn.Module):
         total, dtype = weights.sum(2, keepdim=True), torch.promote_types(h.dtype, weights.dtype)
         return (weights / total.clamp(min=1e-9)).to(dtype) @ h.to(dtype), total[..., 0] > 0
 
-    def find(self, tokens, memory, routing_mask, prefix_length=0):
+    def find(self, tokens, memory, routing_mask, prefix_length=0, first=None):
         """The Selection that all reading layers share: one pass of the question through the routing layers
-        alone, which see no memory. Arguments as for `read`."""
+        alone, which see no memory. Arguments as for `read`; first: of a first round, which routes too."""
         config, layers = self.config, self.config.router_layers
         place = torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= prefix_length), config)
@@ -320,7 +320,8 @@ class PaperMSA(Pretrained, nn.Module):
 
         _, found = self.run(self.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
         queries = {place: found[i][0] for place, i in enumerate(layers)}
-        return memory.select(queries, found[-1][1], config.top_k, range(len(config.reading_layers)))
+        queries, mask = follow(queries, found[-1][1], memory, first) if first else (queries, found[-1][1])
+        return memory.select(queries, mask, config.top_k, range(len(config.reading_layers)))
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
         """Question tokens -> Output: logits, and the Selections (section 3.3).
@@ -334,9 +335,8 @@ class PaperMSA(Pretrained, nn.Module):
         """
         config, cache = self.config, Cache() if cache is None else cache
         memory_layers, shared = config.memory_layers, config.routing_layers != ""
+        past, place = copy(cache), cache.length + torch.arange(tokens.size(1), device=tokens.device)
         cache.prefix_length = cache.prefix_length if cache.length else prefix_length
-        past = copy(cache)  # for blocks that run again
-        place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0
         if routes and routing_mask is None:
@@ -346,7 +346,7 @@ class PaperMSA(Pretrained, nn.Module):
 
         def attend(i, attention, h, keys, values):
             query, selection, chosen = attention.query(h, rope), None, ()
-            keys, values = past.extended(i, keys, values)
+            keys, values = past.extended(i, keys, values)  # a block may run again, when the cache has grown
             nth = memory_layers.index(i) if i in memory_layers else None
             if nth is not None and routes and not shared:
                 inputs, mask = self.routing_inputs(h, tokens, routing_mask)

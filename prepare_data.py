@@ -477,7 +477,7 @@ def write_own(config, folder):
 
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
-IMPOSSIBLE = 0.25       # share of a pool's questions, at most, that their passage does not answer
+IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
 

@@ -28,7 +28,7 @@ from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
-from routers import make_routers
+from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
 TRACED = 16  # documents that --trace prints of a round's ranking
@@ -86,8 +86,9 @@ def sources_of(answer, question, texts):
     return sorted((n for n in held if 2 * held[n] >= most), key=lambda n: -held[n])
 
 
-def show(model, tokenizer, memory, texts, where, question, config, say=print):
-    """Stream one answer to the terminal, then its sources. where(position): where a document comes from."""
+def show(model, tokenizer, memory, texts, where, question, config, reaches, say=print):
+    """Stream one answer to the terminal, then its sources; or say that there is none, where the best score is
+    not above what chance reaches. where(position): where a document comes from."""
     place = lambda number: int(np.searchsorted(memory.numbers, number))
     appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
@@ -96,12 +97,17 @@ def show(model, tokenizer, memory, texts, where, question, config, say=print):
             answer += event
             continue
         appended += event.appended
+        by_chance = not ranked and event.routed and event.routed[0][1] <= reaches
         ranked = ranked or [n for n, _ in event.routed]
         if config.trace:
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
                 say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
+        if by_chance:
+            say(f"Nothing in these documents answers this (best score {event.routed[0][1]:.2f}, "
+                f"chance reaches {reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
+            return
     say("" if answer else "(no answer)")
     if model.config.prompts == "chat":  # it was given what was found; the others name what they want
         given = {n: tokenizer.decode(texts[place(n)]) for n in ranked if n in appended}
@@ -175,7 +181,7 @@ def script():
         def ask(question):
             memory.refresh()  # it may have changed since the last question
             where = lambda position: memory.bank.document(position)[1]
-            show(model, tokenizer, memory, memory.texts, where, question, config, say)
+            show(model, tokenizer, memory, memory.texts, where, question, config, reaches, say)
     else:
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
@@ -187,7 +193,8 @@ def script():
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
-        ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, say)
+        ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, reaches, say)
+    reaches = chance(model, tokenizer, memory)
     for question in [config.question] if config.question else typed_questions(ranks):
         ask(question)
     ranks.end()

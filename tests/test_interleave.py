@@ -281,7 +281,7 @@ def test_choose_samples(temperature, top_p, expected):
 @pytest.mark.parametrize("options,message", [
     ({"temperature": -1.0}, "temperature is -1.0"), ({"top_p": 0.0}, "top_p is 0.0"),
     ({"top_p": 1.5}, "top_p is 1.5"),
-    ({"router_weight": -0.5}, "router_weight is -0.5"), ({"max_rounds": -1}, "max_rounds is -1"),
+    ({"router_weight": -0.5}, "router_weight is -0.5"), ({"max_rounds": -2}, "max_rounds is -2"),
     ({"max_documents": 0}, "max_documents is 0"), ({"max_answer_tokens": 0}, "max_answer_tokens is 0"),
 ])
 def test_settings_are_checked(options, message):
