@@ -62,11 +62,11 @@ clean:
 
 data/demo/about.json: config/demo.toml | .venv/installed
 	$(RUN) prepare_data.py config/demo.toml
-	rm -f out/demo/training_state.pt  # other data: train anew
+	rm -rf out/demo/training_state  # other data: train anew
 
 # an interrupted training goes on where it stopped
 out/demo/trained: data/demo/about.json
-	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume || echo --overwrite)
+	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state/about.json && echo --resume || echo --overwrite)
 	@touch $@
 
 out/demo/two_hop.json: out/demo/trained

@@ -16,7 +16,7 @@ from torch import nn
 from common import UserError, atomic_file, merge, write_json
 from low_rank import add_factors, factors, merge_factors
 
-SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
+SHARD_BYTES = 2 << 30  # of a weights file
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*",
@@ -236,28 +236,54 @@ def open_weights(path):
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def write_weights(folder, tensors):
-    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index."""
-    from safetensors.torch import save
+def whole(tensor):
+    """All rows of a tensor that is shared out to ranks (`--shard`), every one of which has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
+
+def nbytes(tensor):
+    return tensor.numel() * tensor.element_size()  # a shared tensor's own nbytes are a rank's
+
+
+def write_tensors(file, tensors):
+    """Write tensors, name -> tensor, to an open file as safetensors has it, one after the other: nothing but
+    the one being written is held twice."""
+    kinds, header, at = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        places = [at, at := at + nbytes(x)]
+        header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": places}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+        file.write(whole(x).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_weights(folder, tensors):
+    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index.
+    folder None: write nothing, but give another rank this one's rows, in the same order."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned in the file
+    if folder is None:
+        for tensor in tensors.values():
+            whole(tensor)
+        return
     folder, shards, room = Path(folder), [], 0
     for name, tensor in tensors.items():
-        if not shards or tensor.nbytes > room:
+        if not shards or nbytes(tensor) > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
-        room -= tensor.nbytes
+        room -= nbytes(tensor)
     places = {}  # name -> file
     for i, shard in enumerate(shards, start=1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         places |= {name: file_name for name in shard}
         with atomic_file(folder / file_name, "wb") as file:
-            held = {name: tensors[name].detach().cpu().contiguous() for name in shard}
-            file.write(save(held, {"format": "pt"}))
+            write_tensors(file, {name: tensors[name] for name in shard})
     kept = {*places.values()}
     if len(shards) > 1:
         kept.add(INDEX)
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        total = sum(map(nbytes, tensors.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors")
     for path in list(folder.iterdir()):
@@ -337,10 +363,12 @@ class Pretrained:
     def save_pretrained(self, folder):
         """Write config.json and the weights in the type that they have, each file atomically; of a model
         that has low-rank changes these alone, in bfloat16. transformers loads the folder of another as a
-        plain Llama or Qwen3 with the same logits, and leaves the routers out."""
+        plain Llama or Qwen3 with the same logits, and leaves the routers out. Of a model that is shared out
+        to ranks all call this, one with a folder and the others with None."""
         changes = {name: tensor.bfloat16() for name, tensor in factors(self).items()}
         write_weights(folder, changes or self.state_dict())
-        self.save_config(folder)
+        if folder is not None:
+            self.save_config(folder)
 
     def save_config(self, folder):
         """Write config.json alone."""

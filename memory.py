@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from msa_kernel import ranges
 from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
@@ -132,6 +133,9 @@ def check_documents(documents, numbers):
         raise ValueError("encode needs one number per document, increasing")
 
 
+BATCH_TOKENS = 2048  # of documents that are encoded together, padding included
+
+
 def padded_batches(documents, batch_tokens):
     """Documents (L,) in batches of similar length, of at most `batch_tokens` tokens with their padding on the
     right: yields (indices, tokens (M, L)), the longest first."""
@@ -145,6 +149,13 @@ def padded_batches(documents, batch_tokens):
         for row, i in enumerate(batch):
             tokens[row, :lengths[i]] = documents[i]
         yield batch, tokens
+
+
+def apply(function, *inputs, again):
+    """function(*inputs). again: nothing in between is kept for the backward, which computes it once more."""
+    if again:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
 
 class Cache:

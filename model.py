@@ -8,6 +8,7 @@ Training and inference are these two calls. What `encode` makes and `read` consu
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import Pretrained, check_config, named_layers
-from memory import Cache, Memory, Output, Tally, check_documents, follow, padded_batches
+from memory import BATCH_TOKENS, Cache, Memory, Output, Tally, apply, check_documents, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -208,6 +209,7 @@ class PaperMSA(Pretrained, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.others = config, {}  # others: entries of config.json that are passed on
+        self.checkpoint_activations = False  # for the backward documents' batches, and blocks, run again
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -237,14 +239,14 @@ class PaperMSA(Pretrained, nn.Module):
         """What is added to the logits of memory slots, (B, S), or None."""
         return None
 
-    def run(self, x, rope, attend, count=None):
+    def run(self, x, rope, attend, count=None, again=True):
         """The first `count` layers, all by default: the one loop, of documents and questions alike.
 
         attend(i, attention, h, keys, values): as Block.forward has it. Returns x and what each layer found.
         """
-        found = []
+        found, again = [], again and self.checkpoint_activations
         for i, layer in enumerate(self.model.layers[:count]):
-            x, of_layer = layer(x, rope, partial(attend, i))
+            x, of_layer = apply(layer, x, rope, partial(attend, i), again=again)
             found.append(of_layer)
         return x, found
 
@@ -254,17 +256,19 @@ class PaperMSA(Pretrained, nn.Module):
 
         documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by
         default. Documents of similar length share padded batches of `batch_tokens` tokens at most (2,048 on a
-        CPU, whose caches they fit, else 16,384); the order given is returned. progress: called with tokens
-        just encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
+        CPU, or to run again, else 16,384); the order given is returned. progress: called with tokens just
+        encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
         check_documents(documents, numbers)
-        batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        small = self.checkpoint_activations or self.device.type == "cpu"
+        batch_tokens = batch_tokens or (BATCH_TOKENS if small else 8 * BATCH_TOKENS)
         lengths = torch.tensor([len(document) for document in documents])
         offsets, parts, encoded = self.chunk_offsets(lengths), [], []
         for batch, tokens in padded_batches(documents, batch_tokens):
             self.check_ids(tokens)
-            parts.append(self.encode_batch(tokens.to(self.device), lengths[batch].to(self.device)))
+            inputs = tokens.to(self.device), lengths[batch].to(self.device)
+            parts.append(apply(self.encode_batch, *inputs, again=self.checkpoint_activations))
             encoded += batch
             if progress:
                 progress(int(lengths[batch].sum()))
@@ -275,7 +279,7 @@ class PaperMSA(Pretrained, nn.Module):
         (C, G, D). Causal: padding on the right needs no mask. Positions count from 0 (document-wise RoPE)."""
         reading, routing = self.config.reading_layers, self.config.router_layers
         rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)
-        last = max(reading + routing)
+        last, long = max(reading + routing), tokens.size(1) > BATCH_TOKENS  # long: its blocks run again, too
 
         def attend(i, attention, h, keys, values):
             kept = (keys, values) if i in reading else (None, None)
@@ -283,7 +287,7 @@ class PaperMSA(Pretrained, nn.Module):
             attended = sparse_attention(attention.query(h, rope), keys, values) if i < last else None
             return attended, self.pool(*kept, routing_keys, lengths)
 
-        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, last + 1)
+        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, last + 1, long)
         keys, values, routing_keys = ([x for x in xs if x is not None] for xs in zip(*found))
         if self.config.document_share:
             offsets = self.chunk_offsets(lengths)
@@ -331,8 +335,8 @@ class PaperMSA(Pretrained, nn.Module):
         """
         config, cache = self.config, Cache() if cache is None else cache
         memory_layers, shared = config.memory_layers, config.routing_layers != ""
+        past, place = copy(cache), cache.length + torch.arange(tokens.size(1), device=tokens.device)
         cache.prefix_length = cache.prefix_length if cache.length else prefix_length
-        place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0
         if routes and routing_mask is None:
@@ -342,7 +346,7 @@ class PaperMSA(Pretrained, nn.Module):
 
         def attend(i, attention, h, keys, values):
             query, selection, chosen = attention.query(h, rope), None, ()
-            keys, values = cache.extended(i, keys, values)
+            keys, values = past.extended(i, keys, values)  # a block may run again, when the cache has grown
             nth = memory_layers.index(i) if i in memory_layers else None
             if nth is not None and routes and not shared:
                 inputs, mask = self.routing_inputs(h, tokens, routing_mask)
@@ -357,10 +361,9 @@ class PaperMSA(Pretrained, nn.Module):
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
         x, found = self.run(self.model.embed_tokens(tokens), rope, attend)
-        for i, (keys, values, _) in enumerate(found):
-            cache.keys[i], cache.values[i] = keys, values
+        cache.keys, cache.values, found = (dict(enumerate(xs)) for xs in zip(*found))
         if routes and not shared:
-            cache.selections = [selection for _, _, selection in found if selection is not None]
+            cache.selections = [selection for selection in found.values() if selection is not None]
         cache.length += tokens.size(1)
         x = self.model.norm(x if positions is None else x[positions])
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head

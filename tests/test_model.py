@@ -650,6 +650,40 @@ def test_forward_batching():
         close(torch.as_tensor(four[name]), value, 1e-6, name)
 
 
+def saved_bytes(model, *pool):
+    """(losses, bytes kept for the backward beside the parameters) of a forward."""
+    kept = {}
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = model(*pool)
+    return losses, sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", ["base", "reading", "all at once", "shared", "shared, above"])
+@pytest.mark.parametrize("dtype, longest", [(torch.float32, 2048), (torch.bfloat16, 5)])
+def test_activations_computed_again(shape, dtype, longest, monkeypatch):
+    """With activations computed again, a loss or a gradient would differ by a bit, or nothing be saved: a
+    block would see a cache that has grown, documents in other batches, or the products of another type."""
+    monkeypatch.setattr("model.BATCH_TOKENS", longest)
+    documents, samples = tokens(*[8] * 20, 3), samples_of(SAMPLES)
+    batches = [batch_of(samples[:3], 21), batch_of(samples[3:], 21)]
+    batches[1] |= dict(shared=tokens(4)[0][None], positive=batches[1]["positive"] & False)
+    found = {}
+    for again in (False, True):
+        model = make(torch.float32, **SHAPES[shape]).train()
+        model.checkpoint_activations = again
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses, kept = saved_bytes(model, documents, [*range(21)], batches)
+        (losses["lm"] + losses["aux"]).backward()
+        found[again] = losses["lm"], losses["aux"], kept, {n: p.grad for n, p in model.named_parameters()}
+    (lm, aux, kept, gradients), (lm2, aux2, kept2, gradients2) = found[False], found[True]
+    assert torch.equal(lm, lm2) and torch.equal(aux, aux2) and kept2 < kept / 3, (kept, kept2)
+    for name, gradient in gradients.items():
+        assert gradient is gradients2[name] is None or torch.equal(gradient, gradients2[name]), name
+
+
 def test_contrastive_loss_by_hand():
     """Eq. 5 would count other positives or appended documents in the denominator, or average differently."""
     scores = torch.tensor([[[.1, .2, .3, .0]], [[.0, .0, .0, .0]]])  # two layers, one question
