@@ -295,7 +295,7 @@ def test_settings_are_checked(options, message):
 
 SMALL = {  # seeds of models that name several documents in several rounds
     "plain": ("tokenizer", 4, {}),
-    "qk norm": ("tokenizer", 4, dict(qk_norm=True)),
+    "qk norm": ("tokenizer", 5, dict(qk_norm=True)),
     "number tokens": ("number_tokenizer", 5,
                       dict(qk_norm=True, number_chunk=5, normalize_values=True, score_bias=True)),
 }
@@ -359,7 +359,7 @@ def test_number_log_probabilities(small, numbers):
 def test_the_loop_without_caches(small, options):
     """With its caches the loop would decide otherwise than when each decision reads all from the start."""
     model, memory, texts, tokenizer = small
-    config = InterleaveConfig(max_answer_tokens=6, **options)
+    config = InterleaveConfig(**dict(max_answer_tokens=6, max_rounds=4) | options)
     answer, rounds = answer_question(model, tokenizer, memory, texts,
                                      "What is the magic number of lamp?", config)
     prompt, seen, expected = tokenizer.question(tokenizer.encode("What is the magic number of lamp?")), [], []
