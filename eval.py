@@ -5,7 +5,9 @@
     python eval.py --data questions.jsonl --documents notes --checkpoint C
 
 **Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
-{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py.
+{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. With
+--max-rounds 2 a chat backbone finds its 16 documents in two rounds of 8. "documents": [] without answers says
+that nothing answers, and the question should be refused.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -42,7 +44,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from answers import AT, choose, drawing, measure, plot_set, ranked, reader, table
+from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refused, table
 from checkpoint import find
 from common import (
     UserError,
@@ -54,13 +56,13 @@ from common import (
     write_json,
 )
 from documents import Document, read_documents
-from interleave import InterleaveConfig, Round, answer_from_text, answer_question
+from interleave import InterleaveConfig, Round, answer_from_text, answer_question, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
 from prompts import load_checkpoint
 from question_sets import bm25_search, choose_split, read_questions, read_set, read_texts
-from routers import make_routers
+from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
@@ -277,7 +279,8 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
                    encode_tokens_per_second=round(speed), filler=config.filler,
                    routing_keys=config.routing_keys, zero_values=config.zero_values,
-                   max_rounds=config.interleave.max_rounds, router_weight=config.interleave.router_weight,
+                   max_rounds=rounds_of(model, config.interleave),
+                   router_weight=config.interleave.router_weight,
                    checkpoint=config.checkpoint, device=str(model.device))
         if config.memory:
             row |= dict(ranks=ranks.world, open_seconds=round(opened, 5),
@@ -365,16 +368,27 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
         by_words = lambda text: [place for place, _ in search(text, most)]
-        by_memory = lambda text: ranked(model, tokenizer, memory, text)
+        best, reaches = {}, chance(model, tokenizer, memory)
+
+        def by_memory(text):
+            documents, best[text] = ranked(model, tokenizer, memory, encoded, text, config.interleave)
+            return documents
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
         finders = dict(bm25=by_words, memory=by_memory)
         measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
         say("\n".join(table(measured)), flush=True)
+        shares = refused(questions, best, reaches)
+        for share, what in zip(shares, ("have an answer", "nothing answers")):
+            if share is not None:
+                say(f"refused of the questions that {what}: {share:.3f} (chance reaches {reaches:.3f})")
         about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
-                                  checkpoint=config.checkpoint, device=str(model.device)) for row in measured]
+                                  max_rounds=rounds_of(model, config.interleave),
+                                  checkpoint=config.checkpoint,
+                                  device=str(model.device), refused=shares[0], refused_rightly=shares[1])
+               for row in measured]
 
 
 def script():

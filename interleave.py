@@ -8,17 +8,18 @@ train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which onl
 each of them spells its questions: tokenizer.py and prompts.py.
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from common import UserError
-from memory import Cache, rank_documents
+from memory import Cache, padded_batches, rank_documents
 from memory_parallel import ParallelMemory
-from prompts import END_OF_RETRIEVE
+from prompts import END_OF_RETRIEVE, NOT_FOUND
 
-NAMING_TOKENS = 256  # that MSA-4B writes in one round at most
+NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
+REFUSAL_MARGIN = 2.0  # in nats: without it three of eight held-out questions that have an answer are refused
 
 
 @dataclass
@@ -27,12 +28,13 @@ class InterleaveConfig:
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
     router_weight: float = 1.0      # of routing scores in naming; 0: the paper's generation, 1000: routing
                                     # alone. MSA-4B names by generation, a chat backbone by its router
-    max_rounds: int = 4             # retrievals before the answer; 1: no interleave; 0: nothing is named
+    max_rounds: int = -1            # retrievals before the answer; 1: no interleave; 0: nothing is named;
+                                    # -1: 4, of a chat backbone 1 (2 at most, which share max_documents)
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
-        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", 0), ("max_documents", 1),
+        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", -1), ("max_documents", 1),
                           ("max_answer_tokens", 1)):
             if not low <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
@@ -51,6 +53,11 @@ class Round:
 # ------------------------------------------------------------------------------------------------------------
 # Small steps
 
+def rounds_of(model, config):
+    """`max_rounds` of an InterleaveConfig, for a model where it does not say how many."""
+    return config.max_rounds if config.max_rounds >= 0 else 1 if model.config.prompts == "chat" else 4
+
+
 def choose(logits, temperature, top_p):
     """An index of `logits` (n,): the largest at temperature 0, else a sample from the top_p part of the
     distribution."""
@@ -59,6 +66,15 @@ def choose(logits, temperature, top_p):
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1)])
+
+
+def reluctant(model, tokenizer, logits):
+    """Logits (V,) of what a chat backbone's answer goes on with. One that has learned to refuse does so only
+    where NOT_FOUND leads by REFUSAL_MARGIN."""
+    if model.config.prompts == "chat" and model.config.second_look:
+        logits = logits.clone()
+        logits[tokenizer.answer(NOT_FOUND)[0]] -= REFUSAL_MARGIN
+    return logits
 
 
 def ranking(selections):
@@ -99,6 +115,39 @@ def number_log_probabilities(model, tokenizer, cache, numbers):
             allowed = list(following[tuple(number[:t])])
             log_p[row] += logits[row, t - 1, number[t]] - logits[row, t - 1, allowed].logsumexp(0)
     return log_p
+
+
+@torch.no_grad()
+def refusals(model, tokenizer, question, documents):
+    """log p(NOT_FOUND) (n,) of a trained chat backbone that reads each of `documents`, pairs (number, text),
+    alone with the question."""
+    target = tokenizer.answer(NOT_FOUND)
+    rows = [torch.tensor(tokenizer.message(question, [document]) + target) for document in documents]
+    log_p = torch.zeros(len(rows))
+    for batch, tokens in padded_batches(rows, 2048):
+        ends = torch.tensor([[len(rows[i])] for i in batch])
+        place = torch.arange(tokens.size(1))
+        says = (place >= ends - len(target) - 1) & (place < ends - 1)  # the token before predicts
+        logits = model.read(tokens.to(model.device), positions=says.to(model.device)).logits.cpu()
+        spoken = logits.log_softmax(-1).view(len(batch), len(target), -1)
+        log_p[batch] = spoken.gather(2, torch.tensor(target).expand(len(batch), -1)[..., None]).sum((1, 2))
+    return log_p
+
+
+def second_look(model, tokenizer, question, ranked, texts, numbers, weight):
+    """A `ranking` of which the first `second_look` documents are ordered anew: by how unlikely NOT_FOUND is
+    when the model reads one of them alone, log(1 - p) + weight * score / tau.
+
+    texts: ids by document; numbers: document -> number. Without `second_look` the ranking stays as it is.
+    """
+    first, others = ranked[:model.config.second_look], ranked[model.config.second_look:]
+    if not first:
+        return ranked
+    documents = [(numbers(d), tokenizer.decode(texts[d])) for d, _ in first]
+    found = torch.log(-torch.expm1(refusals(model, tokenizer, question, documents).clamp(max=-1e-6)))
+    scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return [first[i] for i in order] + others
 
 
 def generate(model, tokens, cache, stop, limit, pick, **first):
@@ -155,6 +204,7 @@ def interleave(model, tokenizer, memory, texts, question, config):
     agree = memory.ranks.agree if isinstance(memory, ParallelMemory) else int
     # A vocabulary may be padded
     pick = lambda logits: agree(choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p))
+    config = replace(config, max_rounds=rounds_of(model, config))
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
     yield from loop(model, tokenizer, memory, texts, question, config, pick)
 
@@ -200,23 +250,48 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
                                          config.max_answer_tokens, pick))
 
 
+def route_rounds(model, memory, tokens, routes, prefix_length, count):
+    """What routing finds for a question: the rankings of one round, or in shared mode of `count`, at most
+    two; in the second one the best of the first route too. tokens, routes: lists (T,); the rest as for
+    `model.read`. Returns lists of pairs (document index, score), best first."""
+    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
+    if not model.config.routing_layers:
+        cache = Cache()
+        model.read(tokens, memory, routes, cache, prefix_length, torch.zeros_like(routes))
+        return [ranking(cache.selections)]
+    found = []
+    while len(memory) and len(found) < min(count, 2):
+        found.append(model.find(tokens, memory, routes, prefix_length, *found))
+    return [ranking([selection]) for selection in found]
+
+
+def look_again(model, tokenizer, rankings, texts, numbers, question, weight, count):
+    """The rankings of rounds as a `second_look` orders them; all documents differ. The rounds share `count`:
+    every round but the last has no more than its part."""
+    named, rounds = set(), []
+    for ranked in rankings:
+        left = [(document, score) for document, score in ranked if document not in named]
+        left = second_look(model, tokenizer, question, left, texts, numbers, weight)
+        rounds.append(left[:-(-count // len(rankings))] if len(rounds) + 1 < len(rankings) else left)
+        named |= {document for document, _ in rounds[-1]}
+    return rounds
+
+
 def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
-    """One retrieval: the router's first `max_documents` stand in the message that the plain backbone answers,
-    in order of their numbers."""
-    cache, found, number_of = Cache(), [], lambda d: int(memory.numbers[d])
+    """Rounds share `max_documents`. What they name stands in the message that the backbone answers, round by
+    round, in order of the numbers."""
+    rounds, found, number_of = [], [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
-        tokens, routes = (torch.tensor([x], device=model.device) for x in tokenizer.question(question))
-        about = dict(routing_mask=routes, prefix_length=len(tokenizer.head))
-        if not model.config.routing_layers:
-            model.read(tokens, memory, cache=cache, positions=torch.zeros_like(routes), **about)
-        elif len(memory):
-            cache.selections = [model.find(tokens, memory, **about)]
-        ranked = ranking(cache.selections)
-        found = sorted(d for d, _ in ranked[:config.max_documents])
-        numbers = list(map(number_of, found))
+        rounds = route_rounds(model, memory, *tokenizer.question(question), len(tokenizer.head),
+                              config.max_rounds)
+    for ranked in look_again(model, tokenizer, rounds, texts, number_of, question, config.router_weight,
+                             config.max_documents):
+        named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
+        numbers, found = list(map(number_of, named)), found + named
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
     message = tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found])
-    answer = generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, pick)
+    choice = lambda logits: pick(reluctant(model, tokenizer, logits))
+    answer = generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, choice)
     yield from first_line(spell(tokenizer, answer))
 
 
@@ -291,6 +366,7 @@ def answer_from_text(model, tokenizer, question, appended, config, context=None)
             prompt = [*tokenizer.question(question)[0], *read_before,
                       *tokenizer.encode_template(END_OF_RETRIEVE),
                       *tokenizer.end_of_retrieval_prompt(question)]
-    pick = lambda logits: choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p)
+    pick = lambda logits: choose(reluctant(model, tokenizer, logits)[:tokenizer.vocab_size],
+                                 config.temperature, config.top_p)
     answer = spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick))
     return "".join(first_line(answer) if prompts == "chat" else answer)

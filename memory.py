@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from msa_kernel import ranges
-from routing import document_slots, mean_scores, quantize, route, top_documents
+from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
+
+FOUND = 3           # documents of a first round that route in the second
+FOUND_WEIGHT = 0.5  # of the best of them, beside the question; the others' is less, as their scores are
 
 
 @dataclass
@@ -55,17 +59,26 @@ class Memory:
     def select(self, queries, mask, top_k, readers):
         """Route (section 3.2) and point at what was found; nothing is copied. Returns a Selection.
 
-        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; a document's
-        score is the mean over them. mask: (B, T) bool, the tokens that route; top_k: documents that a
-        question selects; readers: places of the reading layers whose keys and values are wanted.
+        queries: place of a routing layer, counted from 0 -> (B, T, W) from `group_queries`; behind the last
+        layer the count begins again. A document's score is the mean over queries. mask: (B, T) bool, the
+        tokens that route; top_k: documents that a question selects; readers: places of the reading layers
+        whose keys and values are wanted.
         """
-        scales = self.scales or [None] * len(self.routing_keys)
-        scores = mean_scores([route(query, mask, self.routing_keys[place], self.offsets, scales[place])
-                              for place, query in queries.items()])
+        layers, scales = len(self.routing_keys), self.layer_scales()
+        scores = mean_scores([route(query, mask, self.routing_keys[place % layers], self.offsets,
+                                    scales[place % layers]) for place, query in queries.items()])
         documents, best = top_documents(scores.detach(), top_k)
         index, slots, owner = document_slots(documents, self.offsets)
         keys, values = ([xs[place] for place in readers] for xs in (self.keys, self.values))
         return Selection(keys, values, index, slots, best.gather(1, owner), documents, best, scores)
+
+    def document_queries(self, documents):
+        """As `routing.document_queries`."""
+        return document_queries(documents, self.routing_keys, self.offsets, self.layer_scales())
+
+    def layer_scales(self):
+        """The scales of every routing layer, None where keys are not int8."""
+        return self.scales or [None] * len(self.routing_keys)
 
     @staticmethod
     def in_order(parts, encoded, offsets, numbers):
@@ -120,6 +133,9 @@ def check_documents(documents, numbers):
         raise ValueError("encode needs one number per document, increasing")
 
 
+BATCH_TOKENS = 2048  # of documents that are encoded together, padding included
+
+
 def padded_batches(documents, batch_tokens):
     """Documents (L,) in batches of similar length, of at most `batch_tokens` tokens with their padding on the
     right: yields (indices, tokens (M, L)), the longest first."""
@@ -135,6 +151,13 @@ def padded_batches(documents, batch_tokens):
         yield batch, tokens
 
 
+def apply(function, *inputs, again):
+    """function(*inputs). again: nothing in between is kept for the backward, which computes it once more."""
+    if again:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
 class Cache:
     """A question's local keys and values and its Selections; a read that is given a filled one does not
     route."""
@@ -143,7 +166,6 @@ class Cache:
         self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
         self.selections = []                   # as in Output; empty without a memory
         self.length, self.prefix_length = 0, 0
-        self.last = {}                         # what an `embed` needs of the tokens before, name -> (B, ...)
 
     def extended(self, layer, keys, values):
         """The layer's keys and values with these behind them."""
@@ -155,7 +177,7 @@ class Cache:
     def map(self, pick):
         """A copy of which every tensor of B rows is what `pick` makes of it; the original stays as it is."""
         copy = Cache()
-        for name in ("keys", "values", "last"):
+        for name in ("keys", "values"):
             setattr(copy, name, {key: pick(x) for key, x in getattr(self, name).items()})
         copy.selections = [selection.map(pick) for selection in self.selections]
         copy.length, copy.prefix_length = self.length, self.prefix_length
@@ -191,6 +213,22 @@ def rank_documents(selections):
     scores = (total / layers).gather(1, order).masked_fill(repeated | (documents < 0), float("-inf"))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return documents.gather(1, order).masked_fill(scores == float("-inf"), -1), scores
+
+
+def follow(queries, mask, memory, found):
+    """What routes in a second round, where what the first one found routes too: (queries, mask) for `select`.
+
+    queries, mask: of the first round; found: its Selection. In every layer a document is scored by the
+    question, as before, and by the FOUND best documents, of which the best counts, with its weight.
+    """
+    documents, scores = found.documents[:, :FOUND], found.scores[:, :FOUND]
+    (B, n), T = documents.shape, mask.size(1)
+    weights = FOUND_WEIGHT * (scores / scores[:, :1]).nan_to_num().clamp(0, 1)              # (B, n)
+    own = memory.document_queries(documents.flatten().tolist()).unflatten(0, (B, n))        # (B, n, R, W)
+    own = (weights[..., None, None] * own).repeat(1, T, 1, 1)                               # (B, T * n, R, W)
+    both = {place: query.repeat_interleave(n, 1) for place, query in queries.items()}
+    both |= {own.size(2) + place: own[:, :, place] for place in queries}
+    return both, mask.repeat_interleave(n, 1)
 
 
 def leave_out(documents, excluded):
@@ -244,9 +282,9 @@ class Tally:
         self.asked += len(positive)
 
     def means(self):
-        """A dict of these, each a mean over what was added."""
-        naming, answer = self.losses / self.predicted.clamp(min=1)
-        named, answered = self.right / self.samples.clamp(min=1)
+        """A dict of these, each a mean over what was added; NaN where no sample names, or none answers."""
+        naming, answer = self.losses / self.predicted
+        named, answered = self.right / self.samples
         asked = max(self.asked, 1)
         return dict(naming=naming, answer=answer, named=named, answered=answered, recall=self.recall / asked,
                     top1=self.top1 / asked)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import memory_bank
 from common import UserError, end_process_group, start_process_group
 from memory import Selection
-from routing import document_slots, quantize, select_documents
+from routing import document_queries, document_slots, quantize, select_documents
 
 
 def to_numpy(x, dtype):
@@ -295,7 +295,7 @@ class ParallelMemory:
         """As Memory.select: the best documents of every question, and their content. Collective."""
         if 0 in queries:  # the first routing layer: a new question
             self.recent = {}
-        B, places = len(mask), list(queries)
+        B, places = len(mask), [place % self.bank.layout.routing_layers for place in queries]
         found = [torch.full((B, top_k), float("-inf"), device=self.device)]
         numbers = [torch.full((B, top_k), -1, device=self.device)]
         for block in self.blocks:
@@ -320,6 +320,16 @@ class ParallelMemory:
         index, slots, owner = document_slots(local, torch.from_numpy(ends).to(self.device))
         keys, values = self.fetch(readers, positions, ends)
         return Selection(keys, values, index, slots, scores.gather(1, owner), documents, scores, None)
+
+    def document_queries(self, documents):
+        """As `routing.document_queries`: every rank brings its own. Collective."""
+        layout, positions = self.bank.layout, np.array(documents)
+        shape = len(positions), layout.routing_layers, layout.routing_heads * layout.routing_dim
+        queries = torch.zeros(shape, device=self.device)
+        for i, block in enumerate(self.blocks):
+            rows = np.where((positions >= 0) & (self.block_of[positions] == i), self.row_of[positions], -1)
+            queries += document_queries(rows, block.routing_keys, block.offsets, block.scales)
+        return self.ranks.sum(queries)  # what other blocks and ranks own is zero here: the sum is exact
 
     def fetch(self, readers, positions, ends):
         """Keys and values of these documents in the reading layers at these places, lists of (C', G, D):

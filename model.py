@@ -3,12 +3,12 @@
     memory = model.encode(documents, numbers)              # once per document
     output = model.read(tokens, memory, routing_mask)      # per question: logits and selections
 
-Training and inference are these two calls; `forward` is encode + read + losses. What `encode` makes and
-`read` consumes: memory.py.
+Training and inference are these two calls. What `encode` makes and `read` consumes: memory.py.
 
     B questions   T question tokens   M documents   L tokens of a document, padded   C chunks
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import Pretrained, check_config, named_layers
-from memory import Cache, Memory, Output, Tally, check_documents, padded_batches
+from memory import BATCH_TOKENS, Cache, Memory, Output, Tally, apply, check_documents, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -49,6 +49,7 @@ class PaperConfig:
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
     prompts: Literal["nanomsa", "msa", "chat"] = "nanomsa"  # how the model is asked; see interleave.py
+    second_look: int = 0                # found documents that a chat backbone reads alone and orders anew
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
@@ -208,6 +209,7 @@ class PaperMSA(Pretrained, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.others = config, {}  # others: entries of config.json that are passed on
+        self.checkpoint_activations = False  # for the backward documents' batches, and blocks, run again
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -224,10 +226,6 @@ class PaperMSA(Pretrained, nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def embed(self, tokens, cache):
-        """(B, T) ids that continue those of a Cache -> (B, T, E)."""
-        return self.model.embed_tokens(tokens)
-
     def chunk_offsets(self, lengths):
         """Where documents' chunks begin: (M,) lengths -> (M + 1,), ceil(length / chunk_size) for each."""
         return chunk_offsets(lengths, self.config.chunk_size)
@@ -241,15 +239,14 @@ class PaperMSA(Pretrained, nn.Module):
         """What is added to the logits of memory slots, (B, S), or None."""
         return None
 
-    def run(self, x, rope, attend, count=None):
+    def run(self, x, rope, attend, count=None, again=True):
         """The first `count` layers, all by default: the one loop, of documents and questions alike.
 
-        attend(i, attention, h, keys, values): for layer i, as Block.forward has it. Returns x (B, T, E) and a
-        list of what was found in each layer.
+        attend(i, attention, h, keys, values): as Block.forward has it. Returns x and what each layer found.
         """
-        found = []
+        found, again = [], again and self.checkpoint_activations
         for i, layer in enumerate(self.model.layers[:count]):
-            x, of_layer = layer(x, rope, partial(attend, i))
+            x, of_layer = apply(layer, x, rope, partial(attend, i), again=again)
             found.append(of_layer)
         return x, found
 
@@ -259,17 +256,19 @@ class PaperMSA(Pretrained, nn.Module):
 
         documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by
         default. Documents of similar length share padded batches of `batch_tokens` tokens at most (2,048 on a
-        CPU, whose caches they fit, else 16,384); the order given is returned. progress: called with tokens
-        just encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
+        CPU, or to run again, else 16,384); the order given is returned. progress: called with tokens just
+        encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
         check_documents(documents, numbers)
-        batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        small = self.checkpoint_activations or self.device.type == "cpu"
+        batch_tokens = batch_tokens or (BATCH_TOKENS if small else 8 * BATCH_TOKENS)
         lengths = torch.tensor([len(document) for document in documents])
         offsets, parts, encoded = self.chunk_offsets(lengths), [], []
         for batch, tokens in padded_batches(documents, batch_tokens):
             self.check_ids(tokens)
-            parts.append(self.encode_batch(tokens.to(self.device), lengths[batch].to(self.device)))
+            inputs = tokens.to(self.device), lengths[batch].to(self.device)
+            parts.append(apply(self.encode_batch, *inputs, again=self.checkpoint_activations))
             encoded += batch
             if progress:
                 progress(int(lengths[batch].sum()))
@@ -280,7 +279,7 @@ class PaperMSA(Pretrained, nn.Module):
         (C, G, D). Causal: padding on the right needs no mask. Positions count from 0 (document-wise RoPE)."""
         reading, routing = self.config.reading_layers, self.config.router_layers
         rope = rope_angles(torch.arange(tokens.size(1), device=tokens.device), self.config)
-        last = max(reading + routing)
+        last, long = max(reading + routing), tokens.size(1) > BATCH_TOKENS  # long: its blocks run again, too
 
         def attend(i, attention, h, keys, values):
             kept = (keys, values) if i in reading else (None, None)
@@ -288,7 +287,7 @@ class PaperMSA(Pretrained, nn.Module):
             attended = sparse_attention(attention.query(h, rope), keys, values) if i < last else None
             return attended, self.pool(*kept, routing_keys, lengths)
 
-        _, found = self.run(self.embed(tokens, Cache()), rope, attend, last + 1)
+        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, last + 1, long)
         keys, values, routing_keys = ([x for x in xs if x is not None] for xs in zip(*found))
         if self.config.document_share:
             offsets = self.chunk_offsets(lengths)
@@ -305,9 +304,9 @@ class PaperMSA(Pretrained, nn.Module):
         total, dtype = weights.sum(2, keepdim=True), torch.promote_types(h.dtype, weights.dtype)
         return (weights / total.clamp(min=1e-9)).to(dtype) @ h.to(dtype), total[..., 0] > 0
 
-    def find(self, tokens, memory, routing_mask, prefix_length=0):
+    def find(self, tokens, memory, routing_mask, prefix_length=0, first=None):
         """The Selection that all reading layers share: one pass of the question through the routing layers
-        alone, which see no memory. Arguments as for `read`."""
+        alone, which see no memory. Arguments as for `read`; first: of a first round, which routes too."""
         config, layers = self.config, self.config.router_layers
         place = torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= prefix_length), config)
@@ -319,9 +318,10 @@ class PaperMSA(Pretrained, nn.Module):
                 routed = attention.routing_query(inputs, query), mask
             return sparse_attention(query, keys, values) if i < layers[-1] else None, routed
 
-        _, found = self.run(self.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+        _, found = self.run(self.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
         queries = {place: found[i][0] for place, i in enumerate(layers)}
-        return memory.select(queries, found[-1][1], config.top_k, range(len(config.reading_layers)))
+        queries, mask = follow(queries, found[-1][1], memory, first) if first else (queries, found[-1][1])
+        return memory.select(queries, mask, config.top_k, range(len(config.reading_layers)))
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
         """Question tokens -> Output: logits, and the Selections (section 3.3).
@@ -333,11 +333,10 @@ class PaperMSA(Pretrained, nn.Module):
         template's head: at positions 0.., blind to the memory. positions: optional (B, T) bool, where logits
         are wanted. The question stands at prefix_length + top_k (global RoPE, section 3.3).
         """
-        config, memory_layers = self.config, self.config.memory_layers
-        shared = config.routing_layers != ""
-        cache = Cache() if cache is None else cache
+        config, cache = self.config, Cache() if cache is None else cache
+        memory_layers, shared = config.memory_layers, config.routing_layers != ""
+        past, place = copy(cache), cache.length + torch.arange(tokens.size(1), device=tokens.device)
         cache.prefix_length = cache.prefix_length if cache.length else prefix_length
-        place = cache.length + torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0
         if routes and routing_mask is None:
@@ -347,7 +346,7 @@ class PaperMSA(Pretrained, nn.Module):
 
         def attend(i, attention, h, keys, values):
             query, selection, chosen = attention.query(h, rope), None, ()
-            keys, values = cache.extended(i, keys, values)
+            keys, values = past.extended(i, keys, values)  # a block may run again, when the cache has grown
             nth = memory_layers.index(i) if i in memory_layers else None
             if nth is not None and routes and not shared:
                 inputs, mask = self.routing_inputs(h, tokens, routing_mask)
@@ -361,31 +360,32 @@ class PaperMSA(Pretrained, nn.Module):
                           cache.prefix_length, self.memory_bias(selection))
             return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
 
-        x, found = self.run(self.embed(tokens, cache), rope, attend)
-        for i, (keys, values, _) in enumerate(found):
-            cache.keys[i], cache.values[i] = keys, values
+        x, found = self.run(self.model.embed_tokens(tokens), rope, attend)
+        cache.keys, cache.values, found = (dict(enumerate(xs)) for xs in zip(*found))
         if routes and not shared:
-            cache.selections = [selection for _, _, selection in found if selection is not None]
+            cache.selections = [selection for selection in found.values() if selection is not None]
         cache.length += tokens.size(1)
         x = self.model.norm(x if positions is None else x[positions])
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         return Output(F.linear(x, head.weight).float(), cache.selections)
 
-    # --------------------------------------------------------------------------------------------------------
     def forward(self, documents, numbers, batches):
-        """encode + read + losses of one pool: its questions share its documents.
+        """encode + read + losses of one pool: its questions share its documents, which may be none.
 
         documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T),
-        answers (B,), positive and appended (B, M), as `prepare_data.collate` makes them. Returns a dict of
-        scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over positives, layers and
-        questions) carry gradients; those of `memory.Tally` do not, nor `chance`, a random ranking's recall.
+        answers (B,), positive and appended (B, M), perhaps `shared` (1, P), which all rows begin with: see
+        `prepare_data.collate`. Returns scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over
+        positives, layers and questions) carry gradients; those of `memory.Tally` and `chance` do not.
         """
-        config, memory = self.config, self.encode(documents, numbers)
+        config, memory = self.config, self.encode(documents, numbers) if documents else None
         lm = aux = torch.zeros((), device=self.device)
         tally = Tally(config.rankings, self.device)
         for batch in batches:
-            tokens, target = batch["tokens"], batch["target_mask"]
-            output = self.read(tokens, memory, batch["routing_mask"], positions=F.pad(target[:, 1:], (0, 1)))
+            tokens, target, cache = batch["tokens"], batch["target_mask"], Cache()
+            if "shared" in batch:
+                self.read(batch["shared"], cache=cache, positions=torch.zeros_like(batch["shared"]).bool())
+            output = self.read(tokens, memory, batch["routing_mask"], cache.expand(len(tokens)),
+                               positions=F.pad(target[:, 1:], (0, 1)))
             token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")         # (N,)
             lm = lm + token_losses.sum()
             tally.add_tokens(batch, output.logits, token_losses)
@@ -397,7 +397,7 @@ class PaperMSA(Pretrained, nn.Module):
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
             tally.add_rankings(selections, positive, appended, config.top_k)
-        chance = torch.zeros_like(lm) + min(1.0, config.top_k / len(numbers))
+        chance = torch.zeros_like(lm) + min(1.0, config.top_k / max(len(numbers), 1))
         return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1), chance=chance,
                     **tally.means())
 

@@ -2,6 +2,7 @@
 
     python prepare_data.py config/demo.toml                               # the [data] table of a run
     python prepare_data.py --documents FOLDER --questions FILE.jsonl --out data/mine
+    python prepare_data.py --data SET,SET --encoding CHECKPOINT --out data/sets
 
 Without documents of your own the data are the synthetic tasks of tasks.py: needles, chains and colours.
 
@@ -14,6 +15,11 @@ Your own questions are lines {"question": ..., "answer": ..., "documents": ["a.t
 files of the folder in the order of the hops, with a line where a long file was split. A list in the list is
 one hop of several documents: one round names them all. With "pooled": true the answer is learned from the
 pooled memory of the one document, without its text.
+
+SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
+are taken. A pool is a passage, some questions about it, and passages that BM25 finds for them in its place;
+the questions of impossible.jsonl, which their passage does not answer, are answered by prompts.NOT_FOUND.
+Documents about which a test is asked stay out, with all that have the same title.
 """
 import dataclasses
 import json
@@ -27,8 +33,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import find_base
 from common import UserError, command_line, main, write_json
 from documents import read_documents, tell_skipped
+from prompts import NOT_FOUND
+from question_sets import bm25_search, read_impossible, read_set
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -46,11 +55,12 @@ class DataConfig:
     properties: int = 0             # documents that state a colour; asked about, answered from pooled memory
     alike: float = 0.0              # share of the keys with a common word that begin alike (tell, teller)
     filler: int = 0                 # up to so many noise sentences around each; 2: up to 64 tokens
-    encoding: str = "train"         # "train" a BPE on this data, or a name that tiktoken knows, as "gpt2"
+    encoding: str = "train"         # "train" a BPE on this data, a name that tiktoken knows, or a checkpoint
     vocab_size: int = 4096          # of the trained BPE, special tokens included
     number_tokens: bool = False     # spell documents' numbers in tokens of their own; see tokenizer.py
     documents: str = ""             # your own documents: a folder of text, or a .jsonl file
     questions: str = ""             # a .jsonl file: your own questions about them
+    data: str = ""                  # sets of questions, commas between; one that is named twice counts twice
     max_document_tokens: int = 512  # longer files are split at paragraphs
     documents_per_pool: int = 48    # your own data: documents that a step encodes
     questions_per_pool: int = 16    # your own data: questions that a step asks; the pool has their documents
@@ -67,6 +77,8 @@ class DataConfig:
             raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
         if bool(self.documents) != bool(self.questions):
             raise UserError("documents and questions go together: a folder, and a .jsonl file about it")
+        if self.documents and self.data:
+            raise UserError("documents and data are both given; leave one of them out")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,7 +257,7 @@ class Pools:
         documents, questions = [self.documents[d] for d in ids], []
         for q in self.pool_questions[i].tolist():
             hops = np.split(self.gold[q], self.hop_ends[q][:-1])
-            gold = [[place[document] for document in hop.tolist()] for hop in hops]
+            gold = [[place[document] for document in hop.tolist()] for hop in hops if len(hop)]
             questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
         rows = [*documents, *(row for question in questions for row in question[:2])]
         largest = max(int(row.max(initial=0)) for row in rows)
@@ -357,14 +369,67 @@ def stack(samples, tokenizer, documents):
                 positive=positive, appended=appended)
 
 
+MOST_SHOWN = 5       # documents in a message, 1 or more, gold ones aside
+WITHOUT_GOLD = 0.15  # share of messages that show none of the gold documents
+
+
+def collate_chat(pool, tokenizer, number_limit, rng):
+    """`collate` for a chat backbone, which answers from the texts in its message: nothing is routed.
+
+    One message a pool: some of its documents in random order, among them those of one of its questions, or
+    none of those; then each of its questions. One whose documents are shown is answered, one of which none is
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], [batch]):
+    its samples begin with the same tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says
+    which are not NOT_FOUND.
+    """
+    documents, questions = pool
+    texts = [tokenizer.decode(document.tolist()) for document in documents]
+    asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
+              {document for hop in gold for document in hop}) for question, answer, gold, _ in questions]
+    leaders = [gold for _, _, gold in asked if gold]
+    gold, samples = leaders[rng.integers(len(leaders))], []
+    for shows in (rng.random() >= WITHOUT_GOLD, True):  # nothing may be left of a message without gold
+        others = [i for i in rng.permutation(len(texts)).tolist() if i not in gold]
+        count = int(rng.integers(1, MOST_SHOWN + 1))
+        shown = [*gold, *others[:max(count - len(gold), 0)]] if shows else others[:count]
+        shown = [shown[i] for i in rng.permutation(len(shown))]
+        numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
+        appended, said = [(n, texts[i]) for n, i in zip(numbers, shown)], " ".join(texts[i] for i in shown)
+        for question, answer, needed in asked:
+            if not needed <= {*shown}:
+                if needed & {*shown} or answer.lower() in said.lower():
+                    continue
+                answer = NOT_FOUND
+            target = tokenizer.answer(answer)
+            samples.append((tokenizer.message(question, appended), target, answer != NOT_FOUND))
+        if samples:
+            return [], [], [stack_chat(samples)]
+
+
+def stack_chat(samples):
+    """Samples (prompt, target, whether it is an answer) as one batch of `collate_chat`."""
+    rows = [prompt + target for prompt, target, _ in samples]
+    most = min(len(prompt) for prompt, _, _ in samples) - 1  # the first target is predicted by a token before
+    shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+    tokens = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.long)
+    target_mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for i, (row, (prompt, _, _)) in enumerate(zip(rows, samples)):
+        tokens[i, :len(row) - shared] = torch.tensor(row[shared:])
+        target_mask[i, len(prompt) - shared:len(row) - shared] = True
+    nothing = torch.zeros(len(rows), 0, dtype=torch.bool)
+    return dict(shared=torch.tensor([rows[0][:shared]]), tokens=tokens, target_mask=target_mask,
+                routing_mask=torch.zeros_like(tokens), positive=nothing, appended=nothing,
+                answers=torch.tensor([answers for _, _, answers in samples]))
+
+
 # ------------------------------------------------------------------------------------------------------------
-# The two kinds of data
+# The kinds of data
 
 def make_encoding(config, texts):
     """The tokenizer that the configuration asks for: trained on `texts`, or a known one."""
     if config.encoding == "train":
         return train_encoding(texts, config.vocab_size, config.number_tokens)
-    return named_encoding(config.encoding, config.number_tokens)
+    return named_encoding(str(find_base(config.encoding)), config.number_tokens)
 
 
 def write_synthetic(config, folder):
@@ -411,6 +476,80 @@ def write_own(config, folder):
     return tokenizer
 
 
+ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
+RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
+HELD_OUT = 0.05         # share of the documents about which validation asks
+
+
+class QuestionSet:
+    """What training takes of a set: texts that may be shown, and questions by what they are about."""
+
+    def __init__(self, path, tokenizer, limit):
+        texts, questions = read_set(path)
+        self.texts, self.search = texts, bm25_search(texts)
+        titles = [text.partition("\n")[0] for text in texts]
+        tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
+                  for i in question.gold}
+        self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
+                       if len(tokens) <= limit and titles[i] not in tested}
+        self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
+        for question in questions.get("train", ()):
+            answer = min(question.answers, key=len, default="")
+            if (answer and len(tokenizer.encode(answer)) <= ANSWER_TOKENS
+                    and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
+                found = self.about.setdefault(question.gold, ([], []))
+                found[0].append(Question(question.text, (question.gold,), answer))
+        for text, place in read_impossible(path).get("train", ()) if Path(path).is_dir() else ():
+            if (place,) in self.about:
+                self.about[place,][1].append(Question(text, (), NOT_FOUND))
+
+    def pool(self, gold, allowed, config, rng):
+        """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
+        answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
+        few = int(config.questions_per_pool * IMPOSSIBLE)
+        chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
+        found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
+                 for question in chosen]
+        alike = [place for places in zip(*found) for place in places if place in allowed]
+        drawn = rng.choice(sorted(allowed), RANDOM_DOCUMENTS).tolist()
+        places = list(dict.fromkeys([*gold, *drawn, *alike]))[:config.documents_per_pool]
+        return rng.permutation(places).tolist(), chosen
+
+
+def write_sets(config, folder):
+    """Pools of sets of questions, which take turns; returns the tokenizer."""
+    paths = [path for path in config.data.split(",") if path]
+    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_set(path)[0]))
+    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens) for path in paths}
+    rng = np.random.default_rng(config.seed)
+    held = {path: {i for i in sorted(own.usable) if rng.random() < HELD_OUT} for path, own in sets.items()}
+    for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
+        trains, turns = split == "train", {}
+        writer = PoolWriter(folder / split, tokenizer)
+        for path, own in sets.items():
+            groups = [gold for gold in own.about if held[path].isdisjoint(gold) == trains]
+            if not groups:
+                raise UserError(f"{path}: it has no question with a short answer for {split}")
+            turns[path] = endless(groups, rng)
+        for i in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
+            path = paths[i % len(paths)]
+            own = sets[path]
+            allowed = own.usable - held[path] if trains else own.usable
+            places, chosen = own.pool(next(turns[path]), allowed, config, rng)
+            at = {place: i for i, place in enumerate(places)}
+            texts, asked = [own.texts[place] for place in places], [q.moved(at) for q in chosen]
+            writer.add_pool(*writer.add(texts, asked))
+        writer.close()
+    return tokenizer
+
+
+def endless(items, rng):
+    """Yields the items in random order, again and again."""
+    while True:
+        yield from (items[i] for i in rng.permutation(len(items)))
+
+
 def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
@@ -419,7 +558,8 @@ def script():
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # appears whole or not at all
     try:
-        tokenizer = write_own(config, building) if config.documents else write_synthetic(config, building)
+        write = write_sets if config.data else write_own if config.documents else write_synthetic
+        tokenizer = write(config, building)
         tokenizer.save(building)
         about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)}
         write_json(building / "about.json", about)

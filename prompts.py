@@ -41,6 +41,7 @@ MARK = "\ue000"  # stands for the message while a template is rendered
 MSA_HEAD, MSA_TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>"
 MSA_TOKENS = ("<|im_start|>", "<|im_end|>", "<|object_ref_end|>")
 END_OF_RETRIEVE = "<End-of-Retrieve>"
+NOT_FOUND = "Not in these documents."  # what a trained chat backbone answers where no document does
 
 
 def load_tokenizer(folder, config):
@@ -94,6 +95,10 @@ class ChatTokenizer(Tokenizer):
         """The ids of a question behind documents, pairs (number, text), up to where a short answer begins."""
         documents = "".join(f"[{number}]. {document}\n\n" for number, document in appended)
         return self.templated(f"{documents}Question: {question}\nAnswer:", "Answer:")
+
+    def answer(self, text):
+        """The ids of an answer that continues a `message`, and of its end."""
+        return [*self.encode(f" {text}"), min(self.ends)]
 
     def templated(self, text, begun=""):
         """The ids of a user's message in the chat template, and of an answer that has `begun`."""

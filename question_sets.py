@@ -20,6 +20,7 @@ class SetQuestion(NamedTuple):
     text: str
     gold: tuple           # places, in the list of documents, of those that answer; () where nobody said
     answers: tuple = ()   # all of them right; () where nobody said
+    nothing: bool = False  # no document answers it
 
 
 def titled(title, text):
@@ -75,6 +76,19 @@ def read_beir(folder, say=print):
     return [text for _, text in corpus], {path.stem: read_qrels(path, asked, place, say) for path in splits}
 
 
+def read_impossible(folder):
+    """A folder's impossible.jsonl, {split: pairs (question, place of the document that does not answer it)};
+    {} without one. A line: {"text": "...", "document": an _id of the corpus, "split": "train"}."""
+    path, found = Path(folder) / "impossible.jsonl", {}
+    place = {id: i for i, (id, _) in enumerate(read_corpus(folder))} if path.is_file() else {}
+    for number, row in read_rows(path) if place else ():
+        if row.get("document") not in place:
+            raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
+        question = question_of(row, "text", f"{path}:{number}")
+        found.setdefault(row.get("split"), []).append((question.text, place[row["document"]]))
+    return found
+
+
 def read_corpus(folder):
     """Pairs (id, text) of a folder's corpus.jsonl, titles included."""
     path = Path(folder) / "corpus.jsonl"
@@ -104,8 +118,9 @@ def read_rows(path):
 
 
 def question_of(row, name, where):
-    """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line."""
-    text, answers = row.get(name), row.get("answers") or []
+    """A SetQuestion, without gold, of an object {name: question, "answers": [...]} or {..., "answer": ""};
+    where: file and line."""
+    text, answers = row.get(name), row.get("answers") or ([row["answer"]] if row.get("answer") else [])
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -181,7 +196,8 @@ def read_questions(path, documents):
     """One's own questions about Documents: a list of SetQuestion.
 
     A line of the file: {"question": "...", "answers": ["..."], "documents": ["notes.md:12"]}; answers and
-    documents may be missing. A document is a file or id and, where it was split, a line. Raises UserError.
+    documents may be missing, but nothing answers a question without answers whose documents are []. A
+    document is a file or id and, where it was split, a line. Raises UserError.
     """
     questions, pieces = [], {}
     for place, document in enumerate(documents):
@@ -191,7 +207,9 @@ def read_questions(path, documents):
         if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
             raise UserError(f'{where}: "documents" is {gold!r}; it must be a list of strings')
         found = dict.fromkeys(place_of(name, pieces, documents, where) for name in gold)
-        questions.append(question_of(row, "question", where)._replace(gold=tuple(found)))
+        question = question_of(row, "question", where)._replace(gold=tuple(found))
+        nothing = row.get("documents") == [] and not question.answers
+        questions.append(question._replace(nothing=nothing))
     if not questions:
         raise UserError(f"{path}: no question in it")
     return questions

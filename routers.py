@@ -10,6 +10,8 @@ Like then finds like, and every direction counts. Rare words have long whitened 
 are averaged before the query is brought to unit length, and so weigh by rarity, as with IDF; besides, tokens
 are weighted by how few documents have them (`token_weights`).
 
+What a memory's best score says is measured on the memory itself, with questions that mean nothing (`chance`).
+
 Documents' statistics come from the corpus at hand, and so do questions': what is asked are pieces of its
 sentences behind a question word. A question is whitened by both kinds together, each at the same weight.
 """
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memory import Cache, padded_batches
+from memory import padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means, sparse_attention
 
@@ -25,6 +27,8 @@ RIDGE = 0.01             # added to covariances, as a share of their mean varian
 FEW = 0.1                # more ridge for small corpora: this share of width over chunks
 SAMPLE_TOKENS = 300_000  # of documents that the statistics are taken from
 QUESTIONS = 2000         # that are made from the documents
+RANDOM = 100             # questions without a meaning that are asked of a memory to know what chance reaches
+DEVIATIONS = 2           # of their scores by which chance reaches beyond the mean
 ASKING = ("What is", "What was", "Who is", "Who was", "When did", "When was", "Where is", "Where did",
           "Why did", "How did", "How many", "How much", "Which", "What does", "In what year", "What kind of")
 
@@ -86,7 +90,7 @@ def layer_inputs(model, tokens, prefix_length=0, shift=0):
     def attend(i, attention, h, keys, values):
         return None if i == layers[-1] else sparse_attention(attention.query(h, rope), keys, values), h
 
-    _, found = model.run(model.embed(tokens, Cache()), rope, attend, layers[-1] + 1)
+    _, found = model.run(model.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
     return [found[i] for i in layers]
 
 
@@ -151,3 +155,23 @@ def make_routers(model, tokenizer, texts, seed=0):
             break
     questions = [tokenizer.question(text)[0] for text in make_questions(texts, QUESTIONS, rng)]
     fit_routers(model, documents, questions, len(tokenizer.head))
+
+
+@torch.no_grad()
+def chance(model, tokenizer, memory, seed=0):
+    """What the best score of a question reaches in this memory by chance: of RANDOM questions of random
+    tokens the mean and DEVIATIONS standard deviations. -inf where that says nothing: the memory has fewer
+    documents than a routing key has numbers, or the model is no chat backbone in shared mode. Collective."""
+    few = len(memory) < max(model.config.routing_dim, 1)
+    if few or not model.config.routing_layers or model.config.prompts != "chat":
+        return float("-inf")
+    rng, questions, best, head = np.random.default_rng(seed), [], [], len(tokenizer.head)
+    for _ in range(RANDOM):
+        words = tokenizer.decode(rng.integers(tokenizer.vocab_size, size=rng.integers(4, 14)).tolist())
+        questions.append(torch.tensor(tokenizer.question(f"{ASKING[rng.integers(len(ASKING))]} {words}?")[0]))
+    for batch, tokens in padded_batches(questions, 512):  # few at a time: each has a score for every chunk
+        place, lengths = torch.arange(tokens.size(1)), torch.tensor([len(questions[i]) for i in batch])
+        routes = (place >= head) & (place < lengths[:, None])
+        selection = model.find(tokens.to(model.device), memory, routes.to(model.device), head)
+        best += selection.scores[:, 0].tolist()
+    return float(np.mean(best) + DEVIATIONS * np.std(best))

@@ -51,6 +51,23 @@ def share_document(routing_keys, offsets, share):
     return F.normalize(keys + share * first[owner], dim=-1).to(routing_keys.dtype)
 
 
+def document_queries(documents, routing_keys, offsets, scales):
+    """Documents as routing queries: for indices (n,), -1 for none, (n, R, G * D) fp32, 0 where there is none.
+
+    A document's query is the mean of its routing keys, of unit length per head. routing_keys: R layers of
+    (C, G, D); offsets: (M + 1,); scales: of int8 keys, (C,) each, else None, for every layer.
+    """
+    C, G, D = routing_keys[0].shape
+    queries = torch.zeros(len(documents), len(routing_keys), G, D, device=offsets.device)
+    for i, document in enumerate(documents):
+        if document >= 0:
+            rows = slice(*offsets[document:document + 2].tolist())
+            for layer, (keys, scale) in enumerate(zip(routing_keys, scales)):
+                own = keys[rows].float() if scale is None else keys[rows] * scale[rows, None, None]
+                queries[i, layer] = F.normalize(own.mean(0), dim=-1) / G
+    return queries.flatten(2)
+
+
 def mean_scores(scores):
     """The mean over routing layers, [(B, M)] -> (B, M), added up in their order."""
     total = scores[0]

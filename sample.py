@@ -1,7 +1,7 @@
 """Ask a memory: encode documents, then answer questions and name the sources.
 
-    python sample.py --documents examples "What is the special magic number for gentle-otter?"
-    python sample.py --checkpoint out/demo --documents examples     # no question: asks for them
+    python sample.py --documents texts "Who built the lighthouse?"
+    python sample.py --checkpoint checkpoints/demo --documents examples     # no question: asks for them
     python sample.py --documents examples --trace "..."             # what was routed to, named, appended
     python sample.py --memory bank --documents examples "..."       # bring a bank in line first
     python sample.py --memory bank "..."                            # ask the bank as it is
@@ -10,6 +10,7 @@
 A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B) or a name on the
 Hugging Face Hub.
 """
+import importlib.util
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from checkpoint import find
+from checkpoint import PACKAGES, SMOLLM2, find
 from common import UserError, command_line, detect_device, keep_freed_memory, main
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
@@ -28,7 +29,7 @@ from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
-from routers import make_routers
+from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
 TRACED = 16  # documents that --trace prints of a round's ranking
@@ -43,7 +44,9 @@ COMMON_WORDS = frozenset("""a about all also an and any are as at be been both b
 class SampleConfig:
     # without one, they are read from the terminal
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
-    checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
+    # a folder, or "owner/name" on the Hugging Face Hub; empty: checkpoints/smollm2 where `make ask` has
+    # installed what it was trained from, else checkpoints/demo
+    checkpoint: str = ""
     documents: str = ""                   # folder of texts, pages, PDFs, or a .jsonl file of id, title, text
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
@@ -86,8 +89,9 @@ def sources_of(answer, question, texts):
     return sorted((n for n in held if 2 * held[n] >= most), key=lambda n: -held[n])
 
 
-def show(model, tokenizer, memory, texts, where, question, config, say=print):
-    """Stream one answer to the terminal, then its sources. where(position): where a document comes from."""
+def show(model, tokenizer, memory, texts, where, question, config, reaches, say=print):
+    """Stream one answer to the terminal, then its sources; or say that there is none, where the best score is
+    not above what chance reaches. where(position): where a document comes from."""
     place = lambda number: int(np.searchsorted(memory.numbers, number))
     appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
@@ -96,12 +100,17 @@ def show(model, tokenizer, memory, texts, where, question, config, say=print):
             answer += event
             continue
         appended += event.appended
+        by_chance = not ranked and event.routed and event.routed[0][1] <= reaches
         ranked = ranked or [n for n, _ in event.routed]
         if config.trace:
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
                 say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
+        if by_chance:
+            say(f"Nothing in these documents answers this (best score {event.routed[0][1]:.2f}, "
+                f"chance reaches {reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
+            return
     say("" if answer else "(no answer)")
     if model.config.prompts == "chat":  # it was given what was found; the others name what they want
         given = {n: tokenizer.decode(texts[place(n)]) for n in ranked if n in appended}
@@ -151,13 +160,21 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
+def default_checkpoint():
+    """checkpoints/smollm2, or without its base checkpoints/demo, and a word about that."""
+    if importlib.util.find_spec(PACKAGES[SMOLLM2]):
+        return "checkpoints/smollm2"
+    print("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
+    return "checkpoints/demo"
+
+
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents and not config.memory:
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    folder = find(config.checkpoint)
+    folder = find(config.checkpoint or default_checkpoint())
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
@@ -175,7 +192,7 @@ def script():
         def ask(question):
             memory.refresh()  # it may have changed since the last question
             where = lambda position: memory.bank.document(position)[1]
-            show(model, tokenizer, memory, memory.texts, where, question, config, say)
+            show(model, tokenizer, memory, memory.texts, where, question, config, reaches, say)
     else:
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
@@ -187,7 +204,8 @@ def script():
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
-        ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, say)
+        ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, reaches, say)
+    reaches = chance(model, tokenizer, memory)
     for question in [config.question] if config.question else typed_questions(ranks):
         ask(question)
     ranks.end()

@@ -4,7 +4,6 @@ results/README.md says what each of these brings: the demo trained without it. N
 """
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -14,12 +13,11 @@ from msa_kernel import chunk_offsets, pool_chunks
 
 @dataclass
 class ScratchConfig:
-    smear: bool = False             # e_t + W e_{t-1} before the first layer: a token knows the one before it
     number_chunk: int = 0  # tokens of a closing number that have a chunk of their own; 5 with number tokens
     normalize_values: bool = False  # pooled values get unit RMS per head: the mean of many is small
     score_bias: bool = False  # memory attention adds (a document's score - the best one) / tau to its logits
-    copy_init: bool = False         # memory layers start as copiers of what they attend to
-    equal_routers: bool = False     # routing query and key maps start equal, so that like finds like
+    copy_init: bool = False     # memory layers start as copiers of what they attend to
+    equal_routers: bool = False  # routing query and key maps start equal, so that like finds like
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,14 +33,6 @@ class ScratchConfig:
 class Scratch:
     """The methods of model.PaperMSA that these options change."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        if config.smear:
-            self.model.smear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            nn.init.normal_(
-                self.model.smear.weight, std=config.hidden_size**-0.5 if config.copy_init else 0.02
-            )
-
     def init_weights(self):
         super().init_weights()
         if self.config.copy_init:
@@ -51,14 +41,6 @@ class Scratch:
             for i in self.config.router_layers:
                 attention = self.model.layers[i].self_attn
                 start_equal(attention.router_q_proj[0], attention.router_k_proj[0], attention)
-
-    def embed(self, tokens, cache):
-        x = super().embed(tokens, cache)
-        if not self.config.smear:
-            return x
-        before = cache.last.get("embedding", torch.zeros_like(x[:, :1]))
-        cache.last["embedding"] = x[:, -1:]
-        return x + self.model.smear(torch.cat([before, x[:, :-1]], 1))
 
     def chunk_offsets(self, lengths):
         if int(lengths.min()) < self.config.number_chunk:

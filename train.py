@@ -6,20 +6,22 @@
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
     python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
+    python train.py config/smollm2.toml                                  # a chat backbone learns to read
+    torchrun --nproc_per_node=8 train.py config/qwen3-4b.toml            # weights shared out to eight GPUs
 
 A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
-it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state.pt (for --resume),
-log.jsonl and curves.png. A step is measured before it changes the weights: the row of step 1 is the untrained
-model's. Every memory layer's recall is its own, nothing forced.
+it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state/ (for --resume, on
+any number of ranks), log.jsonl and curves.png. A step is measured before it changes the weights: the row of
+step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
 """
-import io
-import json
+import contextlib
 import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find
+from checkpoint import ROUTING_ONLY, find, find_base, whole
 from common import (
     UserError,
     atomic_file,
@@ -40,17 +42,20 @@ from common import (
     main,
     start_process_group,
 )
+from low_rank import add_factors
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, check_prepared, collate
+from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
+from training_state import Log, read_about, read_log, read_state, tell_changes, write_state
 
 
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
     init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
+    rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
@@ -61,10 +66,13 @@ class TrainConfig:
     weight_decay: float = 0.1           # matrices only
     gradient_clip: float = 1.0          # norm
     accumulate: int = 1                 # pools per rank and step; raise it when memory is short
+    checkpoint_activations: bool = False  # made again in the backward: less memory, more than a third slower
+    compile: bool = False               # blocks' products by torch.compile: minutes at first, then faster
     number_limit: int = 10_000_000      # documents' numbers are drawn below it: as many as will be needed
     seed: int = 1337                    # weights and document numbers
     log_every: int = 10                 # steps
     evaluate_every: int = 250           # steps; the checkpoint is written first
+    shard: Literal["auto", "on", "off"] = "auto"  # each rank holds a part of the model; auto: where it must
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     resume: bool = False                # continue the run in `out`
@@ -77,10 +85,14 @@ class TrainConfig:
                      "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("seed", "router_steps", "router_lm_weight", "warmup_steps", "final_learning_rate",
-                     "weight_decay"):
+        for name in ("rank", "seed", "router_steps", "router_lm_weight", "warmup_steps", "weight_decay",
+                     "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.rank and not self.init_from:
+            raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
+        if self.rank and self.shard == "on":
+            raise UserError(f"rank is {self.rank}: what is trained is small; leave --shard out")
         if not 0 <= self.routing_dropout < 1:
             raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
@@ -95,22 +107,30 @@ def learning_rate(step, config):
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
 
 
-def start_from(config, folder, tokenizer, device):
+def start_from(config, folder, tokenizer, device, dtype):
     """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
     its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
-    whiten_routers. Raises UserError where it cannot be."""
+    whiten_routers. With a rank it stays a chat backbone in `dtype`, and what is trained are low-rank changes.
+    Raises UserError where it cannot be."""
     loaded = MSA.read_config(folder)[0]
+    if config.rank and loaded.prompts != "chat":
+        raise UserError(f"rank is {config.rank}, of changes to a chat backbone, which --init-from "
+                        f"{config.init_from} is not; leave it out")
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
-    changes = settings(config, loaded, free)
-    if backbone:
+    changes = settings(config, loaded, ("second_look",) if config.rank else free)
+    if backbone and not config.rank:
         changes |= dict(attend_memory=True, prompts="nanomsa")
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
                         f"--encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, **changes)
-    model.resize_vocabulary(tokenizer.vocab_size)
+    model = MSA.from_pretrained(folder, device, dtype, **changes)
+    if config.rank:
+        model.others["base"] = config.init_from
+        add_factors(model, config.rank)
+    else:
+        model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 
 
@@ -150,8 +170,8 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     documents that have them: where they score best, the maximum over tokens hides the words that tell
     documents apart, and Eq. 5 has no gradient that could change it.
     """
-    rng = np.random.default_rng([config.seed, position])
-    documents, numbers, batches = collate(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    rng, samples = np.random.default_rng([config.seed, position]), collate_chat if config.rank else collate
+    documents, numbers, batches = samples(pools[position % len(pools)], tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         routes = batch["routing_mask"]
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
@@ -160,58 +180,302 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     return documents, numbers, batches
 
 
+def samples(pools, tokenizer, config, device, step, position, rank, world):
+    """`next_pool` of every pool that this rank takes from a step and a position on. For a GPU the next one is
+    made by a thread meanwhile; on a CPU that would take the time of the step."""
+    def places():
+        for at in range(step, config.max_steps):
+            dropout = config.routing_dropout if at < config.router_steps else 0.0
+            for micro in range(config.accumulate):
+                place = position + ((at - step) * config.accumulate + micro) * world + rank
+                yield pools, place, tokenizer, config, device, dropout
+
+    if device.type == "cuda":
+        with ThreadPoolExecutor(1) as worker:
+            coming = (worker.submit(next_pool, *place) for place in places())
+            ahead = next(coming, None)
+            while ahead:
+                made, ahead = ahead, next(coming, None)
+                yield made.result()
+        return
+    for place in places():
+        yield next_pool(*place)
+
+
+def operations(config, lengths, batches, learns=3.0):
+    """What a pool's forward and backward have to compute, in operations, 2 for a product and its sum:
+
+        learns * (sum over tokens of 2 * the matrices that a token passes + 4 * H * D * the keys that it sees)
+
+    config: a ModelConfig; lengths: of documents, in tokens; batches: (rows, tokens, shared tokens, predicted
+    tokens). A document's token passes the layers before the last that a memory keeps, and this one's key and
+    value maps, and sees half its document; a question's passes all, and sees the shared tokens, half the
+    question and, in memory layers, the chunks of top_k documents; a predicted one passes the output matrix.
+    learns: the backward is twice a forward; 5/3 for changes of low rank, where two thirds of the layers have
+    a backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
+    peak (MFU) is of use."""
+    E, layers, memory = config.hidden_size, config.num_hidden_layers, config.memory_layers
+    width, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    matrices = E * (2 * width + 2 * groups + 3 * config.intermediate_size)
+    heads, key_heads, size = config.routing_shape
+    router = E * size * len(config.router_layers) * config.decouple_router
+    deep = max(config.reading_layers + config.router_layers)
+    total = 2 * sum(lengths) * (deep * matrices + 2 * E * groups + key_heads * router)
+    total += 2 * width * deep * sum(length * length for length in lengths)
+    chunks = sum(-(-length // config.chunk_size) for length in lengths) / max(len(lengths), 1)
+    slots = min(config.top_k, len(lengths)) * chunks * len(memory) * config.attend_memory
+    for rows, tokens, shared, predicted in batches:
+        total += 2 * (rows * tokens + shared) * (layers * matrices + heads * router)
+        seen = layers * (shared + tokens / 2) + slots
+        total += 4 * width * (rows * tokens * seen + layers * shared * shared / 2)
+        total += 2 * E * config.vocab_size * predicted
+    return learns * total
+
+
+# bfloat16 operations a second, without sparsity, by what the device's name holds
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def speed(device, done, spent):
+    """Operations of this rank in some seconds, as text; of a GPU in PEAK with their share of its peak."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for part, rate in PEAK.items() if part in name), None)
+    text = f"{done / spent / 1e12:.3g} TFLOP/s"
+    return f"{text}, MFU {done / spent / peak:.0%}" if peak else text
+
+
+def sizes(batches):
+    """(rows, tokens, shared tokens, predicted tokens) of each batch."""
+    return [(*b["tokens"].shape, b["shared"].numel() if "shared" in b else 0, int(b["target_mask"].sum()))
+            for b in batches]
+
+
 METRICS = ("lm", "naming", "answer", "named", "answered", "aux", "top1", "chance")  # scalars of a step
 
 
 def flatten_metrics(losses):
-    """A step's metrics as one detached tensor, to average over pools and ranks; the recalls are last."""
+    """A pool's metrics, the recalls last, as one detached tensor (2, n) to add up over pools and ranks: the
+    values, and a 1 for each that there is."""
     scalars = torch.stack([losses[name].detach().float() for name in METRICS])
-    return torch.cat([scalars, losses["recall"].float()])
+    values = torch.cat([scalars, losses["recall"].float()])
+    return torch.stack([values.nan_to_num(), 1.0 - values.isnan().float()])
 
 
-def name_metrics(values):
-    values = [round(v, 6) for v in values.tolist()]
+def name_metrics(sums):
+    """The means of what `flatten_metrics` made, by name."""
+    values = [round(v, 6) for v in (sums[0] / sums[1].clamp(min=1)).tolist()]
     return {**dict(zip(METRICS, values)), "recall": values[len(METRICS):]}
 
 
-def describe(row, top_k):
-    """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score."""
+def describe(row, config):
+    """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score. A chat
+    backbone does not route in training: its two kinds of answers."""
+    if config.rank:
+        return (f"| answer {row['answer']:.3f} {row['answered']:.2f} | not found {row['naming']:.3f} "
+                f"{row['named']:.2f}")
     recall = " ".join(f"{r:.2f}" for r in row["recall"])
     return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} "
-            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{top_k} {recall} "
+            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{config.model.top_k} {recall} "
             f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
 
 
-def plot(rows, path):
-    """Draw a log's losses, its samples wholly right, and every memory layer's recall beside chance."""
+def plot(rows, path, routes):
+    """Draw a log's losses, its samples wholly right, and, of what routes, every memory layer's recall beside
+    chance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return  # the plot extra is not installed
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
     figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = panels = figure.subplots(1, 3)
 
     def draw(axes, label, of_row, **style):
         line, = axes.plot([r["step"] for r in train], [of_row(r) for r in train], label=label, **style)
         dots = [r["step"] for r in validation], [of_row(r) for r in validation]
         axes.plot(*dots, "o", color=line.get_color(), ms=4)
 
-    for axes, name, label in ((left, "naming", "next token, naming"), (left, "answer", "next token, answers"),
-                              (left, "aux", "routing (Eq. 5)"), (middle, "named", "number and stop"),
-                              (middle, "answered", "answer")):
+    losses = ((left, "naming", "next token, naming" if routes else "next token, not found"),
+              (left, "answer", "next token, answers"), (left, "aux", "routing (Eq. 5)"))
+    shares = (middle, "named", "number and stop" if routes else "not found"), (middle, "answered", "answer")
+    for axes, name, label in (*losses[:3 if routes else 2], *shares):
         draw(axes, label, lambda row, name=name: row[name], lw=0.8)
     layers = len(train[0]["recall"]) - 1
+    right.set_visible(routes)
     for i, label in enumerate([*(f"memory layer {i}" for i in range(layers)), "mean score"]):
         draw(right, label, lambda row, i=i: row["recall"][i], lw=0.8)
     right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
     middle.set(xlabel="step", ylabel="share of samples wholly right", ylim=(0, 1.02), title="named, answered")
     right.set(xlabel="step", ylabel="recall@k, nothing forced", ylim=(0, 1.02), title="routing")
-    for axes in (left, middle, right):
+    for axes in panels:
         axes.legend()
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def check_out(config, folder):
+    """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
+    out = Path(config.out)
+    if folder and folder.resolve() == out.resolve():
+        raise UserError(f"--out is {config.out}, which --init-from reads; give another")
+    held = (out / "config.json").exists() or (out / "training_state" / "about.json").exists()
+    if held and not (config.overwrite or config.resume):
+        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
+                        "or give another --out")
+
+
+def prepare(config, folder, device, dtype):
+    """The model with its device's first weights, the tokenizer, the pools of each split, and the
+    configuration with what the model says. folder: of `init_from`, or None. Raises UserError for data that
+    do not fit."""
+    check_prepared(config.data)
+    tokenizer = Tokenizer.load(config.data.out)
+    if tokenizer.vocab_size > config.model.vocab_size and not folder:
+        raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
+                        f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
+    tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
+    if config.model.prompts != "nanomsa":
+        raise UserError(f"model.prompts is {config.model.prompts!r}; leave it out: models that train.py "
+                        'makes are asked as "nanomsa", or with a rank as --init-from is')
+    if config.data.documents:
+        config.model.max_document_tokens = config.data.max_document_tokens
+    torch.manual_seed(config.seed)
+    weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
+    model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
+    config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
+    if config.rank:
+        tokenizer = load_tokenizer(folder, model.config)
+    tokenizer.check_number_chunk(config.model.number_chunk)
+    pools = {split: Pools(f"{config.data.out}/{split}", config.model.vocab_size)
+             for split in ("train", "validation")}
+    if folder and not (model.trained_routers or config.resume or config.rank):
+        whiten_routers(model, pools["train"], tokenizer, config, products)
+    return config, model, tokenizer, pools, products
+
+
+def device_bytes(device):
+    """Bytes of a GPU, or of this process's share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def compile_blocks(model):
+    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
+    out: it has its own kernels, and shapes that the data decide."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
+                                                for method in (attention.query, attention.key_value))
+
+
+def share_out(model, config, device, dtype, world):
+    """What the loop calls: the model itself, or in DDP, where every rank holds all of it, or, shared out,
+    FSDP2's. Then each rank holds its rows of weights, gradients and moments, and all weights only while a
+    pool is computed: in bfloat16 with that `dtype` (the residual stream, too; gradients are added up, and
+    weights changed, in float32). `auto` shares out where 20 bytes a parameter that learns (weight, gradient,
+    two moments, DDP's copy of gradients) would take more than 3/4 of the device."""
+    if world == 1:
+        return model
+    needed = sum(p.nbytes + 16 * p.numel() * p.requires_grad for p in model.parameters())
+    fits = needed <= 0.75 * device_bytes(device)
+    if config.rank or config.shard == "off" or config.shard == "auto" and fits:
+        return DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # As a whole: with blocks by themselves ranks whose pools have more batches would wait for ever
+    return fully_shard(model, mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=False,
+                       mp_policy=precision)
+
+
+def is_shared(model):
+    """Whether `share_out` gave each rank a part."""
+    return hasattr(model, "unshard")
+
+
+def make_optimizer(model, config):
+    """AdamW for what learns; weight decay for matrices only."""
+    learns = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in learns if (p.ndim < 2) == small] for small in (False, True))
+    return torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                              dict(params=vectors, weight_decay=0.0)],
+                             lr=config.learning_rate, betas=(0.9, 0.95), fused=model.device.type != "mps")
+
+
+def settings_of(config, tokenizer):
+    """Every setting by name, nested ones as "model.top_k", not those of one call; and the tokenizer's."""
+    values = {"tokenizer": tokenizer.fingerprint()}
+    for name, value in asdict(config).items():
+        nested = value if is_dataclass(getattr(config, name)) else {}
+        values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
+    return {name: value for name, value in values.items() if name not in ("out", "resume", "overwrite")}
+
+
+def is_fixed(name):
+    """Whether a run cannot go on when the setting of this name has changed."""
+    table, _, key = name.rpartition(".")
+    return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"))
+
+
+def resume(model, optimizer, tokenizer, config, world, say):
+    """Go on where the run in `out` was last saved: returns step, position and the log's rows. Says what is
+    otherwise than before. Raises UserError for what cannot be."""
+    out = Path(config.out)
+    about = read_about(out / "training_state")
+    settings = settings_of(config, tokenizer)
+    changes = tell_changes(out / "training_state", about, settings, world, is_fixed)
+    rows = read_log(out / "log.jsonl", about["step"])
+    read_state(out / "training_state", model, optimizer, about)
+    say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
+    return about["step"], about["position"], rows
+
+
+def save(model, optimizer, tokenizer, config, step, position, rank, world):
+    """Write the checkpoint: first what --resume needs, then the folder in the Hugging Face layout, which the
+    first rank writes tensor by tensor. Each file appears whole or not at all."""
+    out, shared = Path(config.out), is_shared(model)
+    if rank == 0 or shared:
+        about = dict(step=step, position=position, ranks=world, settings=settings_of(config, tokenizer))
+        write_state(out / "training_state", model, optimizer, about, rank, world if shared else 1)
+        model.save_pretrained(out if rank == 0 else None)
+    if rank == 0:
+        tokenizer.save(out)
+
+
+def validate(model, pools, tokenizer, config, device, dtype, rank, world):
+    """Mean metrics over the validation pools, dealt to the ranks."""
+    sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
+    model.eval()
+    if is_shared(model):
+        model.unshard()  # all ranks at once: they may have unequal numbers of pools
+    with torch.no_grad(), autocast(device, dtype):
+        for i in range(rank, len(pools), world):
+            sums += flatten_metrics(model(*next_pool(pools, i, tokenizer, config, device)))
+    if is_shared(model):
+        model.reshard()
+    model.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+@contextlib.contextmanager
+def telling_of_lost_ranks(config):
+    """Where another rank has ended, UserError says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = "onnection" in str(error) or "imed out" in str(error) or isinstance(error, dist.DistError)
+        if not (dist.is_initialized() and gone):
+            raise
+        raise UserError("another rank has ended or does not answer; the same command with --resume goes on "
+                        f"from the last checkpoint in {config.out}") from None
 
 
 def script():
@@ -221,106 +485,43 @@ def script():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         start_process_group(device, timeout=600)
-    first = rank == 0
-    say = print if first else lambda *_, **__: None
-    say(f"device: {device} ({reason}); ranks: {world}")
-    out, folder = Path(config.out), find(config.init_from) if config.init_from else None
-    state_path = out / "training_state.pt"
-    if folder and folder.resolve() == out.resolve():
-        raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-    if ((out / "config.json").exists() or state_path.exists()) and not (config.overwrite or config.resume):
-        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
-                        "or give another --out")
-    # data
-    check_prepared(config.data)
-    tokenizer = Tokenizer.load(config.data.out)
-    if tokenizer.vocab_size > config.model.vocab_size and not config.init_from:
-        raise UserError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer of {config.data.out} "
-                        f"has {tokenizer.vocab_size} tokens, and the model needs at least as many")
-    tokenizer.number(config.number_limit - 1)  # raises where it cannot be spelled
-    if config.model.prompts != "nanomsa":
-        raise UserError(f"model.prompts is {config.model.prompts!r}; train.py makes models that are asked as "
-                        '"nanomsa"')
-    if config.data.documents:
-        config.model.max_document_tokens = config.data.max_document_tokens
-    torch.manual_seed(config.seed)
-    model = start_from(config, folder, tokenizer, device) if folder else MSA(config.model).to(device)
-    config = replace(config, model=model.config)
-    tokenizer.check_number_chunk(config.model.number_chunk)
-    train_pools = Pools(f"{config.data.out}/train", config.model.vocab_size)
-    if folder and not model.trained_routers and not config.resume:
-        whiten_routers(model, train_pools, tokenizer, config, dtype)
-    validation_pools = Pools(f"{config.data.out}/validation", config.model.vocab_size)
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"device: {device} ({reason}); ranks: {world}"
+        + "; if one ends, the same command with --resume goes on from the last checkpoint" * (world > 1))
+    with telling_of_lost_ranks(config):
+        train(config, device, dtype, rank, world, say)
+    end_process_group()
 
-    # model and optimizer
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
-                                   dict(params=vectors, weight_decay=0.0)],
-                                  lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, memory layers "
-        f"{config.model.memory_layers}; data: {len(train_pools):,} pools")
 
-    # resume: weights, optimizer, step and data position. Every random draw is seeded by the position: there
-    # is no other state.
+def train(config, device, dtype, rank, world, say):
+    """A whole run: prepare, perhaps resume, step by step, save."""
+    out, folder = Path(config.out), None
+    if config.init_from:
+        folder = (find_base if config.rank else find)(config.init_from)
+    check_out(config, folder)
+    config, model, tokenizer, pools, dtype = prepare(config, folder, device, dtype)
+    if config.compile:
+        compile_blocks(model)
+    called = share_out(model, config, device, dtype, world)
+    optimizer = make_optimizer(model, config)
+    learns = [p for group in optimizer.param_groups for p in group["params"]]
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
+        f"{sum(p.numel() for p in learns):,} learn, memory layers {config.model.memory_layers}; "
+        f"data: {len(pools['train']):,} pools" + "; weights are shared out to the ranks" * is_shared(model))
     step, position, rows = 0, 0, []
     if config.resume:
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-            if state.keys() != {"model", "optimizer", "step", "position"}:
-                raise KeyError
-            model.load_tensors(state["model"], state_path)
-            optimizer.load_state_dict(state["optimizer"])
-            step, position = int(state["step"]), int(state["position"])
-        except FileNotFoundError:
-            raise UserError(f"{state_path}: nothing to resume; leave --resume out to start") from None
-        except UserError:
-            raise
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            raise UserError(f"{state_path}: not a whole training state ({type(error).__name__}); start anew "
-                            "with --overwrite") from None
-        try:
-            lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{out}/log.jsonl: not whole; delete its last line, or start anew with "
-                            "--overwrite") from None
-        say(f"resumed from {out} at step {step}")
+        step, position, rows = resume(model, optimizer, tokenizer, config, world, say)
+    unseen = not any((row["step"], row["split"]) == (step, "validation") for row in rows)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
+    # What --overwrite replaces stays until there is something to put in its place
+    log = Log(out / "log.jsonl" if rank == 0 else None, rows, patient=config.overwrite and not config.resume)
 
-    def save():
-        """Write the checkpoint; each file appears whole or not at all."""
-        if first:
-            buffer = io.BytesIO()  # torch.save would turn a full disk into an error that does not say so
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            position=position), buffer)
-            with atomic_file(state_path, "wb") as file:
-                file.write(buffer.getbuffer())
-            model.save(out)
-            tokenizer.save(out)
-            save_log()
+    def evaluate():
+        metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)
+        log.add({"step": step, "split": "validation", **name_metrics(metrics)})
+        say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
 
-    def log(split, metrics, **more):
-        """One row of log.jsonl; a tracker is called here."""
-        rows.append({"step": step, "split": split, **name_metrics(metrics), **more})
-
-    def save_log():
-        with atomic_file(out / "log.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def validate():
-        """Mean metrics over the validation pools, dealt to the ranks."""
-        sums = torch.zeros(len(METRICS) + config.model.rankings + 2, device=device)  # last: pools
-        model.eval()
-        with torch.no_grad(), autocast(device, dtype):
-            for i in range(rank, len(validation_pools), world):
-                losses = model(*next_pool(validation_pools, i, tokenizer, config, device))
-                sums += torch.cat([flatten_metrics(losses), sums.new_ones(1)])
-        model.train()
-        if world > 1:
-            dist.all_reduce(sums)
-        return sums[:-1] / sums[-1]
-
+    due = lambda step: step % config.evaluate_every == 0 or step == config.max_steps
     signals = []                          # what this rank was told
     stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
 
@@ -331,62 +532,59 @@ def script():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish_step)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
     model.train()
-    began, tokens_done, start_step = time.time(), 0, step
+    taken = samples(pools["train"], tokenizer, config, device, step, position, rank, world)
+    began, tokens_done, work_done, start_step = time.time(), 0, 0, step
+    if step and unseen and due(step):  # the run was killed before it
+        evaluate()
     while step < config.max_steps and not stop:
         first_phase = step < config.router_steps
         aux_weight, lm_weight = (1.0, config.router_lm_weight) if first_phase else (0.1, 1.0)
-        dropout = config.routing_dropout if first_phase else 0.0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         metrics = 0.0
         for micro in range(config.accumulate):
-            documents, numbers, batches = next_pool(train_pools, position + micro * world + rank, tokenizer,
-                                                    config, device, dropout)
-            if world > 1:
-                wrapped.require_backward_grad_sync = micro == config.accumulate - 1
+            documents, numbers, batches = next(taken)
+            last = micro == config.accumulate - 1  # gradients are added up over ranks once
+            if is_shared(model):
+                model.set_requires_gradient_sync(last)
+            elif world > 1:
+                called.require_backward_grad_sync = last
             with autocast(device, dtype):
-                losses = wrapped(documents, numbers, batches)
+                losses = called(documents, numbers, batches)
             ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
-            metrics = metrics + flatten_metrics(losses) / config.accumulate
-            tokens_done += sum(map(len, documents)) + sum(int(b["target_mask"].numel()) for b in batches)
+            metrics = metrics + flatten_metrics(losses)
+            lengths, parts = [*map(len, documents)], sizes(batches)
+            tokens_done += sum(lengths) + sum(rows * tokens + shared for rows, tokens, shared, _ in parts)
+            work_done += operations(config.model, lengths, parts, 5 / 3 if config.rank else 3)
         position += config.accumulate * world
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         stop.fill_(bool(signals))
         if world > 1:  # every rank logs the same and stops at the same step
             dist.all_reduce(metrics)
-            metrics /= world
             dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if not math.isfinite(metrics.sum()):
+        if not math.isfinite(norm):
             raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
                             f"checkpoint in {out} is intact)")
-        log("train", metrics, norm=round(float(norm), 4))
+        log.add({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began
             left = spent / (step - start_step) * (config.max_steps - step)
-            say(f"step {step:5d}/{config.max_steps} {describe(rows[-1], config.model.top_k)} | "
-                f"{tokens_done * world / spent:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left",
-                flush=True)
-        due = step % config.evaluate_every == 0 or step == config.max_steps
-        if due or stop:
-            save()  # before the evaluation, which might fail
-            if due:
-                log("validation", validate())
-                if first:
-                    save_log()
-                say(f"step {step:5d} validation {describe(rows[-1], config.model.top_k)}", flush=True)
-    if first:
-        save_log()
-        plot(rows, out / "curves.png")
+            rates = f"{tokens_done * world / spent:,.0f} tokens/s, {speed(device, work_done, spent)}"
+            say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
+                f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+        if due(step) or stop:  # before the evaluation, which might fail
+            save(model, optimizer, tokenizer, config, step, position, rank, world)
+            log.begin()
+        if due(step):
+            evaluate()
+    if rank == 0:
+        plot(log.rows, out / "curves.png", config.rank == 0)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
         + ("; go on with --resume" if stop else ""))
-    if world > 1:
-        del wrapped  # it holds the group
-        end_process_group()
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def save_untrained(folder, tokenizer, **options):
     torch.manual_seed(0)
     MSA(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                    chunk_size=16, top_k=2, **options)).save(folder)
+                    chunk_size=16, top_k=2, **options)).save_pretrained(folder)
     tokenizer.save(folder)
     return folder
 

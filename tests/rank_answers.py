@@ -40,13 +40,13 @@ def script():
     ranks = Ranks(device, args.timeout)
     model, tokenizer = load_checkpoint(args.checkpoint, device)
     memory = ParallelMemory(Bank(args.bank), device, ranks, args.routing_keys)
-    found = []
+    found, config = [], InterleaveConfig(max_rounds=4)  # of a chat backbone two
     for i, question in enumerate(json.loads(Path(args.questions).read_text())):
         if i == 1 and ranks.rank == args.stall:
             time.sleep(1000)
         if i == 1 and ranks.rank == args.kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, config)
         found.append([answer, [[r.routed, r.named, r.appended] for r in rounds]])
     if ranks.rank == 0:
         Path(args.out).write_text(json.dumps(found))

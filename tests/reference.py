@@ -172,13 +172,7 @@ class Reference:
         return self.placed(layer, "q", query, position), self.placed(layer, "k", key, position), value
 
     def embed(self, tokens):
-        rows = [self.weights["model.embed_tokens.weight"][token] for token in tokens]
-        if not self.config.smear:
-            return rows
-        smeared = rows[:1]
-        for before, row in zip(rows, rows[1:]):
-            smeared.append(row + linear(self.weights["model.smear.weight"], before))
-        return smeared
+        return [self.weights["model.embed_tokens.weight"][token] for token in tokens]
 
     def finish(self, layer, x, attended):
         """The rest of a layer for one token: output projection and SwiGLU, each added to the residual."""
@@ -322,10 +316,10 @@ class Reference:
             ranking = [m for m in rank(reading.scores, reading.chosen) if m not in sample.appended]
             recalls.append([share(found, sample.positive) for found in [*reading.chosen, ranking[:k]]])
             top1.append(share(ranking[:1], sample.positive))
-        average_of = lambda values: mean(values) if values else 0.0
+        average_of = lambda values, none=0.0: mean(values) if values else none
         return dict(lm=mean(surprise[True] + surprise[False]),
-                    naming=average_of(surprise[False]), answer=average_of(surprise[True]),
-                    named=average_of(right[False]), answered=average_of(right[True]),
+                    naming=average_of(surprise[False], math.nan), named=average_of(right[False], math.nan),
+                    answer=average_of(surprise[True], math.nan), answered=average_of(right[True], math.nan),
                     aux=average_of(aux), top1=average_of(top1),
                     recall=[mean(layer) for layer in zip(*recalls)],
                     chance=min(1.0, k / len(documents)))

@@ -1,5 +1,6 @@
 """How answers and rankings are scored, and the table of four methods."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,10 +179,25 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    found = ranked(model, tokenizer, memory, "Which amber otter?")
+    found, best = ranked(model, tokenizer, memory, texts, "Which amber otter?", InterleaveConfig())
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
-    expected, _ = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
+    expected, scores = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
+    assert best == pytest.approx(float(scores[0, 0]), abs=1e-6)
     assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) <= 10
+
+
+@pytest.mark.parametrize("rounds,most,expected", [
+    (2, 16, [7, 3, 5, 4, 1]), (2, 4, [7, 3, 1, 5]), (2, 5, [7, 3, 5, 1]), (1, 4, [7, 3, 5, 4]),
+    (0, 16, [7, 3, 5, 4]), (-1, 16, [7, 3, 5, 4])])
+def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
+    """What the second round finds would be put before the first's best, be counted twice, or not at all."""
+    found = [[(7, 0.9), (3, 0.8), (5, 0.2), (4, 0.1)], [(1, 1.3), (7, 1.1), (5, 1.0), (3, 0.9)]]
+    monkeypatch.setattr(answers, "route_rounds", lambda *about: found[:about[-1]])
+    model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0))
+    tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
+    config = InterleaveConfig(max_rounds=rounds)
+    monkeypatch.setattr(answers, "AT", (1, most))
+    assert ranked(model, tokenizer, None, [], "?", config) == (expected, 0.9)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import baseline
 from model import MSA, ModelConfig
 
 CONFIG = ModelConfig(vocab_size=608, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-                     num_attention_heads=4, num_key_value_heads=2, head_dim=6, smear=True, copy_init=True)
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=6, copy_init=True)
 
 
 def pool_of(tokenizer):

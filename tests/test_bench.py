@@ -69,7 +69,8 @@ def test_memory_benchmarks(toy, monkeypatch):
         each = 1 / 64 if full else 2 / 75
         sizes = f"100M tokens: keys {keys * each / 10:.1f} GB, content {content * each / 10:.1f} GB"
         assert sizes in row["note"]
-    bench.bench_modes(toy, fraction=1e6 / bench.proc_bytes("meminfo", "MemAvailable"), top_k=3)
+    bench.bench_modes(toy, "toy", bench.SHAPE, fraction=1e6 / bench.proc_bytes("meminfo", "MemAvailable"),
+                      top_k=3)
     paper, shared = toy.rows[4:]
     assert "paper's mode" in paper["what"] and "shared mode" in shared["what"]
     assert [row["collectives"] for row in (paper, shared)] == [2 * 2, 2]

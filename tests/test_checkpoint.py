@@ -167,7 +167,7 @@ def test_a_backbone_in_shared_mode(tmp_path, routing_dim):
     model.model.token_weights[5] = 4.0
     assert model.fingerprint() != fingerprint
     model.resize_vocabulary(size + 3)
-    model.save(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
     again = MSA.from_pretrained(tmp_path / "saved")
     assert again.trained_routers and "token_weights" in dict(again.model.named_buffers())
     assert again.model.token_weights.tolist() == [1.0] * 5 + [4.0] + [1.0] * (size - 3)
@@ -183,28 +183,20 @@ def own(**options):
                            num_attention_heads=2, num_key_value_heads=1, head_dim=16, top_k=2, **options))
 
 
-def test_helpers_are_refused(tmp_path):
-    """A model that transformers does not know would be loaded there as one that it knows,
-    with other logits."""
-    with pytest.raises(UserError, match="model.smear is on: transformers has no such model"):
-        own(smear=True).save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_shards(tmp_path, monkeypatch):
     """Large models would be written through one copy in memory, or a shard's tensors be lost;
     an older checkpoint's files would stay."""
     first, second = own(), own(qk_norm=True)
-    first.save(tmp_path)
+    first.save_pretrained(tmp_path)
     monkeypatch.setattr(layout, "SHARD_BYTES", 20_000)
-    second.save(tmp_path)
+    second.save_pretrained(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert WEIGHTS not in names and INDEX in names and len(names) > 4
     again = MSA.from_pretrained(tmp_path)
     assert again.config.qk_norm
     assert all(a.equal(b) for a, b in zip(again.state_dict().values(), second.state_dict().values()))
     monkeypatch.undo()
-    first.save(tmp_path)
+    first.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
     assert not MSA.from_pretrained(tmp_path).config.qk_norm
 
@@ -212,13 +204,13 @@ def test_shards(tmp_path, monkeypatch):
 def test_other_files_stay(tmp_path):
     """A user's own file beside a checkpoint would be deleted when it is saved."""
     (tmp_path / "model-before.safetensors").write_bytes(b"mine")
-    own().save(tmp_path)
+    own().save_pretrained(tmp_path)
     assert (tmp_path / "model-before.safetensors").read_bytes() == b"mine"
 
 
 def test_missing_routers(tmp_path):
     """One of our own checkpoints that has lost its routers would be asked with untrained ones."""
-    own().save(tmp_path)
+    own().save_pretrained(tmp_path)
     save_file({name: x for name, x in load_file(tmp_path / WEIGHTS).items() if "router" not in name},
               tmp_path / WEIGHTS)
     with pytest.raises(UserError, match="router_k_proj.0.weight is missing"):
@@ -227,7 +219,7 @@ def test_missing_routers(tmp_path):
 
 def test_changes(tmp_path):
     """A misspelled or wrong setting would be a traceback."""
-    own().save(tmp_path)
+    own().save_pretrained(tmp_path)
     assert MSA.from_pretrained(tmp_path, top_k=7).config.top_k == 7
     for changes, message in ((dict(zzz=3), "unknown key 'zzz'"),
                              (dict(top_k="x"), "top_k = 'x' is of type str")):
@@ -266,9 +258,9 @@ def test_no_second_copy(tmp_path):
     model = MSA(ModelConfig(vocab_size=8192, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4,
                             num_attention_heads=16, num_key_value_heads=8, head_dim=64,
                             qk_norm=True)).bfloat16()
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     del model
-    own().save(tmp_path / "small")
+    own().save_pretrained(tmp_path / "small")
     command = [sys.executable, "-c", LOADS, str(tmp_path), str(tmp_path / "small")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -386,8 +386,8 @@ def test_reading_from_start_to_end(run, here, tmp_path):
     settings = {"out": tmp_path / "data", "properties": 2, "filler": 1, "vocab-size": 1100}
     data = [[f"--{table}{name}", value] for table in ("", "data.") for name, value in settings.items()]
     assert run(prepare_data, "tiny.toml", *sum(data[:4], []), "--number-tokens").code == 0
-    model = [f"--model.{name}" for name in ("smear", "equal-routers", "copy-init", "normalize-values",
-                                            "score-bias", "qk-norm")]
+    model = [f"--model.{name}" for name in ("equal-routers", "copy-init", "normalize-values", "score-bias",
+                                            "qk-norm")]
     trained = run(train, "tiny.toml", *sum(data[4:], []), "--data.number-tokens", "--model.vocab-size", 1100,
                   "--max-steps", 2, "--out", tmp_path / "run", *model, "--model.number-chunk", 5)
     assert trained.code == 0, trained.err

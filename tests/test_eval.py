@@ -436,7 +436,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("bm25s")
     pytest.importorskip("Stemmer")
 
-    def evaluate_set(*flags):
+    def evaluate_set(*flags, reaches=float("-inf")):
         seen = []
 
         def answer(model, tokenizer, question, appended, config):
@@ -444,12 +444,13 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
             seen.append((question, [number for number, _ in appended], texts))
             return texts[-1].rpartition(" is ")[2] if texts else "unknown"
 
-        def ranked(model, tokenizer, memory, question):
+        def ranked(model, tokenizer, memory, texts, question, config):
             assert model.config.top_k == 16
-            return list(range(len(memory)))[::-1]
+            return list(range(len(memory)))[::-1], len(question) / 100
         with monkeypatch.context() as patch:
             patch.setattr(answers, "answer_from_text", answer)
             patch.setattr(evaluation, "ranked", ranked)
+            patch.setattr(evaluation, "chance", lambda *_: reaches)
             result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
                          tmp_path / "rows.json", *flags)
         assert result.code == 0, result.err
@@ -503,14 +504,22 @@ def test_a_set_in_a_bank(evaluate_set, tmp_path):
 
 
 def test_own_questions(evaluate_set, tmp_path):
-    """Questions about a folder of notes would be about other pieces of it."""
+    """Questions about a folder of notes would be about other pieces of it; one that nothing answers would
+    count as answered, or a model whose chance is not known as if it refused nothing."""
     (tmp_path / "notes").mkdir()
     for name in ("a", "b", "c"):
         (tmp_path / "notes" / f"{name}.md").write_text(f"The {name}{name} is {name.upper()}")
-    (tmp_path / "own.jsonl").write_text(json.dumps(
-        {"question": "What is bb?", "answers": ["b"], "documents": ["b.md"]}) + "\n")
-    rows, seen, _ = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
-                                 "--k", 2)
+    questions = [{"question": "What is bb?", "answers": ["b"], "documents": ["b.md"]},
+                 {"question": "What is it all about?", "documents": []},
+                 {"question": "What is dd?", "answer": "", "documents": []}]
+    flags = "--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes", "--k", 2
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    rows, seen, out = evaluate_set(*flags, reaches=0.11)  # the patched best score is .01 a letter
+    assert (rows[3]["refused"], rows[3]["refused_rightly"]) == (1, 0.5)
+    assert "that have an answer: 1.000 (chance" in out and "that nothing answers: 0.500 (chance" in out
+    (tmp_path / "own.jsonl").write_text(json.dumps(questions[0]))
+    rows, seen, out = evaluate_set(*flags)
+    assert (rows[3]["refused"], rows[3]["refused_rightly"]) == (None, None) and "refused" not in out
     assert [(row["method"], row["exact_match"]) for row in rows] == [
         ("none", 0), ("oracle", 1), ("bm25", 0), ("memory", 1)]
     assert rows[3]["recall_at_1"] == 0 and rows[2]["recall_at_1"] == rows[3]["recall_at_16"] == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_prompts import write
 
 import memory_bank
 import memory_parallel
@@ -21,7 +22,7 @@ from interleave import InterleaveConfig, answer_question
 from memory_bank import Bank, Layout, Writer, join
 from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
-from prompts import load_checkpoint
+from prompts import ChatTokenizer, load_checkpoint
 from routing import top_documents
 from sync import bank_layout, fingerprint, hash64, sync
 from tasks import make_memory
@@ -173,8 +174,11 @@ def test_shared_mode(loaded, tmp_path, monkeypatch, kind, place, changes):
     assert len(found[0].selections[0].keys) == memory.bank.layout.layers == len(model.config.reading_layers)
     assert found[0].selections[0].scores.equal(found[1].selections[0].scores)
     assert found[0].selections[0].documents[2].eq(-1).all() and len(selected) > 2
-    cached = model.find(tokens, memory, mask)
-    assert cached.scores.equal(found[0].selections[0].scores)
+    first, wanted_first = model.find(tokens, memory, mask), model.find(tokens, wanted, mask)
+    assert first.scores.equal(found[0].selections[0].scores)
+    second = [model.find(tokens, m, mask, first=first) for m in (memory, grown)]
+    same_selection(second[0], model.find(tokens, wanted, mask, first=wanted_first), atol=1e-5)
+    assert second[0].scores.equal(second[1].scores) and not second[0].scores.equal(first.scores)
 
 
 @torch.no_grad()
@@ -450,7 +454,7 @@ import os, signal, sys
 import torch
 import sync
 from memory_parallel import Ranks
-from prompts import load_checkpoint
+from prompts import ChatTokenizer, load_checkpoint
 from tests.test_memory_parallel import TEXTS, documents_of
 model, tokenizer = load_checkpoint({str(checkpoint)!r}, torch.device("cpu"))
 sync.ENCODE_TOKENS = 10
@@ -552,7 +556,7 @@ def test_another_model(loaded, tmp_path, other):
 def test_fingerprint_survives_saving(loaded, tmp_path):
     """A checkpoint that is copied, or loaded again, would no longer fit its bank."""
     model, tokenizer = loaded
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     assert fingerprint(*load_checkpoint(tmp_path, CPU)) == fingerprint(model, tokenizer)
 
@@ -698,20 +702,26 @@ def test_ranks_answer_alike(asked):
         assert answer == wanted and [r.appended for r in rounds] == [r.appended for r in wanted_rounds]
 
 
-@pytest.mark.parametrize("changes", ["means", "above"])
+@pytest.mark.parametrize("changes", ["means", "above", "chat"])
 def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
-    """A mean over layers would depend, if only in its last bit, on how many ranks hold the memory."""
-    model, tokenizer = model_of(loaded, SHARED[changes])
-    model.save(tmp_path / "model")
+    """A mean over layers, or what routes in a chat model's second round, would depend, if only in its last
+    bit, on how many ranks hold the memory."""
+    if changes == "chat":
+        tokenizer = ChatTokenizer(write(tmp_path / "tokenizer"))
+        shape = SHARED["no reading"] | dict(prompts="chat", vocab_size=tokenizer.vocab_size, number_chunk=0)
+        loaded = loaded[0], tokenizer
+    model, tokenizer = model_of(loaded, shape if changes == "chat" else SHARED[changes])
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS + TEXTS[:4]), ALONE)
     questions = ["The number of elm is", "Which number is it, of oak or of pine?", "What?"]
     (tmp_path / "questions.json").write_text(json.dumps(questions))
     memory, told = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), []
     for question in questions:
-        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
+        answer, rounds = answer_question(model, tokenizer, memory, memory.texts, question,
+                                         InterleaveConfig(max_rounds=4))
         told.append([answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]])
-    assert all(rounds and rounds[0][0] for _, rounds in told)
+    assert all(len(rounds) >= 1 + (changes == "chat") and rounds[0][0] for _, rounds in told)
     done = torchrun(2, TESTS / "rank_answers.py", tmp_path / "model", tmp_path / "bank",
                     tmp_path / "questions.json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr[-3000:]

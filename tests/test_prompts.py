@@ -290,7 +290,7 @@ class Scripted:
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
         self.config = SimpleNamespace(prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4,
-                                      router_temperature=0.1, routing_layers="")
+                                      router_temperature=0.1, routing_layers="", second_look=0)
         self.device = torch.device("cpu")
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
@@ -401,13 +401,14 @@ def test_chat(ask):
 
 
 def test_chat_in_shared_mode(ask, monkeypatch):
-    """The layers that do not route would run for routing, a whole backbone for its first layers."""
+    """The layers that do not route would run for routing, a whole backbone for its first layers; a second
+    round would not know what the first found, name it again, or come unasked."""
     found, read = [], Scripted.read
 
-    def find(model, tokens, memory, routing_mask, prefix_length):
+    def find(model, tokens, memory, routing_mask, prefix_length, first=None):
         cache = Cache()
         read(model, tokens, memory, routing_mask, cache, prefix_length, routing_mask & False)
-        found.append(prefix_length)
+        found.append((prefix_length, first))
         return cache.selections[0]
 
     def read_without_memory(model, tokens, memory=None, **options):
@@ -421,9 +422,17 @@ def test_chat_in_shared_mode(ask, monkeypatch):
 
     for name, method in (("__init__", in_shared_mode), ("find", find), ("read", read_without_memory)):
         monkeypatch.setattr(Scripted, name, method, raising=False)
-    answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
-    assert found == [6] and answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
+    answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2, max_rounds=1)
+    assert found == [(6, None)] and answer == "So."
+    assert [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
     assert (asked[0].text, asked[0].routed) == ("<|im_start|>user\nWhy?", "Why?")
+    _, rounds, _ = ask("chat", "", "So.<|im_end|>", max_documents=3)
+    assert [r.named for r in rounds] == [[0, 3, 12]]
+    found.pop()
+    _, rounds, asked = ask("chat", "", "", "So.<|im_end|>", max_documents=4, max_rounds=2)
+    assert found[1] == (6, None) and found[2][1].documents.tolist() == [[2, 0, 3, 1]] and len(found) == 3
+    assert [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3]), ([1, 12], [1, 12])]
+    assert "[0]. zero\n\n[3]. three\n\n[1]. one\n\n[12]. twelve\n\n" in asked[2].text
 
 
 @pytest.mark.parametrize("options", [dict(memory=False), dict(max_rounds=0)])

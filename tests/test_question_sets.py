@@ -44,9 +44,9 @@ def test_read_beir(tmp_path):
     said = []
     texts, questions = read_beir(beir_set(tmp_path / "set"), said.append)
     assert texts == ["Text 0.", "Title\nText 1.", "Text 2.", "Text 3."] and said == []
-    assert questions == {"train": [("Which is third?", (2,), ("d2", "the third"))],
-                         "test": [("Which are first?", (1, 0), ()),
-                                  ("Which is third?", (3,), ("d2", "the third"))]}
+    assert questions == {"train": [("Which is third?", (2,), ("d2", "the third"), False)],
+                         "test": [("Which are first?", (1, 0), (), False),
+                                  ("Which is third?", (3,), ("d2", "the third"), False)]}
     assert read_set(tmp_path / "set", said.append) == (texts, questions)
     (tmp_path / "set" / "queries.jsonl").unlink()
     assert read_texts(tmp_path / "set") == texts
@@ -121,8 +121,8 @@ def test_read_squad(tmp_path):
                                          article("D", ("When?", False))]}))
     texts, questions = read_squad(path)
     assert texts == ["A b\nA_b text.", "B\nB text.", "C\nC text.", "D\nD text."] == read_texts(path)
-    assert questions == {"train": [("Why?", (0,), ("A_b",)), ("Who?", (2,), ("C",))],
-                         "test": [("When?", (3,), ("D",))]}
+    assert questions == {"train": [("Why?", (0,), ("A_b",), False), ("Who?", (2,), ("C",), False)],
+                         "test": [("When?", (3,), ("D",), False)]}
     for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
         path.write_text(text)
         with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
@@ -145,8 +145,12 @@ def test_read_questions(tmp_path):
     assert [document.text for document in documents] == ["one two three", "four five six", "seven", "eight"]
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "Which?", "answers": ["five"], "documents": ["a.md:3", "b.md"]}\n\n'
-                    '{"question": "What?"}\n')
-    assert read_questions(path, documents) == [("Which?", (1, 3), ("five",)), ("What?", (), ())]
+                    '{"question": "What?"}\n{"question": "Who?", "answer": "eight"}\n'
+                    '{"question": "Where?", "answer": "", "documents": []}\n'
+                    '{"question": "When?", "answers": ["six"], "documents": []}\n')
+    assert read_questions(path, documents) == [
+        ("Which?", (1, 3), ("five",), False), ("What?", (), (), False), ("Who?", (), ("eight",), False),
+        ("Where?", (), (), True), ("When?", (), ("six",), False)]
     for line, message in (('{"question": "?", "documents": ["a.md"]}', "'a.md' names 3 documents, not one"),
                           ('{"question": "?", "documents": ["a.md:2"]}', "'a.md:2' names 0 documents"),
                           ('{"question": "?", "documents": ["c.md"]}', "'c.md' names 0 documents"),

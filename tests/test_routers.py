@@ -31,7 +31,7 @@ def backbone(tmp_path):
     model.model.embed_tokens.weight.data += 3 * torch.randn(32)
     plain = {name: tensor for name, tensor in model.state_dict().items() if "router" not in name}
     model.state_dict = lambda *_, **__: plain
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     del about["msa_config"]
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -94,6 +94,32 @@ def test_it_finds(backbone):
         found = model.find(torch.tensor([tokens]), memory, torch.tensor([routes]), len(tokenizer.head))
         first.append(int(rank_documents([found])[0][0, 0]))
     assert sum(place == n for n, place in enumerate(first)) >= 5
+
+
+@torch.no_grad()
+def test_chance(backbone):
+    """What chance reaches would be of questions with a meaning, or with the template's head; it would change
+    from run to run, or be said of a memory or a model of which it is not known."""
+    model = MSA.from_pretrained(backbone)
+    tokenizer = load_tokenizer(backbone, model.config)
+    routers.make_routers(model, tokenizer, TEXTS)
+    memory = model.encode([torch.tensor(tokenizer.document(n, tokenizer.encode(text)))
+                           for n, text in enumerate(TEXTS)])
+    assert routers.chance(model, tokenizer, memory) == -np.inf  # fewer documents than a key has numbers
+    model.config.routing_dim = len(TEXTS)
+    asked, spelled = [], tokenizer.question
+    tokenizer.question = lambda text: asked.append(text) or spelled(text)
+    reaches = routers.chance(model, tokenizer, memory)
+    assert reaches == routers.chance(model, tokenizer, memory) != routers.chance(model, tokenizer, memory, 1)
+    best = []
+    for text in asked[:routers.RANDOM]:  # one by one, without padding
+        tokens, routes = (torch.tensor([row]) for row in spelled(text))
+        scores = model.find(tokens, memory, routes, len(tokenizer.head)).all_scores
+        best.append(float(scores.max()))
+    assert len({*best}) == 100 and reaches == pytest.approx(np.mean(best) + 2 * np.std(best), abs=1e-5)
+    assert routers.chance(model, tokenizer, memory.subset([])) == -np.inf
+    model.config.prompts = "nanomsa"
+    assert routers.chance(model, tokenizer, memory) == -np.inf
 
 
 @pytest.mark.parametrize("texts", [["a"], ["one two"], [TEXTS[0]], ["", "b c"]])

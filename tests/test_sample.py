@@ -45,7 +45,8 @@ def test_equal_sources_keep_their_ranking(order, expected):
 @pytest.mark.parametrize("prompts,printed", [
     ("chat", ["  [8] d8", "  [3] d3"]), ("nanomsa", ["  [3] d3", "  [5] d5", "  [8] d8"])])
 def test_show(monkeypatch, prompts, printed):
-    """A chat model's sources would be all that was found; our own models' those that were not named."""
+    """A chat model's sources would be all that was found; our own models' those that were not named; or an
+    answer be given where the best score is no better than chance."""
     numbers = [3, 5, 8]
     events = [Round([(8, 0.9), (3, 0.5), (5, 0.1), (9, 0.0)], numbers, numbers), "Ada ", "Thornquist"]
     monkeypatch.setattr(sample, "interleave", lambda *_: iter(events))
@@ -55,8 +56,14 @@ def test_show(monkeypatch, prompts, printed):
     memory, texts = SimpleNamespace(numbers=np.array(numbers)), list(TEXTS.values())
     config = sample.SampleConfig()
     say = lambda text, end="\n", flush=False: said.append(text + end)
-    sample.show(model, tokenizer, memory, texts, lambda d: f"d{numbers[d]}", "Who?", config, say)
+    show = lambda reaches: sample.show(model, tokenizer, memory, texts, lambda d: f"d{numbers[d]}", "Who?",
+                                       config, reaches, say)
+    show(0.89)
     assert "".join(said) == "Ada Thornquist\n" + "".join(f"{line}\n" for line in printed)
+    said.clear()
+    show(0.9)
+    assert "".join(said) == ("Nothing in these documents answers this (best score 0.90, chance reaches "
+                             "0.90).\n  [8] d8 is the nearest\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

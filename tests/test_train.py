@@ -1,31 +1,50 @@
 """The training loop: resuming, ranks, the schedule, and checkpoints that survive what goes wrong."""
 import errno
+import functools
 import json
+import multiprocessing
 import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import socket
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.fsdp  # before processes are forked: each would need seconds for it
+import torch.distributed.nn
+from conftest import run_script
+from safetensors.torch import load, load_file, save_file
 from test_prompts import write
+from torch.utils.flop_counter import FlopCounterMode
 
 import msa_kernel
 import prepare_data
 import sample
 import train
+from costs import Held
 from model import MSA, ModelConfig
 from prepare_data import Pools
 from train import TrainConfig, learning_rate, next_pool
+from training_state import read_state, write_state
 
-REPOSITORY = Path(train.__file__).parent
-CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json",
-              "training_state.pt", "log.jsonl"}
+ABOUT = "training_state/about.json"
+
+
+def files_at(step, shards=1):
+    """The names of a checkpoint's files."""
+    return {"config.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer_msa.json", "log.jsonl",
+            ABOUT, *(f"training_state/{step:08d}-{i}-of-{shards}.safetensors" for i in range(shards))}
+
+
+def put(files, folder):
+    """Write what `files_of` read."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 @pytest.fixture
@@ -78,7 +97,7 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
     result = fit("--out", tmp_path / "run", "--max-steps", 2)
     assert result.code == 0 and "done at step 2" in result.out and "Traceback" not in result.err
     files = files_of(tmp_path / "run")
-    assert files.keys() == CHECKPOINT | {"curves.png"} and files["curves.png"].startswith(b"\x89PNG")
+    assert files.keys() == files_at(2) | {"curves.png"} and files["curves.png"].startswith(b"\x89PNG")
     model = MSA.from_pretrained(tmp_path / "run")
     assert (model.config.vocab_size, model.config.hidden_size, model.config.top_k) == (608, 16, 2)
     rows = read_log(files)
@@ -125,10 +144,11 @@ def test_shared_mode(run, fit, tmp_path, draw, files_of):
     model = ["--model.routing-layers", "0", "--model.query-reduction", "mean", "--model.routing-dim", 6,
              "--model.document-share", 0.5]
     assert fit("--out", tmp_path / "out", *model, "--max-steps", 5).code == 0
-    state = torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)
-    assert state["model"]["model.token_weights"].eq(1).all()
-    state["model"]["model.token_weights"][3] = 0.25
-    torch.save(state, tmp_path / "out" / "training_state.pt")
+    state, = (tmp_path / "out" / "training_state").glob("*.safetensors")
+    tensors = load_file(state)
+    assert tensors["model.token_weights"].eq(1).all()
+    tensors["model.token_weights"][3] = 0.25
+    save_file(tensors, state)
     assert fit("--out", tmp_path / "out", *model, "--resume").code == 0
     rows = read_log(files_of(tmp_path / "out"))
     assert all(len(row["recall"]) == 2 and row["recall"][0] == row["recall"][1] for row in rows)
@@ -222,7 +242,7 @@ def test_interrupt_and_resume(fit, tmp_path, whole, files_of, monkeypatch, numbe
     at_position(monkeypatch, position, lambda: signal.raise_signal(number))
     stopped = fit("--out", tmp_path)
     assert stopped.code == 0 and f"stopped at step {step}" in stopped.out and "--resume" in stopped.out
-    assert files_of(tmp_path).keys() == CHECKPOINT
+    assert files_of(tmp_path).keys() == files_at(step)
     steps = [row["step"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
     assert steps == list(range(1, step + 1))
     monkeypatch.setattr(train, "next_pool", next_pool)
@@ -248,7 +268,7 @@ def test_kill_and_resume(fit, tmp_path, whole, files_of, monkeypatch):
     assert read_log(files) == read_log(whole)
 
 
-def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of, monkeypatch):
+def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, whole, files_of, monkeypatch):
     """An evaluation that fails would cost the steps before it."""
     def fail(pools, at, *rest):
         if pools.folder.name == "validation":
@@ -257,8 +277,43 @@ def test_the_checkpoint_is_written_before_the_evaluation(fit, tmp_path, files_of
     monkeypatch.setattr(train, "next_pool", fail)
     with pytest.raises(Killed):
         fit("--out", tmp_path)
-    assert files_of(tmp_path).keys() == CHECKPOINT
-    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 3
+    assert files_of(tmp_path).keys() == files_at(3)
+    monkeypatch.setattr(train, "next_pool", next_pool)
+    assert fit("--out", tmp_path, "--resume").code == 0
+    assert read_log(files_of(tmp_path)) == read_log(whole)  # what was not evaluated is, when it goes on
+
+
+def test_no_second_copy(tmp_path):
+    """Saving or resuming would hold weights and moments twice: 51 GB at 4B."""
+    torch.manual_seed(0)
+    config = TrainConfig(model=ModelConfig(hidden_size=256))
+    model = MSA(config.model)
+    optimizer = train.make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    about = dict(step=1, position=1, ranks=1, settings={}, files=["00000001-0-of-1.safetensors"])
+    state = {name: {kind: x + 0 for kind, x in (*optimizer.state[parameter].items(), ("weight", parameter))}
+             for name, parameter in model.named_parameters()}
+    largest = model.model.embed_tokens.weight.nbytes
+    held = [*model.parameters(), *(x for values in optimizer.state.values() for x in values.values())]
+    tracemalloc.start()
+    with Held(held) as saving:
+        write_state(tmp_path, model, optimizer, about)
+        model.save_pretrained(tmp_path)
+    assert saving.peak + tracemalloc.get_traced_memory()[1] < largest / 4
+    tracemalloc.stop()
+    other = MSA(config.model)
+    optimizer = train.make_optimizer(other, config)
+    with Held(other.parameters()) as loading:
+        read_state(tmp_path, other, optimizer, about)
+    moments = 2 * sum(parameter.nbytes for parameter in other.parameters())
+    assert moments < loading.peak < moments + 2.1 * largest
+    for name, parameter in other.named_parameters():
+        found = {**optimizer.state[parameter], "weight": parameter}
+        assert found.keys() == state[name].keys()
+        assert all(torch.equal(found[kind], x) for kind, x in state[name].items()), name
 
 
 def test_resume_an_older_checkpoint(fit, tmp_path, whole, files_of, monkeypatch):
@@ -272,20 +327,24 @@ def test_resume_an_older_checkpoint(fit, tmp_path, whole, files_of, monkeypatch)
 
 
 def test_resume_with_a_broken_log(fit, tmp_path, whole, files_of):
-    """A log that was cut short would end in a traceback, or be lost."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "log.jsonl").write_bytes(whole["log.jsonl"][:-20])
-    before = files_of(tmp_path)
-    result = fit("--out", tmp_path, "--resume")
-    assert result.code == 2 and f"error: {tmp_path / 'log.jsonl'}: " in result.error
-    assert files_of(tmp_path) == before
+    """A log without some step's row would end in a traceback, or be lost; a row that was being written when
+    the run was killed would stop it."""
+    for damage in (lambda log: log[300:], lambda log: b"",
+                   lambda log: log[:-900]):
+        put(whole, tmp_path)
+        (tmp_path / "log.jsonl").write_bytes(damage(whole["log.jsonl"]))
+        before = files_of(tmp_path)
+        result = fit("--out", tmp_path, "--resume")
+        assert result.code == 2 and f"error: {tmp_path / 'log.jsonl'}: " in result.error
+        assert files_of(tmp_path) == before
+    put(whole, tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(whole["log.jsonl"] + b'{"step": 9, "sp')
+    assert fit("--out", tmp_path, "--resume").code == 0 and files_of(tmp_path) == whole
 
 
 def test_resume_a_finished_run(fit, tmp_path, whole, files_of):
     """Resuming what is done would train on, or change it."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
+    put(whole, tmp_path)
     result = fit("--out", tmp_path, "--resume")
     assert result.code == 0 and "done at step 8" in result.out
     assert files_of(tmp_path) == whole
@@ -293,8 +352,7 @@ def test_resume_a_finished_run(fit, tmp_path, whole, files_of):
 
 def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
     """Starting a second run would overwrite the first."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
+    put(whole, tmp_path)
     refused = fit("--out", tmp_path, "--seed", 1)
     assert refused.code == 2 and files_of(tmp_path) == whole
     assert f"error: {tmp_path}: holds a checkpoint; continue it with --resume, replace it with --overwrite" \
@@ -307,7 +365,7 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
 def test_nothing_to_resume(fit, tmp_path, files_of):
     """Resuming a run that never was would end in a traceback."""
     result = fit("--out", tmp_path, "--resume")
-    state = tmp_path / "training_state.pt"
+    state = tmp_path / "training_state"
     assert result.code == 2
     assert result.error == f"error: {state}: nothing to resume; leave --resume out to start"
     assert files_of(tmp_path) == {}
@@ -324,35 +382,69 @@ class Dangerous:
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data, _: data[:len(data) // 2], lambda data, _: data[:-1], lambda data, _: b"",
+    lambda data, _: data[:len(data) // 2], lambda data, _: data[:-2], lambda data, _: b"",
     lambda data, _: b"not a state", lambda data, path: pickle.dumps(Dangerous(path), protocol=2),
-    "object", "list", "other state"])
-def test_broken_training_states(fit, tmp_path, whole, files_of, damage):
+    lambda data, _: b"[1, 2]", lambda data, _: b'{"step": 3}'])
+@pytest.mark.parametrize("file", [ABOUT, "training_state/00000008-0-of-1.safetensors"])
+def test_broken_training_states(fit, tmp_path, whole, files_of, damage, file):
     """A broken state would end in a traceback or lose the checkpoint,
     or a stranger's file would run a command."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
-    state, made = tmp_path / "training_state.pt", tmp_path / "made"
-    if callable(damage):
-        state.write_bytes(damage(whole["training_state.pt"], made))
-    else:
-        torch.save({"object": Dangerous(made), "list": [1, 2], "other state": {"step": 3}}[damage], state)
+    put(whole, tmp_path)
+    made = tmp_path / "made"
+    state = tmp_path / file
+    state.write_bytes(damage(whole[file], made))
     before = files_of(tmp_path)
     result = fit("--out", tmp_path, "--resume")
     assert not made.exists() and files_of(tmp_path) == before
-    assert result.code == 2 and f"error: {state}: not a whole training state" in result.error
+    assert result.code == 2 and f"error: {state}: not " in result.error and result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags,name", [(["--model.hidden-size", 24], "model.embed_tokens.weight"),
-                                        (["--model.qk-norm"], "k_norm.weight")])
-def test_resume_another_model(fit, tmp_path, whole, files_of, flags, name):
-    """A run would be resumed with a model of another shape."""
-    for file, data in whole.items():
-        (tmp_path / file).write_bytes(data)
+@pytest.mark.parametrize("flags,said", [
+    (["--model.hidden-size", 24], "a run with model.hidden_size = 16 cannot go on with 24; leave it as it"),
+    (["--model.qk-norm"], "model.qk_norm = False cannot go on with True"),
+    (["--model.chunk-size", 8], "model.chunk_size = 16 cannot go on with 8")])
+def test_resume_another_model(fit, tmp_path, whole, files_of, flags, said):
+    """A run would be resumed with another model, of another shape or of the same."""
+    put(whole, tmp_path)
     result = fit("--out", tmp_path, "--resume", *flags)
-    assert result.code == 2 and f"{tmp_path / 'training_state.pt'}: tensor" in result.error
-    assert name in result.error
-    assert files_of(tmp_path) == whole
+    assert result.code == 2 and f"error: {tmp_path / 'training_state'}: " in result.error
+    assert said in result.error and files_of(tmp_path) == whole
+
+
+def test_resume_tells_what_changed(fit, tmp_path, whole):
+    """A run would go on with another learning rate or more pools a step, and nobody would know why its curve
+    bends."""
+    put(whole, tmp_path)
+    result = fit("--out", tmp_path, "--resume", "--max-steps", 9, "--learning-rate", 0.5, "--accumulate", 2,
+                 "--model.top-k", 3)
+    assert result.code == 0, result.err
+    assert (f"resumed from {tmp_path} at step 8; max_steps 8 -> 9; learning_rate 0.002 -> 0.5; "
+            "accumulate 1 -> 2; model.top_k 2 -> 3\n") in result.out
+    again = fit("--out", tmp_path, "--resume", "--max-steps", 9, "--learning-rate", 0.5, "--accumulate", 2,
+                "--model.top-k", 3)
+    assert f"resumed from {tmp_path} at step 9\n" in again.out
+
+
+def test_resume_with_another_tokenizer(fit, run, tiny, tmp_path, whole, files_of):
+    """Weights would go on with tokens that are other words to them."""
+    assert run(prepare_data, tiny / "tiny.toml", "--out", tmp_path / "data", "--vocab-size", 500).code == 0
+    put(whole, tmp_path / "out")
+    other = ("--data.out", tmp_path / "data", "--data.vocab-size", 500)
+    result = fit("--out", tmp_path / "out", "--resume", *other)
+    assert result.code == 2 and "a run with tokenizer = " in result.error, result.error
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_a_state_of_another_model(fit, tmp_path, whole, files_of):
+    """Weights of another shape under the right settings would be taken in part, or end in a traceback."""
+    put(whole, tmp_path)
+    state, = (tmp_path / "training_state").glob("*.safetensors")
+    tensors = load_file(state)
+    tensors["model.norm.weight.exp_avg"] = torch.zeros(17)
+    save_file(tensors, state)
+    before, result = files_of(tmp_path), fit("--out", tmp_path, "--resume")
+    assert result.code == 2 and f"{state}: tensor model.norm.weight.exp_avg is (17,)" in result.error
+    assert files_of(tmp_path) == before
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,9 +470,9 @@ def full_disk(monkeypatch):
 def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
     """A disk that fills up would leave a broken checkpoint in the place of a whole one, rubbish beside it,
     or a traceback."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
-    assert len(whole["training_state.pt"]) > 150_000
+    put(whole, tmp_path)
+    state = "training_state/00000008-0-of-1.safetensors"
+    assert len(whole[state]) > 150_000
     full_disk(how)
     try:
         result = fit("--out", tmp_path, "--overwrite", "--seed", 1)
@@ -389,7 +481,7 @@ def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
         after = files_of(tmp_path)
     assert after == whole
     assert result.code == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err
-    assert result.err.startswith(f"error: {tmp_path / 'training_state.pt'}: ")
+    assert result.err.startswith(f"error: {tmp_path / 'training_state' / '00000003-0-of-1.safetensors'}: ")
     if how == "fsync":
         assert "No space left on device; free some space and run again (what was saved before is intact)" \
             in result.err
@@ -397,13 +489,64 @@ def test_full_disk(fit, tmp_path, whole, files_of, full_disk, how):
 
 def test_losses_that_are_not_numbers(fit, tmp_path, whole, files_of):
     """Training would go on with weights that are not numbers and replace the last good checkpoint by them."""
-    for name, data in whole.items():
-        (tmp_path / name).write_bytes(data)
+    put(whole, tmp_path)
     result = fit("--out", tmp_path, "--overwrite", "--learning-rate", 1e30, "--gradient-clip", 1e30,
                  "--evaluate-every", 100)
     assert result.code == 2 and "the loss is not a number at step" in result.error
     assert "--learning-rate" in result.error
     assert files_of(tmp_path) == whole
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed
+
+def test_operations_are_those_that_are_computed():
+    """The share of a device's peak would be of other operations than the model's."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=6, top_k=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, chunk_size=8)
+    documents, shape = [torch.randint(500, (24,)) for _ in range(8)], (6, 20)
+    target = torch.zeros(shape, dtype=torch.bool)
+    target[:, 15:] = True
+    positive = torch.eye(6, 8, dtype=torch.bool)
+    batch = dict(tokens=torch.randint(500, shape), routing_mask=~target, target_mask=target,
+                 positive=positive, answers=torch.zeros(6, dtype=torch.bool), appended=positive & False)
+    model = MSA(config)
+    with FlopCounterMode(display=False) as counted:
+        losses = model(documents, [*range(8)], [batch])
+        (losses["lm"] + losses["aux"]).backward()
+    expected = train.operations(config, [24] * 8, train.sizes([batch]))
+    assert counted.get_total_flops() == pytest.approx(expected, rel=0.08)
+    without = train.operations(config, [24] * 8, [])
+    assert 0 < without < train.operations(config, [25] * 8, []) < train.operations(config, [24] * 9, [])
+
+
+def test_samples_ahead(monkeypatch):
+    """For a GPU pools would be made in another order or with other dropout than for a CPU, or not ahead."""
+    config = TrainConfig(max_steps=7, router_steps=4, accumulate=2, routing_dropout=0.5)
+    made = []
+    monkeypatch.setattr(train, "next_pool", lambda *args: made.append(args[1]) or (args[1], args[5]))
+    arguments = (config, torch.device("cuda"), 3, 18, 1, 3)  # rank 1 of 3, from step 3 on
+    found = list(train.samples(None, None, *arguments))
+    assert found == list(train.samples(None, None, config, torch.device("cpu"), 3, 18, 1, 3))
+    assert found == [(18 + 3 * i + 1, 0.5 if i < 2 else 0.0) for i in range(8)]
+    made.clear()
+    taken = train.samples(None, None, *arguments)
+    assert next(taken)[0] == 19
+    taken.close()
+    assert made == [19, 22]
+
+
+def test_compiled(fit, whole, tmp_path, monkeypatch, files_of):
+    """Compiled blocks would compute something else, or weights be saved under other names."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **_: setattr(self, "_compiled_call_impl", compiled(self._call_impl)))
+    assert fit("--out", tmp_path, "--compile", "--max-steps", 2).code == 0
+    for found, expected in zip(read_log(files_of(tmp_path))[:2], read_log(whole)):
+        assert found["lm"] == pytest.approx(expected["lm"], rel=1e-4)
+    assert load_file(tmp_path / "model.safetensors").keys() == load(whole["model.safetensors"]).keys()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -423,29 +566,160 @@ def test_position_decides(tiny, tokenizer):
     assert take(1)[1] != take(5)[1]          # with new numbers
 
 
-def test_two_ranks_are_one_that_accumulates(fit, tiny, tmp_path, files_of):
-    """Two ranks would average losses or gradients wrongly, read the same pools,
-    or log what one of them saw."""
-    flags = ["--max-steps", "3", "--evaluate-every", "3", "--learning-rate", "1e-3", "--number-limit", "1000"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               REPOSITORY / "train.py", tiny / "tiny.toml", "--out", tmp_path / "two", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done at step 3") == 1  # one rank speaks
-    assert fit("--out", tmp_path / "one", "--accumulate", 2, *flags).code == 0
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
-    assert two.keys() - {"curves.png"} == one.keys() == CHECKPOINT
-    assert len(read_log(one)) == len(read_log(two)) == 4
-    for a, b in zip(read_log(one), read_log(two)):
-        assert a.pop("recall") == pytest.approx(b.pop("recall"), abs=1e-5)
-        assert a.pop("split") == b.pop("split") and a == pytest.approx(b, abs=2e-4)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    assert weights[0].keys() == weights[1].keys()
-    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
-    states = [torch.load(tmp_path / name / "training_state.pt", weights_only=True) for name in ("one", "two")]
-    assert states[0]["position"] == states[1]["position"] == 6
+def as_rank(rank, count, port, report, flags):
+    """What a process of `ranks` does: train as one of `count` ranks; its exit code and output into a file."""
+    places = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "localhost"}
+    result = run_script(train, *flags)
+    report.write_text(json.dumps([result.code, result.out, result.err]))
+
+
+@pytest.fixture
+def ranks(tiny, draw, tmp_path):
+    """Train with these flags on several ranks, processes that are forked: (code, output, errors) of each."""
+    def train_on(count, *flags, kill=None):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        reports = [tmp_path / f"rank-{rank}.json" for rank in range(count)]
+        for report in reports:
+            report.unlink(missing_ok=True)
+        started = [multiprocessing.get_context("fork").Process(
+            target=as_rank, args=(rank, count, port, report, (tiny / "tiny.toml", *flags)))
+            for rank, report in enumerate(reports)]
+        for process in started:
+            process.start()
+        if kill:
+            kill(started)
+        for process in started:
+            process.join(60)
+            assert process.exitcode is not None, "a rank waits for ever"
+        return [json.loads(report.read_text()) if report.exists() else [None, "", ""] for report in reports]
+    return train_on
+
+
+STEPS = ("--max-steps", 3, "--evaluate-every", 3, "--learning-rate", 1e-3, "--number-limit", 1000)
+
+
+def unequal(pool, *rest):
+    """`collate`, but every other pool has a batch for each sample."""
+    return prepare_data.collate(pool, *rest, batch_tokens=2048 if len(pool[0][0]) % 2 else 1)
+
+
+@pytest.fixture
+def unequal_pools(monkeypatch):
+    monkeypatch.setattr(train, "collate", unequal)
+
+
+@pytest.fixture(scope="module")
+def four_pools_a_step(run, tiny, tmp_path_factory, files_of):
+    """The files of one process that takes four pools a step, for three steps."""
+    out = tmp_path_factory.mktemp("accumulated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot", lambda *_: None)
+        patch.setattr(train, "collate", unequal)
+        assert run(train, tiny / "tiny.toml", "--out", out, "--accumulate", 4, *STEPS).code == 0
+    return files_of(out)
+
+
+def check_same_run(one, other, tolerance=1e-5):
+    """Logs and weights of two checkpoints."""
+    assert len(read_log(one)) == len(read_log(other))
+    for a, b in zip(read_log(one), read_log(other)):
+        assert a.pop("recall") == pytest.approx(b.pop("recall"), abs=tolerance)
+        # The norm has four decimals.
+        assert a.pop("norm", 0) == pytest.approx(b.pop("norm", 0), abs=2e-4)
+        assert a.pop("split") == b.pop("split") and a == pytest.approx(b, abs=tolerance)
+    one, other = (load(files["model.safetensors"]) for files in (one, other))
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < tolerance
+
+
+@pytest.mark.parametrize("count,shard,more", [
+    (2, "auto", ["--checkpoint-activations"]), (2, "on", ["--checkpoint-activations"]), (4, "on", [])])
+def test_ranks_are_one_that_accumulates(ranks, unequal_pools, tmp_path, tiny, four_pools_a_step, files_of,
+                                        count, shard, more):
+    """Ranks would average losses or gradients wrongly, read the same pools, log what one of them saw, or wait
+    for ever where their pools or their numbers of them differ: the same weights, whether each rank holds all
+    of the model (DDP) or a part (FSDP2)."""
+    pools = Pools(tiny / "data" / "train", 608)
+    assert {len(pools[i][0][0]) % 2 for i in range(4)} == {0, 1}
+    flags = ("--out", tmp_path / "out", "--accumulate", 4 // count, "--shard", shard, *STEPS)
+    found = ranks(count, *flags, *more)
+    assert [code for code, _, _ in found] == [0] * count, found
+    assert [out.count("done at step 3") for _, out, _ in found] == [1] + [0] * (count - 1)  # one rank speaks
+    assert ("shared out" in found[0][1]) == (shard == "on")
+    files = files_of(tmp_path / "out")
+    assert files.keys() == files_at(3, count if shard == "on" else 1)
+    assert json.loads(files[ABOUT])["position"] == 12
+    check_same_run(four_pools_a_step, files)
+    assert files["config.json"] == four_pools_a_step["config.json"]
+
+
+def test_shared_bfloat16(ranks, unequal_pools, tmp_path, four_pools_a_step, files_of):
+    """Products in bfloat16 would change the type of what is saved, or gradients be added up in bfloat16."""
+    flags = ("--accumulate", 2, "--shard", "on", "--dtype", "bfloat16", *STEPS)
+    found = ranks(2, "--out", tmp_path / "out", *flags)
+    assert [code for code, _, _ in found] == [0, 0], found
+    files = files_of(tmp_path / "out")
+    for one, other in zip(read_log(four_pools_a_step), read_log(files)):
+        for name in ("lm", "naming", "answer", "aux"):
+            assert one[name] == pytest.approx(other[name], rel=0.02), name
+    assert {tensor.dtype for tensor in load(files["model.safetensors"]).values()} == {torch.float32}
+    state = load(files["training_state/00000003-1-of-2.safetensors"])
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert len(state["model.embed_tokens.weight"]) == 304  # of 608 rows
+
+
+def test_resume_on_another_number_of_ranks(ranks, fit, unequal_pools, tmp_path, four_pools_a_step, files_of):
+    """A run that goes on with more or fewer ranks would mix up rows of weights or of moments, or take other
+    pools: 4 ranks, then 2, then 1, or 1, then 2 that hold it all, then 4, are the run of one process."""
+    def go(out, count, shard, step):
+        flags = ("--out", tmp_path / out, "--accumulate", 4 // count, *STEPS, "--max-steps", step,
+                 *["--resume"] * (step > 1))
+        if count == 1:
+            result = fit(*flags)
+            return result.code, result.out, result.err
+        found = ranks(count, *flags, "--shard", shard)
+        assert all(code == 0 for code, _, _ in found), found
+        return found[0]
+    for out, runs in (("down", [(4, "on"), (2, "on"), (1, "")]), ("up", [(1, ""), (2, "off"), (4, "on")])):
+        for step, (count, shard) in enumerate(runs, start=1):
+            code, said, err = go(out, count, shard, step)
+            assert code == 0, err
+            if step > 1:
+                assert f"; ranks {runs[step - 2][0]} -> {count}" in said
+                assert f"; accumulate {4 // runs[step - 2][0]} -> {4 // count}" in said
+        one, other = four_pools_a_step, files_of(tmp_path / out)
+        assert other.keys() == files_at(3, runs[-1][0])
+        rows = [row for row in read_log(other) if row["split"] == "train"]
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        one, other = (load(files["model.safetensors"]) for files in (one, other))
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_killed_rank(ranks, unequal_pools, tmp_path, files_of):
+    """A rank that is killed at any moment would cost more than the steps since the checkpoint, the others
+    would wait for it or end in a traceback, and nobody would say how to go on."""
+    flags = ("--max-steps", 6, "--evaluate-every", 1, "--shard", "on")
+    assert [code for code, _, _ in ranks(2, "--out", tmp_path / "whole", *flags)] == [0, 0]
+    log, turns = tmp_path / "out" / "log.jsonl", np.random.default_rng()
+
+    def kill(started):
+        step, wait = int(turns.integers(1, 5)), float(turns.uniform(0, 0.1))
+        until = time.time() + 50
+        while time.time() < until and not (log.exists() and f'"step": {step}, ' in log.read_text()):
+            time.sleep(0.005)
+        time.sleep(wait)
+        started[1].kill()
+    survivor, _ = ranks(2, "--out", tmp_path / "out", *flags, kill=kill)
+    assert survivor[0] == 2 and survivor[2].count("\n") == 1, survivor
+    assert survivor[2] == ("error: another rank has ended or does not answer; the same command with --resume "
+                           f"goes on from the last checkpoint in {tmp_path / 'out'}\n")
+    found = ranks(2, "--out", tmp_path / "out", *flags, "--resume")
+    assert [code for code, _, _ in found] == [0, 0] and "resumed from" in found[0][1], found
+    one, other = (files_of(tmp_path / name) for name in ("whole", "out"))
+    assert one["model.safetensors"] == other["model.safetensors"] and read_log(one) == read_log(other)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,7 +733,7 @@ def backbone(tmp_path):
                             num_attention_heads=2, num_key_value_heads=1, head_dim=8, attend_memory=False,
                             prompts="chat"))
     model.init_routers()
-    model.save(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "backbone")
     write(tmp_path / "backbone")
     return tmp_path / "backbone"
 
@@ -504,7 +778,7 @@ def test_init_from_a_backbone(run, tmp_path, backbone):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (("--model.smear",), "model.smear is True, but --init-from"),
+    (("--model.equal-routers",), "model.equal_routers is True, but --init-from"),
     (("--model.hidden-size", "64"), "model.hidden_size is 64, but --init-from"),
     (("--init-from", "nowhere"), "nowhere/config.json: no such file"),
     ((), "prepared with another tokenizer than that of --init-from"),

