@@ -328,9 +328,9 @@ def test_reluctant(backbone):
     model = MSA.from_pretrained(backbone)
     tokenizer = ChatTokenizer(backbone)
     first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
-    logits[first], logits[first - 1] = 1.9, 0.1
+    logits[first], logits[first - 1] = 2.9, 0.1
     assert reluctant(model, tokenizer, logits) is logits
     model.config.second_look = 8
     assert int(reluctant(model, tokenizer, logits).argmax()) == first - 1 and logits.argmax() == first
-    logits[first] = 2.2
+    logits[first] = 3.2
     assert int(reluctant(model, tokenizer, logits).argmax()) == first
