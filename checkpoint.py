@@ -53,11 +53,16 @@ def find(name):
                         f"({type(error).__name__}: {reason})") from None
 
 
-def find_base(name):
-    """`find` for what a model was trained from: the file of an installed package of PACKAGES comes first."""
+def packaged(name):
+    """The .gguf file of a model that an installed package of PACKAGES brings, or None."""
     spec = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-    return find(files[0] if files else name)
+    return files[0] if files else None
+
+
+def find_base(name):
+    """`find` for what a model was trained from: the file of an installed package comes first."""
+    return find(packaged(name) or name)
 
 
 # ------------------------------------------------------------------------------------------------------------

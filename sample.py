@@ -10,7 +10,6 @@
 A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B) or a name on the
 Hugging Face Hub.
 """
-import importlib.util
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from checkpoint import PACKAGES, SMOLLM2, find
+from checkpoint import SMOLLM2, find, packaged
 from common import UserError, command_line, detect_device, keep_freed_memory, main
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
@@ -160,21 +159,14 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
-def default_checkpoint():
-    """checkpoints/smollm2, or without its base checkpoints/demo, and a word about that."""
-    if importlib.util.find_spec(PACKAGES[SMOLLM2]):
-        return "checkpoints/smollm2"
-    print("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
-    return "checkpoints/demo"
-
-
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents and not config.memory:
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    folder = find(config.checkpoint or default_checkpoint())
+    default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
+    folder = find(config.checkpoint or default)
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
@@ -184,6 +176,8 @@ def script():
     count_tokens = lambda text: len(tokenizer.encode(text))
     say = print if ranks.rank == 0 else lambda *_, **__: None
     on = f"{device} ({reason})"
+    if not config.checkpoint and default == "checkpoints/demo":
+        say("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
     if config.memory:
         memory = open_bank(model, tokenizer, config, ranks, count_tokens, say, on)
         if memory is None:
