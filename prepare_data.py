@@ -373,15 +373,33 @@ MOST_SHOWN = 5       # documents in a message, 1 or more, gold ones aside
 WITHOUT_GOLD = 0.15  # share of messages that show none of the gold documents
 
 
-def collate_chat(pool, tokenizer, number_limit, rng):
+CHAT_TOKENS = 16384  # of a batch of several pools' questions, padding included
+
+
+def collate_chat(pools, tokenizer, number_limit, rng):
     """`collate` for a chat backbone, which answers from the texts in its message: nothing is routed.
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], [batch]):
-    its samples begin with the same tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says
-    which are not NOT_FOUND.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], batches).
+    The samples of one pool are one batch: they begin with the same tokens, `shared` (1, P) int64, and go on
+    with `tokens`. Those of several pools are whole: more to compute, in fewer calls, as GPUs like it.
+    `answers` says which are not NOT_FOUND.
     """
+    if len(pools) == 1:
+        return [], [], [stack_chat(chat_samples(pools[0], tokenizer, number_limit, rng))]
+    samples = [sample for pool in pools for sample in chat_samples(pool, tokenizer, number_limit, rng)]
+    length = lambda sample: len(sample[0]) + len(sample[1])
+    batches = [[]]
+    for sample in sorted(samples, key=length, reverse=True):  # the first of a batch sets its width
+        if batches[-1] and (len(batches[-1]) + 1) * length(batches[-1][0]) > CHAT_TOKENS:
+            batches.append([])
+        batches[-1].append(sample)
+    return [], [], [stack_chat(batch, shares=False) for batch in batches]
+
+
+def chat_samples(pool, tokenizer, number_limit, rng):
+    """The samples of one pool: (prompt, target, whether it is an answer)."""
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
@@ -403,23 +421,27 @@ def collate_chat(pool, tokenizer, number_limit, rng):
             target = tokenizer.answer(answer)
             samples.append((tokenizer.message(question, appended), target, answer != NOT_FOUND))
         if samples:
-            return [], [], [stack_chat(samples)]
+            break
+    return samples
 
 
-def stack_chat(samples):
-    """Samples (prompt, target, whether it is an answer) as one batch of `collate_chat`."""
-    rows = [prompt + target for prompt, target, _ in samples]
-    most = min(len(prompt) for prompt, _, _ in samples) - 1  # the first target is predicted by a token before
-    shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+def stack_chat(samples, shares=True):
+    """Samples (prompt, target, whether it is an answer) as one batch of `collate_chat`. shares: what all rows
+    begin with is taken out of them, as `shared`."""
+    rows, shared = [prompt + target for prompt, target, _ in samples], 0
+    if shares:
+        most = min(len(prompt) for prompt, _, _ in samples) - 1  # a token before predicts the first target
+        shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
     tokens = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.long)
     target_mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for i, (row, (prompt, _, _)) in enumerate(zip(rows, samples)):
         tokens[i, :len(row) - shared] = torch.tensor(row[shared:])
         target_mask[i, len(prompt) - shared:len(row) - shared] = True
     nothing = torch.zeros(len(rows), 0, dtype=torch.bool)
-    return dict(shared=torch.tensor([rows[0][:shared]]), tokens=tokens, target_mask=target_mask,
-                routing_mask=torch.zeros_like(tokens), positive=nothing, appended=nothing,
-                answers=torch.tensor([answers for _, _, answers in samples]))
+    batch = dict(tokens=tokens, target_mask=target_mask, routing_mask=torch.zeros_like(tokens),
+                 positive=nothing, appended=nothing,
+                 answers=torch.tensor([answers for _, _, answers in samples]))
+    return batch | dict(shared=torch.tensor([rows[0][:shared]])) if shares else batch
 
 
 # ------------------------------------------------------------------------------------------------------------
