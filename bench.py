@@ -232,7 +232,8 @@ def bench_train(bench, cases, steps=20):
 
         def start():
             torch.manual_seed(1)
-            model = MSA(config).to(device)
+            with device:
+                model = MSA(config)
             pool = random_pool(config, *sizes, device)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
@@ -251,7 +252,8 @@ def bench_train(bench, cases, steps=20):
         if other:
             apart = max(abs(loss - other["reference"]()) / loss for loss in curve)
             note = f"loss within {apart:.0e} over {steps} steps"
-        weights = sum(p.numel() for p in MSA(config).parameters())
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in MSA(config).parameters())
         tokens = sizes[0] * sizes[1] + sizes[2] * sizes[3]
         bench.measure(f"train {name}, {tokens:,} tokens", step, other, 28 * weights, 6 * weights * tokens,
                       dtype, note)

@@ -18,11 +18,13 @@ pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken. A pool is a passage, some questions about it, and passages that BM25 finds for them in its place;
-the questions of impossible.jsonl, which their passage does not answer, are answered by prompts.NOT_FOUND.
+the questions of impossible.jsonl, which their passage does not answer, and questions in which a name or number
+is another's, are answered by prompts.NOT_FOUND.
 Documents about which a test is asked stay out, with all that have the same title.
 """
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from array import array
@@ -373,7 +375,7 @@ MOST_SHOWN = 5       # documents in a message, 1 or more, gold ones aside
 WITHOUT_GOLD = 0.15  # share of messages that show none of the gold documents
 
 
-CHAT_TOKENS = 16384  # of a batch of several pools' questions, padding included
+CHAT_TOKENS = 32768  # of a batch of several pools' questions, padding included
 
 
 def collate_chat(pools, tokenizer, number_limit, rng):
@@ -499,6 +501,8 @@ def write_own(config, folder):
 
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+# Names, aside from a first word's capital, and numbers of two digits or more
+NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)*|\b\d[\d,.]*\d\b")
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
@@ -522,14 +526,36 @@ class QuestionSet:
                     and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
                 found = self.about.setdefault(question.gold, ([], []))
                 found[0].append(Question(question.text, (question.gold,), answer))
+        self.names = [(titles[gold[0]], name) for gold, (asked, _) in self.about.items()
+                      for question in asked for name in NAME.findall(question.text) if name[0].isalpha()]
         for text, place in read_impossible(path).get("train", ()) if Path(path).is_dir() else ():
             if (place,) in self.about:
                 self.about[place,][1].append(Question(text, (), NOT_FOUND))
+
+    def misled(self, question, rng):
+        """The question with another name or number in place of one of its own, which nothing that may be
+        shown with it speaks of; [] where it has none."""
+        spans, gold = [*NAME.finditer(question.text)], question.documents
+        if not spans or len(gold) > 1:  # of two hops one may answer all the same
+            return []
+        span = spans[rng.integers(len(spans))]
+        if span[0][0].isalpha():
+            titles = {self.texts[i].partition("\n")[0] for i in gold}
+            others = [name for title, name in rng.permutation(self.names).tolist() if title not in titles]
+        else:
+            others = ["".join(str(rng.integers(1, 10)) if c.isdigit() else c for c in span[0])]
+        said = " ".join(self.texts[i] for i in gold)
+        new = next((name for name in others if name not in said and name != span[0]), None)
+        if new is None:
+            return []
+        return [Question(question.text[:span.start()] + new + question.text[span.end():], (), NOT_FOUND)]
 
     def pool(self, gold, allowed, config, rng):
         """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
         answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
         few = int(config.questions_per_pool * IMPOSSIBLE)
+        for question in answered[:few]:
+            impossible += self.misled(question, rng) if len(impossible) < few else []
         chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
         found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
                  for question in chosen]
