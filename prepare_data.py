@@ -378,26 +378,32 @@ def collate_chat(pool, tokenizer, number_limit, rng):
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], [batch]):
-    its samples begin with the same tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says
-    which are not NOT_FOUND.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of several lines
+    has one for each gold document: those of the shown ones are said, in the order in which they are shown,
+    and some of these documents may not be shown. Returns ([], [], [batch]): its samples begin with the same
+    tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says which are not NOT_FOUND.
     """
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
-              {document for hop in gold for document in hop}) for question, answer, gold, _ in questions]
-    leaders = [gold for _, _, gold in asked if gold]
-    gold, samples = leaders[rng.integers(len(leaders))], []
+              [document for hop in gold for document in hop]) for question, answer, gold, _ in questions]
+    leaders = [(gold, "\n" in answer) for _, answer, gold in asked if gold]
+    (gold, in_parts), samples = leaders[rng.integers(len(leaders))], []
+    if in_parts:
+        gold = rng.permutation(gold)[:rng.integers(1, len(gold) + 1)].tolist()
     for shows in (rng.random() >= WITHOUT_GOLD, True):  # nothing may be left of a message without gold
         others = [i for i in rng.permutation(len(texts)).tolist() if i not in gold]
         count = int(rng.integers(1, MOST_SHOWN + 1))
-        shown = [*gold, *others[:max(count - len(gold), 0)]] if shows else others[:count]
+        shown = [*gold, *others[:count - 1]] if shows else others[:count]
         shown = [shown[i] for i in rng.permutation(len(shown))]
         numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
         appended, said = [(n, texts[i]) for n, i in zip(numbers, shown)], " ".join(texts[i] for i in shown)
         for question, answer, needed in asked:
-            if not needed <= {*shown}:
-                if needed & {*shown} or answer.lower() in said.lower():
+            if "\n" in answer:
+                of = dict(zip(needed, answer.split("\n")))
+                answer = ", ".join(of[i] for i in shown if i in of) or NOT_FOUND
+            elif not {*needed} <= {*shown}:
+                if {*needed} & {*shown} or answer.lower() in said.lower():
                     continue
                 answer = NOT_FOUND
             target = tokenizer.answer(answer)
@@ -477,6 +483,7 @@ def write_own(config, folder):
 
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
@@ -496,7 +503,8 @@ class QuestionSet:
         self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
         for question in questions.get("train", ()):
             answer = min(question.answers, key=len, default="")
-            if (answer and len(tokenizer.encode(answer)) <= ANSWER_TOKENS
+            short = len(answer.split()) <= ANSWER_WORDS or len(tokenizer.encode(answer)) <= ANSWER_TOKENS
+            if (answer and short
                     and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
                 found = self.about.setdefault(question.gold, ([], []))
                 found[0].append(Question(question.text, (question.gold,), answer))
