@@ -199,6 +199,38 @@ def hide(needles, sentences, rng):
     return " ".join(sentences)
 
 
+class Haystack:
+    """The documents of a haystack, as many as asked for; a longer one begins as a shorter one does.
+
+    sentences: a list of sentences for every document; distinct: how many of them differ, None for all. Where
+    there is too little text, it is repeated.
+    """
+
+    def __init__(self, task, draw, folder=""):
+        """task: a Task, of which haystack, key and value count; draw: a Draw; folder: of --essays."""
+        self.task, self.draw, self.sentences, self.distinct = task, draw, [], None
+        if task.haystack == "essays":
+            self.passages = essay_passages(folder, "test")
+            self.passages = [self.passages[i] for i in draw.rng.permutation(len(self.passages))]
+
+    def grow(self, count):
+        """Have `count` documents."""
+        for i in range(len(self.sentences), count):
+            if self.task.haystack == "noise":
+                self.sentences.append([NOISE])
+                self.distinct = 1
+            elif self.task.haystack == "needles":
+                key, value = self.draw.key(self.task.key), self.draw.value(self.task.value)
+                self.sentences.append([NEEDLE.format(self.task.value, key, value)])
+            else:
+                self.sentences.append(self.passages[i % len(self.passages)])
+                self.distinct = min(i + 1, len(self.passages))
+
+    def hide(self, needle, place, rng):
+        """The document that stands in place of document `place` and says the needle."""
+        return hide([needle], self.sentences[place] if self.task.haystack == "essays" else [], rng)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A set to train on
 
