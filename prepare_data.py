@@ -18,8 +18,9 @@ pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken. A pool is a passage, some questions about it, and passages that BM25 finds for them in its place;
-the questions of impossible.jsonl, which their passage does not answer, and questions in which a name or number
-is another's, are answered by prompts.NOT_FOUND.
+the questions of impossible.jsonl, which their passage does not answer, and questions in which a name or
+number is another's, are answered by prompts.NOT_FOUND. Of a folder without queries.jsonl questions are made:
+what a sentence says is asked of the rest of its document.
 Documents about which a test is asked stay out, with all that have the same title.
 """
 import dataclasses
@@ -39,7 +40,7 @@ from checkpoint import find_base
 from common import UserError, command_line, main, write_json
 from documents import read_documents, tell_skipped
 from prompts import NOT_FOUND
-from question_sets import bm25_search, read_impossible, read_set
+from question_sets import SetQuestion, bm25_search, read_impossible, read_set, read_texts
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -383,10 +384,13 @@ def collate_chat(pools, tokenizer, number_limit, rng):
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. Returns ([], [], batches).
-    The samples of one pool are one batch: they begin with the same tokens, `shared` (1, P) int64, and go on
-    with `tokens`. Those of several pools are whole: more to compute, in fewer calls, as GPUs like it.
-    `answers` says which are not NOT_FOUND.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of several lines
+    has one for each gold document: those of the shown ones are said, in the order in which they are shown,
+    and some of these documents may not be shown.
+
+    Returns ([], [], batches). The samples of one pool are one batch: they begin with the same tokens,
+    `shared` (1, P) int64, and go on with `tokens`. Those of several pools are whole: more to compute, in
+    fewer calls, as GPUs like it. `answers` says which are not NOT_FOUND.
     """
     if len(pools) == 1:
         return [], [], [stack_chat(chat_samples(pools[0], tokenizer, number_limit, rng))]
@@ -405,19 +409,24 @@ def chat_samples(pool, tokenizer, number_limit, rng):
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
-              {document for hop in gold for document in hop}) for question, answer, gold, _ in questions]
-    leaders = [gold for _, _, gold in asked if gold]
-    gold, samples = leaders[rng.integers(len(leaders))], []
+              [document for hop in gold for document in hop]) for question, answer, gold, _ in questions]
+    leaders = [(gold, "\n" in answer) for _, answer, gold in asked if gold]
+    (gold, in_parts), samples = leaders[rng.integers(len(leaders))], []
+    if in_parts:
+        gold = rng.permutation(gold)[:rng.integers(1, len(gold) + 1)].tolist()
     for shows in (rng.random() >= WITHOUT_GOLD, True):  # nothing may be left of a message without gold
         others = [i for i in rng.permutation(len(texts)).tolist() if i not in gold]
         count = int(rng.integers(1, MOST_SHOWN + 1))
-        shown = [*gold, *others[:max(count - len(gold), 0)]] if shows else others[:count]
+        shown = [*gold, *others[:count - 1]] if shows else others[:count]
         shown = [shown[i] for i in rng.permutation(len(shown))]
         numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
         appended, said = [(n, texts[i]) for n, i in zip(numbers, shown)], " ".join(texts[i] for i in shown)
         for question, answer, needed in asked:
-            if not needed <= {*shown}:
-                if needed & {*shown} or answer.lower() in said.lower():
+            if "\n" in answer:
+                of = dict(zip(needed, answer.split("\n")))
+                answer = ", ".join(of[i] for i in shown if i in of) or NOT_FOUND
+            elif not {*needed} <= {*shown}:
+                if {*needed} & {*shown} or answer.lower() in said.lower():
                     continue
                 answer = NOT_FOUND
             target = tokenizer.answer(answer)
@@ -503,16 +512,42 @@ def write_own(config, folder):
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
 # Names, aside from a first word's capital, and numbers of two digits or more
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)*|\b\d[\d,.]*\d\b")
+ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
 
 
+def cloze(text, rng):
+    """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
+    numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
+    title, end, body = text.rpartition("\n")
+    sentences = re.split(r"(?<=[.!?]) +(?=[A-Z])", body)
+    for i in rng.permutation(len(sentences)).tolist():
+        rest, found = " ".join(sentences[:i] + sentences[i + 1:]), []
+        for span in NAME.finditer(sentences[i]):
+            answer = span[0].rstrip(".,")
+            if re.search(rf"\b{re.escape(answer)}\b", rest) and answer not in title:
+                asked = "who or what" if answer[0].isalpha() else "how many"
+                if re.fullmatch(r"1\d\d\d|20\d\d", answer):
+                    asked = "what year"
+                said = sentences[i][:span.start()] + asked + sentences[i][span.start() + len(answer):]
+                found.append((f"{title}: {said.rstrip('.')}?" if title else f"{said.rstrip('.')}?", answer))
+        if found:
+            return title + end + rest, found
+    return text, []
+
+
 class QuestionSet:
     """What training takes of a set: texts that may be shown, and questions by what they are about."""
 
-    def __init__(self, path, tokenizer, limit):
-        texts, questions = read_set(path)
+    def __init__(self, path, tokenizer, limit, rng):
+        if Path(path).is_dir() and not (Path(path) / "queries.jsonl").exists():
+            texts, asked = zip(*(cloze(text, rng) for text in read_texts(path)))
+            questions = {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
+                                   for question, answer in found]}
+        else:
+            texts, questions = read_set(path)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
         tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
@@ -522,7 +557,8 @@ class QuestionSet:
         self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
         for question in questions.get("train", ()):
             answer = min(question.answers, key=len, default="")
-            if (answer and len(tokenizer.encode(answer)) <= ANSWER_TOKENS
+            short = len(answer.split()) <= ANSWER_WORDS or len(tokenizer.encode(answer)) <= ANSWER_TOKENS
+            if (answer and short
                     and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
                 found = self.about.setdefault(question.gold, ([], []))
                 found[0].append(Question(question.text, (question.gold,), answer))
@@ -554,7 +590,7 @@ class QuestionSet:
         """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
         answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
         few = int(config.questions_per_pool * IMPOSSIBLE)
-        for question in answered[:few]:
+        for question in answered[:len(answered) // 3]:
             impossible += self.misled(question, rng) if len(impossible) < few else []
         chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
         found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
@@ -568,9 +604,9 @@ class QuestionSet:
 def write_sets(config, folder):
     """Pools of sets of questions, which take turns; returns the tokenizer."""
     paths = [path for path in config.data.split(",") if path]
-    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_set(path)[0]))
-    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens) for path in paths}
+    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_texts(path)))
     rng = np.random.default_rng(config.seed)
+    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng) for path in paths}
     held = {path: {i for i in sorted(own.usable) if rng.random() < HELD_OUT} for path, own in sets.items()}
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
         trains, turns = split == "train", {}

@@ -105,11 +105,12 @@ def test_pools_of_sets(prepared, backbone):
 
 def test_collate_chat(backbone):
     """A message would be spelled in another way than the model is asked, an answer be taught that is not
-    shown, or NOT_FOUND although the answer stands there."""
+    shown, or NOT_FOUND although the answer stands there; a value would be said of a document that is not
+    shown, or values in another order than that of the documents."""
     t = ChatTokenizer(backbone)
     texts = ["Mill\nIt is of 1200.", "Inn\nIt is of 1300.", "Well\nIt is old.", "Also of 1200."]
     asked = [("Mill?", "1200", [[0]]), ("Inn?", "1300", [[1]]), ("Both?", "old", [[0, 2]]),
-             ("Sky?", NOT_FOUND, [])]
+             ("Sky?", NOT_FOUND, []), ("Years?", "1200\n1300", [[0, 1]])]
     pool = ([np.array(t.encode(text)) for text in texts],
             [(np.array(t.encode(q)), np.array(t.encode(a)), gold, False) for q, a, gold in asked])
     kinds = set()
@@ -130,18 +131,23 @@ def test_collate_chat(backbone):
             again = t.message(question, [(int(number[1:-1]), text) for number, text in shown])
             assert t.decode(again) + said + "<|im_end|>" == whole
             expected[question] = said[1:]
-        shown = {texts.index(text) for _, text in shown}
-        assert 1 <= len(shown) <= 5
+        order = [texts.index(text) for _, text in shown]
+        shown = {*order}
+        assert 1 <= len(shown) == len(order) <= 4
         for question, answer, gold in asked:
             needed, where = {d for hop in gold for d in hop}, " ".join(texts[d] for d in shown)
-            if needed <= shown:
+            if question == "Years?":
+                years = [{0: "1200", 1: "1300"}[d] for d in order if d in needed]
+                assert expected[question] == (", ".join(years) or NOT_FOUND)
+            elif needed <= shown:
                 assert expected[question] == answer
             elif needed & shown or answer in where:
                 assert question not in expected
             else:
                 assert expected[question] == NOT_FOUND
-        kinds |= {(question, said == NOT_FOUND) for question, said in expected.items()}
-    assert len(kinds) == 7  # all questions in both ways, but "Sky?"
+        kinds |= {(question, said.count(", ") if said != NOT_FOUND else -1)
+                  for question, said in expected.items()}
+    assert len(kinds) == 10  # all questions in both ways, but "Sky?", and "Years?" with one year and with two
 
 
 @torch.no_grad()

@@ -1,0 +1,343 @@
+"""RULER's eight needle tasks: how well a checkpoint answers as its memory grows, beside baselines.
+
+    python ruler.py --checkpoint checkpoints/smollm2 --json rows.json
+    python ruler.py --checkpoint checkpoints/demo --lengths 32k,128k,512k,1m,10m --tasks single_1,multikey_2
+
+The tasks, and how they become documents: needles.py. A haystack is encoded once, for all lengths, questions
+and tasks that it serves; the documents with a question's needles are encoded alone, and when it is asked they
+stand in place of as many documents of the haystack, within the shortest length. Methods:
+
+    none      the question alone
+    oracle    the documents with the needles that answer
+    bm25      --max-documents that BM25 finds; of a tiny model, which reads no more, as many as answer
+    memory    what the model finds and names in its memory; --max-rounds 1: without interleave
+
+recall@k: of the documents that answer, the share among the first k of a round's ranking; of bm25, of what it
+shows. named: the share that was named, and so read. score: RULER's, the share of the values that the answer
+contains. rounds: those that named something. Values are in per cent.
+"""
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from checkpoint import find
+from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
+from interleave import InterleaveConfig, answer_from_text, answer_question, rounds_of
+from model import MSA, Memory
+from needles import RULER, Draw, Haystack, draw_question
+from prompts import load_checkpoint
+from question_sets import bm25_search
+from routers import make_routers
+from sync import encode_texts
+from tasks import Words, count_tokens, parse_lengths
+
+METHODS = ("none", "oracle", "bm25", "memory")
+ENDING = " mentioned in the provided text"  # of RULER's questions; our tiny models do not know these words
+
+
+@dataclass
+class RulerConfig:
+    checkpoint: str = "checkpoints/smollm2"  # folder of a checkpoint, or "owner/name" on the Hub
+    tasks: str = ",".join(RULER)      # commas between
+    methods: str = ",".join(METHODS)  # commas between
+    lengths: str = "32k,128k,512k,1m"  # tokens of memory, comma-separated, k or m behind a number
+    questions: int = 100              # of each task, the same at every length
+    seed: int = 1                     # of documents and questions
+    essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
+    json: str = ""                    # write the rows to this file; those that are there are not measured again
+    answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
+    interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
+
+    def __post_init__(self):
+        parse_lengths(self.lengths)
+        for flag, given, known in (("tasks", self.tasks, RULER), ("methods", self.methods, METHODS)):
+            if not {*given.split(",")} <= {*known}:
+                raise UserError(f"--{flag} {given}: not some of {', '.join(known)}, with commas between")
+        if self.questions < 1 or self.seed < 0:
+            raise UserError(f"--questions is {self.questions}, --seed {self.seed}; at least 1 and at least 0")
+
+
+class Asked(NamedTuple):
+    """A question, and the documents with its needles: texts, increasing places in the haystack, and which of
+    the places answer."""
+    text: str
+    answers: list
+    texts: list
+    places: list
+    gold: set
+
+
+def lay_out(needles, haystack, within, rng):
+    """The Asked of a Needles, whose documents take random places among the first `within` of a haystack."""
+    places = rng.choice(within, len(needles.needles), replace=False).tolist()
+    texts = [haystack.hide(needle, place, rng) for needle, place in zip(needles.needles, places)]
+    gold = set(places[:len(needles.answers)])
+    places, texts = zip(*sorted(zip(places, texts)))
+    return Asked(needles.text, needles.answers, list(texts), list(places), gold)
+
+
+def grow(haystack, tokenizer, lengths, seed):
+    """Let a haystack grow to the longest of `lengths`, in tokens: (texts, numbers, ends, counts).
+
+    numbers: a random permutation; ends: tokens up to the end of each document, numbers and punctuation
+    counted; counts: documents that each length holds.
+    """
+    texts, count = [], 64
+    while True:
+        haystack.grow(count)
+        texts = [" ".join(sentences) for sentences in haystack.sentences]
+        numbers = np.random.default_rng(seed).permutation(len(texts)).tolist()
+        around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(len(texts))))]
+        frames = [around[len(str(number)) - 1] for number in numbers]
+        ends = np.cumsum(count_tokens(tokenizer, texts) + frames)
+        if ends[-1] >= lengths[-1]:
+            counts = np.searchsorted(ends, lengths, side="right").tolist()
+            texts, numbers = texts[:counts[-1]], np.argsort(np.argsort(numbers[:counts[-1]])).tolist()
+            return texts, numbers, ends, counts
+        count = int(count * min(lengths[-1] / ends[-1] * 1.02, 64)) + 8
+
+
+def span(memory, first, last):
+    """The documents from `first` up to `last` of a Memory: views of its tensors."""
+    offsets = memory.offsets[first:last + 1]
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    part = {name: [x[rows] for x in getattr(memory, name)] for name in ("keys", "values", "routing_keys")}
+    return replace(memory, **part, offsets=offsets - offsets[0], numbers=memory.numbers[first:last])
+
+
+def replaced(memory, places, own):
+    """A Memory with those of `own`, one behind another, in place of the documents at increasing `places`."""
+    parts, begin = [], 0
+    for i, place in enumerate(places):
+        parts += [span(memory, begin, place)] * (place > begin) + [span(own, i, i + 1)]
+        begin = place + 1
+    return Memory.cat(parts + [span(memory, begin, len(memory))] * (begin < len(memory)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Methods: each is ask(i, question) -> (answer, places found, places named, rounds)
+
+def wording(model, text):
+    """RULER's question, for a tiny model without the words that it does not know."""
+    return text.replace(ENDING, "") if model.config.prompts == "nanomsa" else text
+
+
+def text_asker(model, tokenizer, config, find):
+    """Answers from the texts of the documents that find(question) returns, triples (number, place, text)."""
+    def ask(i, question):
+        found = sorted(find(question))
+        appended = [(number, tokenizer.encode(text)) for number, _, text in found]
+        answer = answer_from_text(model, tokenizer, wording(model, question.text), appended, config.interleave)
+        places = [place for _, place, _ in found]
+        return answer, places, places, 0
+    return ask
+
+
+def own_documents(question, numbers, places):
+    """Those of a question's documents that stand at `places`, triples (number, place, text)."""
+    return [(numbers[place], place, text) for place, text in zip(question.places, question.texts)
+            if place in places]
+
+
+def bm25_finder(model, texts, numbers, questions, most):
+    """find(question) by BM25. One index holds the needles of all questions, of which those of the question
+    at hand count; a haystack's document in whose place a needle stands does not."""
+    own = [(i, place, text) for i, question in enumerate(questions)
+           for place, text in zip(question.places, question.texts)]
+    search, which = bm25_search(texts + [text for *_, text in own]), {q.text: i for i, q in enumerate(questions)}
+
+    def find(question):
+        count = most if model.config.prompts != "nanomsa" else len(question.gold)
+        found = []
+        for at, _ in search(wording(model, question.text), len(own) + most):
+            if at < len(texts) and at not in question.places:
+                found.append((numbers[at], at, texts[at]))
+            elif at >= len(texts) and own[at - len(texts)][0] == which[question.text]:
+                _, place, text = own[at - len(texts)]
+                found.append((numbers[place], place, text))
+        return found[:count]
+    return find
+
+
+def memory_asker(model, tokenizer, memory, encoded, numbers, owned, questions, config):
+    """The model with its memory. memory, encoded: of the haystack, in the order of numbers, token ids with
+    it; owned: for every question the Memory of its documents."""
+    order = np.argsort(numbers).tolist()
+    rank = np.argsort(order).tolist()  # place in the haystack -> place in the memory
+
+    def ask(i, question):
+        at = {rank[place]: text for place, text in zip(question.places, question.texts)}
+        asked, texts = replaced(memory, sorted(at), owned[i]), list(encoded)
+        for place, text in at.items():
+            texts[place] = tokenizer.encode(text)
+        answer, rounds = answer_question(model, tokenizer, asked, texts, wording(model, question.text),
+                                         config.interleave)
+        place_of = dict(zip(asked.numbers, order))
+        found = [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]]
+        named = [place_of[n] for r in rounds for n in r.named]
+        return answer, found, named, sum(bool(r.named) for r in rounds)
+    return ask
+
+
+def ask_all(ask, questions, label):
+    """The measures of a row, means in per cent, and what was answered."""
+    scores, seconds, said = [], [], []
+    for i, question in enumerate(tqdm(questions, label, unit="question", leave=False, delay=1)):
+        began = time.perf_counter()
+        answer, found, named, rounds = ask(i, question)
+        seconds.append(time.perf_counter() - began)
+        share = lambda places: 100 * len(question.gold & {*places}) / len(question.gold)
+        right = [value.lower() in answer.lower() for value in question.answers]
+        scores.append((share(found), share(named), 100 * np.mean(right), rounds))
+        said.append((question.text, question.answers, answer))
+    names = ("recall_at_k", "named", "score", "rounds")
+    row = {name: round(float(x), 3) for name, x in zip(names, np.mean(scores, 0))}
+    return row | dict(seconds_per_question=round(float(np.mean(seconds)), 4)), said
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def evaluate(model, tokenizer, config, done, say):
+    """Yields rows. done: a function that says whether a row with these (task, method, length) is there."""
+    lengths, words, tasks = parse_lengths(config.lengths), Words(), config.tasks.split(",")
+    methods = config.methods.split(",")
+    shared = {}  # tasks by their haystack
+    for name in tasks:
+        task = RULER[name]
+        kind = (task.haystack, task.key, task.value) if task.haystack == "needles" else (task.haystack,)
+        shared.setdefault(kind, []).append(name)
+    for kind, names in shared.items():
+        wanted = [(name, method, length) for name in names for method in methods
+                  for length in (lengths if method in ("bm25", "memory") else [0])
+                  if not done(name, method, length)]
+        if not wanted:
+            continue
+        draws = {name: Draw(words, "test", np.random.default_rng([config.seed, list(RULER).index(name)]))
+                 for name in names}
+        asked = {name: [draw_question(RULER[name], draw) for _ in range(config.questions)]
+                 for name, draw in draws.items()}
+        haystack = Haystack(RULER[names[0]], draws[names[0]], config.essays)
+        texts, numbers, ends, counts = grow(haystack, tokenizer, lengths, config.seed)
+        if counts[0] < 8:
+            raise UserError(f"--lengths: {lengths[0]:,} tokens hold {counts[0]} documents; begin with more")
+        asked = {name: [lay_out(needles, haystack, counts[0], draw.rng) for needles in asked[name]]
+                 for name, draw in draws.items()}
+        encoded, speed, seconds = None, 0, 0
+        say(f"{kind[0]}: {len(texts):,} documents, {min(haystack.distinct or len(texts), len(texts)):,} of them different, "
+            f"{ends[len(texts) - 1]:,} tokens", flush=True)
+        for name, method, length in wanted:
+            questions, at = asked[name], lengths.index(length) if length else 0
+            count = counts[at]
+            if method == "none":
+                ask = text_asker(model, tokenizer, config, lambda question: [])
+            elif method == "oracle":
+                ask = text_asker(model, tokenizer, config,
+                                 lambda question: own_documents(question, numbers, question.gold))
+            elif method == "bm25":
+                ask = text_asker(model, tokenizer, config, bm25_finder(
+                    model, texts[:count], numbers, questions, config.interleave.max_documents))
+            else:
+                if encoded is None:
+                    began = time.perf_counter()
+                    encoded, memory, speed = encode_haystack(model, tokenizer, texts, numbers)
+                    seconds = time.perf_counter() - began
+                    say(f"encoded {speed:,.0f} tokens/s, {seconds:,.0f} s with routers", flush=True)
+                order = np.argsort(numbers)
+                held = np.flatnonzero(order < count)
+                owned = [encode_own(model, tokenizer, question, numbers) for question in questions]
+                ask = memory_asker(model, tokenizer, memory.subset(held), [encoded[i] for i in order[held]],
+                                   numbers[:count], owned, questions, config)
+            measured, said = ask_all(ask, questions, f"{name}, {method}, {count:,} documents")
+            tokens = int(ends[count - 1]) if length else 0
+            row = dict(task=name, method=method, length=length, memory_tokens=tokens,
+                       documents=count if length else 0,
+                       distinct=min(count, haystack.distinct or count) if length else 0, **measured,
+                       encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
+            say(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
+                f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
+            yield row, said
+
+
+def encode_own(model, tokenizer, question, numbers):
+    """The Memory of a question's own documents."""
+    own = sorted(own_documents(question, numbers, question.places))
+    texts = tokenizer.encode_batch([text for *_, text in own])
+    return encode_texts(model, tokenizer, texts, [number for number, *_ in own])[0]
+
+
+def encode_haystack(model, tokenizer, texts, numbers):
+    """(token ids of texts, Memory, tokens/s) of a haystack; a backbone's routers are made of it first."""
+    if not model.trained_routers:
+        make_routers(model, tokenizer, texts)
+    encoded, order = tokenizer.encode_batch(texts), np.argsort(numbers)
+    memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order], range(len(order)))
+    return encoded, memory, speed
+
+
+def averages(rows):
+    """The lines of a table of scores: tasks and their mean, by method and length."""
+    columns = dict.fromkeys((row["method"], row["length"]) for row in rows)
+    score = {(row["task"], row["method"], row["length"]): row["score"] for row in rows}
+    lines = []
+    for method, length in columns:
+        own = [score.get((task, method, length)) for task in RULER]
+        whole = f"{np.mean(own):7.1f}" if None not in own else f"{'-':>7}"
+        cells = "".join(f"{'-' if x is None else f'{x:.1f}':>12}" for x in own)
+        lines.append(f"{method:<7} {length or '-':>9}{whole}{cells}")
+    return [f"{'':17}{'mean':>7}" + "".join(f"{task:>12}" for task in RULER), *lines]
+
+
+def read_rows(path, about):
+    """The rows of a file of --json, which must be about the same. Raises UserError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
+        other = [row for row in rows if about.items() - row.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
+    if other:
+        name, value = min(about.items() - other[0].items())
+        raise UserError(f"--json {path}: measured with {name} {other[0].get(name)!r}, not {value!r}; "
+                        "give another file")
+    return rows
+
+
+def script():
+    config = command_line(RulerConfig, __doc__)
+    keep_freed_memory()
+    folder = find(config.checkpoint)
+    device, dtype, reason = detect_device(config.device, config.dtype, MSA.read_config(folder)[0].hidden_size)
+    if config.json:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_checkpoint(folder, device, dtype)
+    about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
+                 seed=config.seed, top_k=model.config.top_k, max_rounds=rounds_of(model, config.interleave),
+                 max_documents=config.interleave.max_documents, dtype=str(dtype), device=str(device))
+    rows = read_rows(config.json, about) if config.json else []
+    done = {(row["task"], row["method"], row["length"]) for row in rows}
+    print(f"{config.checkpoint} on {device} ({reason})")
+    print(f"{'task':<11} {'method':<7} {'tokens':>10} {f'rec@{model.config.top_k}':>7} {'named':>6} "
+          f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")
+    with torch.no_grad():
+        for row, said in evaluate(model, tokenizer, config, lambda *key: key in done, print):
+            rows.append(row | about)
+            if config.json:
+                write_json(config.json, rows)  # after every row: long runs end early
+            if config.answers:
+                with open(config.answers, "a", encoding="utf-8") as file:
+                    for question, wanted, answer in said:
+                        file.write(json.dumps([row["task"], row["method"], row["length"], question, wanted,
+                                               answer]) + "\n")
+    print("\n".join(averages(rows)))
+
+
+if __name__ == "__main__":
+    main(script)
