@@ -542,8 +542,8 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def tiles(rows, D, size):
-        """The fastest of eight on an H200 for bfloat16 heads of 128 (results/README.md); for others the largest
-        that do not spill (tests/compile_kernels.py): TF32 products take many registers."""
+        """For bfloat16 heads of 128 the fastest of eight on an H200 (results/README.md), for others the
+        largest that do not spill (tests/compile_kernels.py): TF32 products take many registers."""
         small = power_of_two(D) * size > (128 if size == 4 else 256)
         block_r = power_of_two(rows, high=16 if small else 64)
         stages = 3 if size == 2 and not small else 2
