@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UserError, atomic_file, merge, write_json
+from common import UserError, atomic_file, merge, read_json, write_json
 from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file
@@ -76,18 +76,6 @@ PLAIN = {"hidden_act": ("silu", "an activation"), "attention_bias": (False, "bia
 # What the authors' model must say: key -> (the value that we compute, their default)
 MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max", "max"),
              "chunk_reduce_method": ("max", "max"), "decouple_pooling_mode": ("mean", "mean")}
-
-
-def read_json(path, what):
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        return values
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; {path.parent} is not a checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
 
 
 def read_config(folder):

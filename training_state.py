@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import check_shapes, open_weights, read_json, write_tensors
-from common import UserError, atomic_file, write_json
+from checkpoint import check_shapes, open_weights, write_tensors
+from common import UserError, atomic_file, naming, read_json, read_text, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their weight; beside them `step`, (1,)
 
@@ -127,15 +127,16 @@ class Log:
             self.begin()
         self.rows.append(row)
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            with naming(self.path):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
 
 
 def read_log(path, step):
     """The rows of log.jsonl up to a step. Raises UserError where some of them are missing; what was being
     written when the run ended may be."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
         rows = [row for row in map(json.loads, filter(None, lines[:-1])) if row["step"] <= step]
         if [row["step"] for row in rows if row["split"] == "train"] != [*range(1, step + 1)]:
             raise ValueError(f"not one row for each of {step} steps")

@@ -92,7 +92,7 @@ MISTAKES = [
     # configuration files
     (train, "none.toml", "error: none.toml: no such configuration file"),
     (train, "broken.toml", "error: broken.toml: not valid TOML: "),
-    (train, "latin.toml", "error: latin.toml: not valid TOML: "),
+    (train, "latin.toml", "error: latin.toml: not UTF-8 .byte 9.; convert it"),
     (train, "unknown.toml", "error: unknown.toml: unknown key 'model.hiden_size'; known here: .*hidden_size"),
     (train, "string.toml", "error: string.toml: max_steps = '5' is of type str; it must be of type int"),
     (train, "float.toml", "error: float.toml: max_steps = 5.5 is of type float; it must be of type int"),

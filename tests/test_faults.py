@@ -1,0 +1,294 @@
+"""Kinds of faults that users of similar tools have reported: what is lost, misread, or ends in a wrong word.
+
+Each test is about one kind; torture.py and fuzz.py look for more of them.
+"""
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import prepare_data
+import question_sets
+import sample
+import train
+from common import UserError, atomic_file, note, numbered, read_text
+from documents import read_documents
+from memory_bank import Bank
+from prepare_data import Pools
+from training_state import read_log
+
+TEAL, NAVY = "The colour of calm-meadow is teal.", "The colour of green-heron is navy."
+QUESTION = {"question": "What is the colour of calm-meadow?", "answer": "teal", "documents": ["a.txt"]}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in, with documents `d` and questions `q.jsonl` about them."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text(TEAL)
+    write_jsonl(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question": "Which colour?"}])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepare(run, out, *more, folder="."):
+    return run(prepare_data, "--documents", f"{folder}/d", "--questions", f"{folder}/q.jsonl", "--pools", 2,
+               "--validation-pools", 1, "--vocab-size", 300, "--out", out, *more)
+
+
+def words(text):
+    return len(text.split())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is lost
+
+PREPARED = {"about.json", "tokenizer.tiktoken", "tokenizer_msa.json", "train", "validation"}
+
+
+def test_prepared_data_behind_a_link(run, place):
+    """The link, or what it points to, would go: the old data and the new."""
+    (place / "big").mkdir()
+    (place / "notes").symlink_to("big")
+    for _ in range(2):
+        assert prepare(run, "notes").code == 0
+        assert (place / "notes").is_symlink() and {path.name for path in (place / "big").iterdir()} == PREPARED
+    Pools("notes/train", 300)[0]
+
+
+def test_prepared_data_in_the_working_folder(run, place, monkeypatch):
+    """The shell would stand in a folder that is no more."""
+    (place / "empty").mkdir()
+    monkeypatch.chdir(place / "empty")
+    assert prepare(run, ".", folder="..").code == 0
+    assert {path.name for path in (place / "empty").iterdir()} == PREPARED
+
+
+def test_prepared_data_at_a_mount_point(run, place, monkeypatch):
+    """A folder that cannot be renamed or removed would lose all that it holds."""
+    assert prepare(run, "data").code == 0
+    (place / "data" / "mine.txt").write_text("not of prepare_data.py")
+    real = {name: getattr(os, name) for name in ("rename", "rmdir")}
+    for name in real:
+        def refuse(path, *more, name=name, **options):
+            if os.path.realpath(path) == str(place / "data"):
+                raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+            return real[name](path, *more, **options)
+        monkeypatch.setattr(os, name, refuse)
+    before = (place / "data" / "about.json").read_bytes()
+    assert prepare(run, "data", "--seed", 5).code == 0
+    assert {path.name for path in (place / "data").iterdir()} == PREPARED | {"mine.txt"}
+    assert (place / "data" / "about.json").read_bytes() != before
+
+
+@pytest.mark.parametrize("at", range(1, 11))
+def test_prepared_data_that_cannot_be_put_in_place(run, place, monkeypatch, files_of, at):
+    """A failure between the removal of the old and the coming of the new would cost both."""
+    assert prepare(run, "data").code == 0
+    before, rename, calls = files_of(place), Path.rename, []
+
+    def fail(path, target):
+        calls.append(path)
+        if len(calls) == at:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    result = prepare(run, "data", "--seed", 5)
+    assert result.code == 2 and result.error.endswith("error: data: Input/output error")
+    assert files_of(place) == before and len(calls) >= at
+
+
+def test_a_full_disk_names_its_file(run, place, monkeypatch, files_of):
+    """A full disk would be told of "a file"."""
+    before = files_of(place)
+
+    def full(writer, row):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(prepare_data.RaggedWriter, "append", full)
+    result = prepare(run, "data")
+    assert result.code == 2 and "error: data: No space left on device; free some" in result.error
+    assert files_of(place) == before and not (place / "data").exists()
+
+
+def test_atomic_file_behind_a_link(tmp_path):
+    """A link would become a file, and what it points to stay as it was; a long name could not be written."""
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    (tmp_path / "dangling").symlink_to("new.json")
+    for name in ("link.json", "dangling", "n" * 255):
+        with atomic_file(tmp_path / name) as file:
+            file.write("new")
+        assert (tmp_path / name).read_text() == "new"
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "new"
+    assert (tmp_path / "new.json").read_text() == "new"
+
+
+def ask(run, checkpoint, documents, *more):
+    return run(sample, "--checkpoint", checkpoint, "--documents", documents, "--memory", "bank", "--device", "cpu",
+               "--max-answer-tokens", 1, "--max-document-tokens", 64, *more, "What?")
+
+
+def held(bank="bank"):
+    bank = Bank(bank)
+    return {bank.document(i)[1]: int(number) for i, number in enumerate(bank.numbers)}
+
+
+def test_many_removals_are_asked_for(run, checkpoint, place):
+    """A share that is empty today would cost the whole bank."""
+    for i in range(5):
+        (place / "d" / f"{i}.txt").write_text(f"Number {i}.")
+    assert "6 added" in ask(run, checkpoint, "d").out
+    before = held()
+    for i in range(4):
+        (place / "d" / f"{i}.txt").unlink()
+    (place / "d" / "new.txt").write_text("Something new.")
+    result = ask(run, checkpoint, "d")
+    assert result.code == 2 and "error: bank: 4 of its 6 documents are not in --documents; if" in result.error
+    assert "give --remove" in result.error and held() == before | {"new.txt:1-1": 6}
+    assert "0 added, 4 removed, 3 unchanged" in ask(run, checkpoint, "d", "--remove").out
+    assert set(held()) == {"a.txt:1-1", "4.txt:1-1", "new.txt:1-1"}
+
+
+def test_a_failing_sync_keeps_what_it_has(run, checkpoint, place, monkeypatch):
+    """A bad line near the end would cost all that was encoded before it; or the rest be removed."""
+    rows = [{"id": f"{i}", "text": f"Number {i} is fine."} for i in range(9)]
+    write_jsonl(place / "a.jsonl", [rows[8], rows[0]])
+    assert "2 added" in ask(run, checkpoint, "a.jsonl").out
+    write_jsonl(place / "a.jsonl", [*rows[:7], {"id": 3}, *rows[7:]])
+    result = ask(run, checkpoint, "a.jsonl")
+    assert result.code == 2 and "error: a.jsonl:8: not an object" in result.error
+    assert set(held()) == {f"{i}:1-1" for i in (*range(7), 8)} and held()["8:1-1"] == 0
+    write_jsonl(place / "a.jsonl", rows)
+    assert "1 added, 8 unchanged" in ask(run, checkpoint, "a.jsonl").out
+
+
+def test_a_file_that_vanishes(run, checkpoint, place, monkeypatch):
+    """A file deleted while others are read would end it all; or one that cannot be seen count as deleted."""
+    for name in ("b", "c", "d"):
+        (place / "d" / f"{name}.txt").write_text(f"The letter {name}.")
+    assert "4 added" in ask(run, checkpoint, "d").out
+    (place / "d" / "c.txt").unlink()
+    (place / "d" / "c.txt").symlink_to("nowhere")
+    real = read_text
+
+    def vanish(path):
+        (place / "d" / "b.txt").unlink(missing_ok=True)
+        return real(path)
+    monkeypatch.setattr("documents.read_text", vanish)
+    monkeypatch.setattr("sample.documents_size", lambda _: 0)
+    result = ask(run, checkpoint, "d")
+    assert "0 added, 1 removed, 2 unchanged, 1 kept unread" in result.out, result.err
+    assert "skipped c.txt: cannot be read (No such file or directory)\n" in result.out
+    assert set(held()) == {"a.txt:1-1", "c.txt:1-1", "d.txt:1-1"}
+
+
+def test_bad_files_are_listed_at_once(run, checkpoint, place):
+    """Of many bad files one would be named in a run."""
+    for i in range(3):
+        (place / "d" / f"{i}.txt").write_bytes(b"caf\xe9")
+    write_jsonl(place / "d.jsonl", [{"id": "a", "text": "b"}, {"id": "a", "text": "c"}])
+    assert ask(run, checkpoint, "d").out.count(": not UTF-8 (byte 3); convert it to UTF-8\n") == 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
+
+TEXTS = {"utf-8": ("utf-8", True), "a mark": ("utf-8-sig", True), "utf-16": ("utf-16", True),
+         "utf-16 without a mark": ("utf-16-le", True), "big end first": ("utf-16-be", True),
+         "latin-1": ("latin-1", False)}
+GREEK = "Γειά"  # so that UTF-16 is not only NULs and letters
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("kind", ["documents", "a corpus", "questions", "configuration", "judgements", "a log"])
+def test_one_reader_of_text(place, tiny, name, kind, capsys):
+    """A byte order mark or UTF-16 would be understood in some files and refused in others, or be read as NULs;
+    other encodings would end in a traceback, or be read as other letters."""
+    encoding, good = TEXTS[name]
+    letters = "Größe" if encoding == "latin-1" else f"Größe {GREEK}"
+    row = {"id": "a", "text": letters, **QUESTION, "question": letters}
+    text = {"configuration": f'out = "{letters}"\nmax_steps = 3\n', "judgements": f"q\td\ts\nq0\t{letters}\t1\n",
+            "a log": json.dumps({"step": 1, "split": "train", "of": letters}, ensure_ascii=False) + "\n",
+            "documents": f"{letters}\nis teal."}
+    text = text.get(kind, json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps({**row, **QUESTION, "id": "b"}))
+    path = place / ("d/b.txt" if kind == "documents" else "file.toml" if kind == "configuration" else "a.jsonl")
+    path.write_bytes(text.encode(encoding))
+    documents = lambda path: list(read_documents(path, words, 99))
+    note.cache_clear()  # it speaks once
+
+    def read():
+        if kind == "documents":
+            return documents("d")[1].text.partition("\n")[0]
+        if kind == "a corpus":
+            return documents("a.jsonl")[0].text
+        if kind == "questions":
+            return prepare_data.read_questions("a.jsonl", documents("d"))[0].text
+        if kind == "configuration":
+            return common.command_line(train.TrainConfig, "", ["file.toml"]).out
+        if kind == "judgements":
+            asked, = question_sets.read_qrels(path, {"q0": question_sets.SetQuestion("?", ())}, {letters: 0})
+            return letters if asked.gold == (0,) else asked
+        return read_log(path, 1)[0]["of"]
+    if good:
+        assert read() == letters
+        said = capsys.readouterr().err
+        assert ("UTF-16-" in said) == (encoding in ("utf-16-le", "utf-16-be"))
+    else:
+        where = {"a corpus": ":1: not an object", "questions": ":1: not an object", "documents": ""}
+        skipped = {}
+        with pytest.raises(UserError, match=f"{path.name}{where.get(kind, ': .*not UTF-8 .byte')}"):
+            if kind != "documents":
+                read()
+            [*read_documents("d", words, 99, skipped)]
+            raise UserError("b.txt" if "not UTF-8" in skipped["b.txt"] else "nothing said")
+
+
+ODD_LINES = "one\x0c\x0b\x1c\x1d\x1e\x85\u2028\u2029one\r\ntwo\rthree\n\nfive"
+
+
+def test_lines_are_counted_in_one_way(place):
+    """A line would be another one than in every editor, and a citation or a question mean another place."""
+    assert [number for number, _ in numbered(ODD_LINES)] == [1, 2, 3, 4, 5] and numbered(ODD_LINES)[4][1] == "five"
+    (place / "d" / "b.txt").write_text("".join(f"page {i}\x0c\nsix words are in this line\n\n" for i in range(9)),
+                                       newline="")
+    documents = list(read_documents("d", words, 8))
+    write_jsonl(place / "q.jsonl", [{**QUESTION, "question": f"{i}?", "documents": [f"b.txt:{3 * i + 2}"]}
+                                    for i in range(9)])
+    for i, question in enumerate(prepare_data.read_questions("q.jsonl", documents)):
+        text = documents[question.documents[0]].text
+        assert text.startswith(f"page {i}\x0c"), (i, text)
+    assert [q.gold for q in question_sets.read_questions("q.jsonl", documents)] == [(i + 1,) for i in range(9)]
+    (place / "t.tsv").write_text("h\nq0\u2028\td0\t1\nq0\td0\x85\t1\nq0\td0\n", newline="")
+    with pytest.raises(UserError, match="t.tsv:4: "):
+        question_sets.read_qrels(place / "t.tsv", {}, {}, print)
+
+
+@pytest.mark.parametrize("data, asked, refused", [
+    (b"What?\ncaf\xe9?\nAnd?\n", ["What?", "And?"], 1), ("\ufeffWhat?\r\nAnd?".encode(), ["What?", "And?"], 0),
+    ("What?\r\nCafé?\r\n".encode("utf-16"), ["What?", "Café?"], 0),
+    ("What?\r\nAnd?\r\n".encode("utf-16-le"), ["What?", "And?"], 0),
+    (b"a\0b and more of it\n\xff\xfe\n\nWhat?", ["What?"], 2), (b"\n" * 9, [], 0), (b"", [], 0)])
+def test_a_bad_line_in_a_session(monkeypatch, capsys, data, asked, refused):
+    """One byte that is not UTF-8 would end the session, and cost the memory that lies in RAM."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), encoding="utf-8"))
+    assert list(sample.typed_questions(sample.Ranks(sample.torch.device("cpu")))) == asked
+    assert capsys.readouterr().out.count("not a text: ") == refused
+
+
+def test_printing_ends_nothing():
+    """A terminal that lacks a letter, or a name with half a one, would end the program."""
+    code = "import common; common.main(lambda: print('ä \\u2028 \\udcff'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(common.__file__).parent,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"\\xe4 \\u2028 \\udcff\n"), done.stderr
