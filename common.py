@@ -51,7 +51,7 @@ def main(script):
         if error.errno is None:  # a library's, not about a file
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}"
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; free some space and run again (what was saved before is intact)"
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)

@@ -47,7 +47,7 @@ from common import (
 )
 from documents import read_documents, tell_skipped
 from prompts import NOT_FOUND
-from question_sets import bm25_search, pieces_of, place_of, read_impossible, read_set
+from question_sets import bm25_search, pieces_of, place_of, read_impossible, read_set, tell_odd
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -119,8 +119,8 @@ def read_questions(path, documents):
             raise UserError(f"{path}:{number}: {error}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not {wanted}") from None
-    if len(questions) < sum(questions.values()):  # one of two could train, the other validate
-        print(f"{path}: left out what is asked again ({sum(questions.values()) - len(questions):,})")
+    again = sum(questions.values()) - len(questions)  # one of two could train, the other validate
+    tell_odd(path, {"skipped: asked again": again}, print)
     if len(questions) < 2:
         raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train "
                         "on and one to validate with")

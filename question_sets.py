@@ -81,8 +81,8 @@ def read_beir(folder, say=print):
 
 
 def tell_odd(path, odd, say):
-    """Say what is odd in a file, a Counter, if anything is."""
-    if odd.total():
+    """Say what is odd in a file, and how often, if anything is."""
+    if any(odd.values()):
         say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
 
 
@@ -210,7 +210,7 @@ def read_questions(path, documents, say=print):
         questions[question._replace(nothing=nothing)] = None
     if not questions:
         raise UserError(f"{path}: no question in it")
-    tell_odd(path, Counter({"skipped: asked again": again}), say)
+    tell_odd(path, {"skipped: asked again": again}, say)
     return [*questions]
 
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_prepared_data_behind_a_link(run, place):
     (place / "notes").symlink_to("big")
     for _ in range(2):
         assert prepare(run, "notes").code == 0
-        assert (place / "notes").is_symlink() and {path.name for path in (place / "big").iterdir()} == PREPARED
+        assert (place / "notes").is_symlink()
+        assert {path.name for path in (place / "big").iterdir()} == PREPARED
     Pools("notes/train", 300)[0]
 
 
@@ -135,8 +137,8 @@ def test_atomic_file_behind_a_link(tmp_path):
 
 
 def ask(run, checkpoint, documents, *more):
-    return run(sample, "--checkpoint", checkpoint, "--documents", documents, "--memory", "bank", "--device", "cpu",
-               "--max-answer-tokens", 1, "--max-document-tokens", 64, *more, "What?")
+    return run(sample, "--checkpoint", checkpoint, "--documents", documents, "--memory", "bank", "--device",
+               "cpu", "--max-answer-tokens", 1, "--max-document-tokens", 64, *more, "What?")
 
 
 def held(bank="bank"):
@@ -211,26 +213,27 @@ GREEK = "Γειά"  # so that UTF-16 is not only NULs and letters
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("kind", ["documents", "a corpus", "questions", "configuration", "judgements", "a log"])
+@pytest.mark.parametrize("kind", ["documents", "corpus", "questions", "configuration", "judgements", "log"])
 def test_one_reader_of_text(place, tiny, name, kind, capsys):
-    """A byte order mark or UTF-16 would be understood in some files and refused in others, or be read as NULs;
+    """A byte order mark or UTF-16 would be understood in some files and refused in others, or read as NULs;
     other encodings would end in a traceback, or be read as other letters."""
     encoding, good = TEXTS[name]
     letters = "Größe" if encoding == "latin-1" else f"Größe {GREEK}"
     row = {"id": "a", "text": letters, **QUESTION, "question": letters}
-    text = {"configuration": f'out = "{letters}"\nmax_steps = 3\n', "judgements": f"q\td\ts\nq0\t{letters}\t1\n",
-            "a log": json.dumps({"step": 1, "split": "train", "of": letters}, ensure_ascii=False) + "\n",
+    text = {"configuration": f'out = "{letters}"\nmax_steps = 3\n',
+            "judgements": f"q\td\ts\nq0\t{letters}\t1\n",
+            "log": json.dumps({"step": 1, "split": "train", "of": letters}, ensure_ascii=False) + "\n",
             "documents": f"{letters}\nis teal."}
-    text = text.get(kind, json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps({**row, **QUESTION, "id": "b"}))
-    path = place / ("d/b.txt" if kind == "documents" else "file.toml" if kind == "configuration" else "a.jsonl")
-    path.write_bytes(text.encode(encoding))
+    rows = json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps({**row, **QUESTION, "id": "b"})
+    path = place / {"documents": "d/b.txt", "configuration": "file.toml"}.get(kind, "a.jsonl")
+    path.write_bytes(text.get(kind, rows).encode(encoding))
     documents = lambda path: list(read_documents(path, words, 99))
     note.cache_clear()  # it speaks once
 
     def read():
         if kind == "documents":
             return documents("d")[1].text.partition("\n")[0]
-        if kind == "a corpus":
+        if kind == "corpus":
             return documents("a.jsonl")[0].text
         if kind == "questions":
             return prepare_data.read_questions("a.jsonl", documents("d"))[0].text
@@ -245,7 +248,7 @@ def test_one_reader_of_text(place, tiny, name, kind, capsys):
         said = capsys.readouterr().err
         assert ("UTF-16-" in said) == (encoding in ("utf-16-le", "utf-16-be"))
     else:
-        where = {"a corpus": ":1: not an object", "questions": ":1: not an object", "documents": ""}
+        where = {"corpus": ":1: not an object", "questions": ":1: not an object", "documents": ""}
         skipped = {}
         with pytest.raises(UserError, match=f"{path.name}{where.get(kind, ': .*not UTF-8 .byte')}"):
             if kind != "documents":
@@ -259,23 +262,26 @@ ODD_LINES = "one\x0c\x0b\x1c\x1d\x1e\x85\u2028\u2029one\r\ntwo\rthree\n\nfive"
 
 def test_lines_are_counted_in_one_way(place):
     """A line would be another one than in every editor, and a citation or a question mean another place."""
-    assert [number for number, _ in numbered(ODD_LINES)] == [1, 2, 3, 4, 5] and numbered(ODD_LINES)[4][1] == "five"
-    (place / "d" / "b.txt").write_text("".join(f"page {i}\x0c\nsix words are in this line\n\n" for i in range(9)),
-                                       newline="")
+    assert [(number, line[-5:]) for number, line in numbered(ODD_LINES)] == [
+        (1, "\x85\u2028\u2029one"[-5:]), (2, "two"), (3, "three"), (4, ""), (5, "five")]
+    pages = "".join(f"page {i}\x0c\nsix words are in this line\n\n" for i in range(9))
+    (place / "d" / "b.txt").write_text(pages, newline="")
     documents = list(read_documents("d", words, 8))
     write_jsonl(place / "q.jsonl", [{**QUESTION, "question": f"{i}?", "documents": [f"b.txt:{3 * i + 2}"]}
                                     for i in range(9)])
     for i, question in enumerate(prepare_data.read_questions("q.jsonl", documents)):
         text = documents[question.documents[0]].text
         assert text.startswith(f"page {i}\x0c"), (i, text)
-    assert [q.gold for q in question_sets.read_questions("q.jsonl", documents)] == [(i + 1,) for i in range(9)]
+    asked = question_sets.read_questions("q.jsonl", documents)
+    assert [question.gold for question in asked] == [(i + 1,) for i in range(9)]
     (place / "t.tsv").write_text("h\nq0\u2028\td0\t1\nq0\td0\x85\t1\nq0\td0\n", newline="")
     with pytest.raises(UserError, match="t.tsv:4: "):
         question_sets.read_qrels(place / "t.tsv", {}, {}, print)
 
 
 @pytest.mark.parametrize("data, asked, refused", [
-    (b"What?\ncaf\xe9?\nAnd?\n", ["What?", "And?"], 1), ("\ufeffWhat?\r\nAnd?".encode(), ["What?", "And?"], 0),
+    (b"What?\ncaf\xe9?\nAnd?\n", ["What?", "And?"], 1),
+    ("\ufeffWhat?\r\nAnd?".encode(), ["What?", "And?"], 0),
     ("What?\r\nCafé?\r\n".encode("utf-16"), ["What?", "Café?"], 0),
     ("What?\r\nAnd?\r\n".encode("utf-16-le"), ["What?", "And?"], 0),
     (b"a\0b and more of it\n\xff\xfe\n\nWhat?", ["What?"], 2), (b"\n" * 9, [], 0), (b"", [], 0)])
@@ -292,3 +298,139 @@ def test_printing_ends_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(common.__file__).parent,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, b"\\xe4 \\u2028 \\udcff\n"), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets as published
+
+def a_set(folder, corpus, queries, qrels):
+    (folder / "qrels").mkdir(parents=True)
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    (folder / "qrels" / "test.tsv").write_text(qrels)
+    return folder
+
+
+DOCUMENTS = [{"_id": f"d{i}", "title": "", "text": f"Text {i}."} for i in range(3)]
+QUERIES = [{"_id": f"q{i}", "text": f"Question {i}?"} for i in range(3)]
+
+
+@pytest.mark.parametrize("corpus, queries, qrels, gold, said", [
+    # one id of the judgements is of no document, one of no question
+    (DOCUMENTS, QUERIES, "query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td9\t1\nq9\td1\t1\n", {0: "Text 0."},
+     ["qrels/test.tsv: skipped: unknown question or document (2)"]),
+    # no names of columns: the first line counts; TREC's four columns; scores with a point
+    (DOCUMENTS, QUERIES, "q0\td0\t1\nq1\td1\t1\n", {0: "Text 0.", 1: "Text 1."},
+     ["qrels/test.tsv: no header (1)"]),
+    (DOCUMENTS, QUERIES, "q0 0 d0 1.0\nq1 0 d1 0\n", {0: "Text 0."},
+     ["qrels/test.tsv: no header (1), four columns (2), decimal scores (1)"]),
+    # documents and questions that are there twice, or empty
+    ([*DOCUMENTS, {"_id": "d0", "text": "Another."}, {"_id": "d3", "title": "", "text": " "}], QUERIES,
+     "h\th\th\nq0\td0\t1\nq1\td3\t1\n", {0: "Text 0."},
+     ["corpus.jsonl: skipped: an _id that was there before (1), skipped: empty text (1)",
+      "qrels/test.tsv: skipped: unknown question or document (1)"]),
+    (DOCUMENTS, [*QUERIES, {"_id": "q0", "text": "Another?"}, {"_id": "q3", "text": ""}],
+     "h\th\th\nq0\td0\t1\nq3\td0\t1\n", {0: "Text 0."},
+     ["queries.jsonl: skipped: an _id that was there before (1), skipped: empty text (1)",
+      "qrels/test.tsv: skipped: unknown question or document (1)"])])
+def test_sets_as_published(tmp_path, corpus, queries, qrels, gold, said):
+    """One odd line of thousands would keep a set from being read, or be left out without a word."""
+    told, folder = [], a_set(tmp_path / "set", corpus, queries, qrels)
+    texts, questions = question_sets.read_set(folder, told.append)
+    assert {question.text: [texts[i] for i in question.gold] for question in questions["test"]} == {
+        f"Question {i}?": [text] for i, text in gold.items()}
+    assert told == [f"{folder}/{line}" for line in said]
+
+
+def test_questions_asked_twice(place, capsys):
+    """The same question would train and validate, or count twice."""
+    rows = [QUESTION, {**QUESTION, "question": "Which?"}, QUESTION]
+    write_jsonl(place / "q.jsonl", rows)
+    documents = list(read_documents("d", words, 99))
+    for module in (prepare_data, question_sets):
+        asked = module.read_questions("q.jsonl", documents)
+        assert [question.text for question in asked] == [QUESTION["question"], "Which?"]
+        assert capsys.readouterr().out == "q.jsonl: skipped: asked again (1)\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# File systems, names, ~
+
+def test_home(run, checkpoint, place, monkeypatch):
+    """A folder named "~" would be made: in a TOML file and behind "=" no shell expands it."""
+    monkeypatch.setenv("HOME", str(place / "home"))
+    (place / "notes.toml").write_text('out = "~/out"\n[data]\nout = "~/data/notes"\ndocuments = "d"\n'
+                                      'questions = "q.jsonl"\npools = 2\nvalidation_pools = 1\n'
+                                      'vocab_size = 300\n')
+    assert run(prepare_data, "notes.toml").code == 0
+    assert (place / "home" / "data" / "notes" / "about.json").exists()
+    result = run(sample, f"--checkpoint={checkpoint}", "--memory=~/bank", "--documents=~/../d", "~ is what?",
+                 "--max-answer-tokens", 1)
+    assert result.code == 0 and (place / "home" / "bank" / "manifest.json").exists(), result.err
+    config = common.command_line(train.TrainConfig, "", ["notes.toml", "--data.documents=~/b",
+                                                         "--init-from=~"])
+    assert config.data.out == f"{place}/home/data/notes" and config.out == f"{place}/home/out"
+    assert config.data.documents == f"{place}/home/b" and config.init_from == f"{place}/home"
+    assert common.command_line(prepare_data.DataConfig, "", ["--data=a,~/b"]).data == f"a,{place}/home/b"
+    assert not (place / "~").exists()
+    (place / "home" / "model").mkdir()
+    with pytest.raises(UserError, match=f"^{place}/home/model/config.json: no such file"):
+        sample.MSA.from_pretrained("~/model")
+
+
+@pytest.mark.parametrize("code, goes_on", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_folders_that_cannot_be_synced(run, checkpoint, place, monkeypatch, code, goes_on):
+    """A network's file system would be refused for what is lost at most in a power cut, by "a file: Invalid
+    argument"; or a failing disk be overlooked."""
+    fsync = os.fsync
+
+    def refuse(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(code, os.strerror(code))
+        return fsync(handle)
+    monkeypatch.setattr(os, "fsync", refuse)
+    note.cache_clear()
+    result = ask(run, checkpoint, "d")
+    assert result.code == (0 if goes_on else 2)
+    if goes_on:
+        assert f"bank: its file system cannot be told to write at once ({os.strerror(code)})" in result.error
+        assert set(held()) == {"a.txt:1-1"}
+    else:
+        assert result.error == "error: .: Input/output error"
+
+
+def test_no_locks(run, checkpoint, place, monkeypatch):
+    """Two writers would undo each other's changes; or "a file: No locks available" be all that is said."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    result = ask(run, checkpoint, "d")
+    assert result.code == 2 and "error: bank/lock: its file system has no locks (No locks" in result.error
+
+
+def test_names(run, checkpoint, place):
+    """Two names that are not UTF-8 would be one, a name drive the terminal, or two spellings of one name be
+    two documents."""
+    names = {b"a\xff.txt": "a\\xff.txt", b"a\xfe.txt": "a\\xfe.txt", b"b\x1b[2J\n.txt": "b\\x1b[2J\\n.txt",
+             "e\u0301.txt".encode(): "\xe9.txt"}
+    for i, name in enumerate(names):
+        (place / "d" / os.fsdecode(name)).write_text(f"Number {i}.")
+    documents = list(read_documents("d", words, 99))
+    assert {d.source: d.text for d in documents if d.source != "a.txt"} == {
+        shown: f"Number {i}." for i, shown in enumerate(names.values())}
+    for spelling in ("e\u0301.txt", "\xe9.txt", "e\u0301.txt:1"):
+        write_jsonl(place / "q.jsonl", [{**QUESTION, "documents": [spelling]}])
+        found, = question_sets.read_questions("q.jsonl", documents)
+        assert documents[found.gold[0]].text == "Number 3."
+    result = ask(run, checkpoint, "d", "--trace", "--max-rounds", 1)
+    assert "5 added" in result.out and not re.search("[\x00-\x09\x0b-\x1f]", result.out)
+    (place / "d" / "\xe9.txt").write_text("The same name.")
+    skipped = {}
+    assert len(list(read_documents("d", words, 99, skipped))) == 5
+    assert list(skipped) == ["\xe9.txt (twice)"]
+    (place / "\x1b[2J.toml").write_text("x")
+    result = run(train, "\x1b[2J.toml")
+    assert result.code == 2 and "error: \\x1b[2J.toml: not valid TOML" in result.error
+    assert "\x1b" not in result.err
