@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UserError, atomic_file, merge, read_json, write_json
+from common import UserError, atomic_file, check_download, merge, read_json, write_json
 from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file
@@ -223,11 +223,15 @@ def open_weights(path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            head, size = file.read(99), file.seek(0, os.SEEK_END)
+        check_download(head, path, page=True)
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    except OSError as error:  # a folder, for one: without an errno
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        what = f"{size:,} bytes, {error}" if head.strip(b"\0") else f"all {size:,} bytes are 0"
+        raise UserError(f"{path}: not a whole safetensors file ({what}); get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def whole(tensor):

@@ -260,7 +260,6 @@ HEAD_BYTES = 1 << 16  # of a file, which tell how it is encoded
 # Byte order marks; those of UTF-32 begin like those of UTF-16
 MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-POINTER = b"version https://git-lfs"  # what git puts in the place of a large file
 
 
 def read_text(path):
@@ -280,11 +279,19 @@ def read_text(path):
         raise UserError(f"{path}: not {name} (byte {error.start}); convert it to UTF-8") from None
 
 
+def check_download(head, path, page=False):
+    """Raises UserError where the first bytes of a file are of what git-lfs puts in its place, or, with
+    `page`, of a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of git-lfs, not the file; git lfs pull brings it")
+    if page and head.lstrip().startswith(b"<"):
+        raise UserError(f"{path}: a web page, not the file; download it again")
+
+
 def encoding_of(head, path=""):
     """The name of the encoding of a file, from its first bytes. path: names it where that is a guess. Raises
-    UserError for what git-lfs puts in the place of a file."""
-    if head.startswith(POINTER):
-        raise UserError(f"{path}: a pointer of git-lfs, not the file; git lfs pull brings it")
+    UserError as `check_download` does."""
+    check_download(head, path)
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return encoding
@@ -307,7 +314,9 @@ def read_json(path, what):
     """The object in a JSON file. Raises UserError: a missing file's folder is no checkpoint, another is not
     `what` it should be."""
     try:
-        values = json.loads(read_text(path))
+        text = read_text(path)
+        check_download(text[:99].encode(), path, page=True)
+        values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("not an object")
         return values

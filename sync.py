@@ -146,14 +146,12 @@ class Changes:
     def missing(self, skipped):
         """The numbers of the documents that have not come; asked at the end of the stream.
 
-        skipped: names of files that could not be read. What the bank holds of them, name#0, name#1 and so on,
-        stays: a file that cannot be read now is not a deleted one.
+        skipped: names of files that could not be read, or of links to folders. What the bank holds of them
+        stays: what cannot be read now is not deleted.
         """
-        for name in skipped:
-            for i in itertools.count():
-                position = self.position_of(hash64(f"{name}#{i}"))
-                if position is None:
-                    break
+        kept = tuple(f"{name}{behind}" for name in skipped for behind in ":/")
+        for position in np.flatnonzero(~self.seen) if kept else ():
+            if self.bank.document(position)[1].startswith(kept):
                 self.seen[position] = True
                 self.counts["kept unread"] += 1
         self.counts["removed"] = int((~self.seen).sum())

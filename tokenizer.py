@@ -28,7 +28,7 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 
-from common import UserError, atomic_file, read_text, write_json
+from common import UserError, atomic_file, check_download, read_text, write_json
 
 SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
 
@@ -56,6 +56,7 @@ class HubEncoding:
         self.own = {}
         with self.refusing("malformed tokenizer.json"):
             self.data, text = self.path.read_bytes(), read_text(self.path)
+            check_download(self.data[:99], self.path, page=True)
             self.library = library = tokenizers.Tokenizer.from_str(text)
             self.ids = library.get_vocab(with_added_tokens=True)
             self.names = {i: name for name, i in self.ids.items()}
@@ -285,6 +286,8 @@ class Tokenizer:
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no tokenizer here; "
                             "give a folder that train.py or prepare_data.py wrote") from None
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -434,3 +435,62 @@ def test_names(run, checkpoint, place):
     result = run(train, "\x1b[2J.toml")
     assert result.code == 2 and "error: \\x1b[2J.toml: not valid TOML" in result.error
     assert "\x1b" not in result.err
+
+
+def test_a_link_to_a_folder_that_is_away(run, checkpoint, place):
+    """A share that is not mounted today would cost its documents, which would come back under new numbers."""
+    (place / "share").mkdir()
+    (place / "share" / "s.txt").write_text("On the share.")
+    for i in range(3):
+        (place / "d" / f"{i}.txt").write_text(f"Number {i}.")
+    (place / "d" / "linked").symlink_to("../share")
+    assert "5 added" in ask(run, checkpoint, "d").out
+    before = held()
+    (place / "share").rename(place / "away")
+    result = ask(run, checkpoint, "d")
+    assert "skipped linked: cannot be read (No such file or directory)\n" in result.out
+    assert "0 added, 4 unchanged, 1 kept unread" in result.out and held() == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12345\n"
+PAGE = b"<!DOCTYPE html>\n<html><body>404</body></html>\n"
+DOWNLOADS = {"pointer": (lambda data: POINTER, "a pointer of git-lfs, not the file; git lfs pull brings it"),
+             "page": (lambda data: PAGE, "a web page, not the file; download it again"),
+             "half": (lambda data: data[:len(data) // 2], "not "), "empty": (lambda data: b"", "not "),
+             "zeros": (lambda data: bytes(len(data)), "(not a whole safetensors file .all [0-9,]+ bytes are 0"
+                                                      "|holds NULs)")}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer_msa.json"])
+@pytest.mark.parametrize("kind", DOWNLOADS)
+def test_damaged_downloads(run, checkpoint, place, file, kind):
+    """A clone without git-lfs would say "header too large", a failed download anything but its name."""
+    change, message = DOWNLOADS[kind]
+    folder = place / "copy"
+    shutil.copytree(checkpoint, folder)
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    result = run(sample, "--checkpoint", folder, "--documents", "d", "What?")
+    assert result.code == 2, result.err
+    if file == "tokenizer_msa.json" and kind in ("half", "empty"):
+        message = "malformed tokenizer files"
+    assert re.search(f"error: {folder}(/{file})?: {message}", result.error), result.err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--seed 18446744073709551616", "--seed is 18446744073709551616; it must be below 2.63"),
+    ("--seed 9223372036854775808", "it must be below 2.63"),
+    ("--timeout inf", "--timeout is inf; .*finite"),
+    ("--temperature inf", "temperature is inf; it must be at least 0, and at most 1,0"),
+    ("--temperature nan", "temperature is nan; it must"), ("--router-weight 1e38", "router_weight is 1e.38; it"),
+    ("--top-p nan", "top_p is nan; it must"), ("--temperature 1e-310", None), ("--temperature 1000000", None),
+    ("--seed 9223372036854775807 --temperature 1 --top-p 1e-320", None), ("--timeout 1e300", None)])
+def test_numbers_out_of_range(run, checkpoint, place, flags, message):
+    """A seed or temperature that cannot be computed with would end in a traceback, or in noise."""
+    result = run(sample, "--checkpoint", checkpoint, "--documents", "d", *flags.split(),
+                 "--max-answer-tokens", 2, "What?")
+    assert result.code == (2 if message else 0), result.err
+    assert message is None or re.search(message, result.error), result.error
+    assert "Traceback" not in result.err
