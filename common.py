@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -53,8 +54,21 @@ def main(script):
         message = f"{error.filename or 'a file'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; free some space and run again (what was saved before is intact)"
-    print(f"error: {printable(message)}", file=sys.stderr)
+    if speaks():
+        print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def speaks():
+    """Whether this process says why it ends: of those that torchrun has started here, the first that asks."""
+    try:
+        file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # in a folder of this rank's, in one of the run's
+        os.close(os.open(file.parent.parent / "told", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):
+        return True
+    return True
 
 
 def printable(text):
@@ -103,9 +117,22 @@ def command_line(config_class, description, args=None, table=None, takes_file=Tr
             raise UserError(f"{path}: {table} = {values!r} is a value; it must be a table, [{table}]")
         default = merge(default, values, path)
     prog = Path(sys.argv[0]).name + " [FILE.toml]" * takes_file
-    config = tyro.cli(config_class, default=default, args=args, description=description, prog=prog)
+    parse = lambda: tyro.cli(config_class, default=default, args=args, description=description, prog=prog)
+    config = told_once(parse) if "TORCHELASTIC_ERROR_FILE" in os.environ else parse()
     check_values(config)
     return config
+
+
+def told_once(parse):
+    """Call `parse`; what it prints before it exits is printed by one rank."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit:
+        if speaks():
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def switches(config, prefix="--"):

@@ -474,7 +474,7 @@ def test_damaged_downloads(run, checkpoint, place, file, kind):
     (folder / file).write_bytes(change((folder / file).read_bytes()))
     result = run(sample, "--checkpoint", folder, "--documents", "d", "What?")
     assert result.code == 2, result.err
-    if file == "tokenizer_msa.json" and kind in ("half", "empty"):
+    if file == "tokenizer_msa.json" and kind in ("half", "empty", "page"):
         message = "malformed tokenizer files"
     assert re.search(f"error: {folder}(/{file})?: {message}", result.error), result.err
 
@@ -484,7 +484,8 @@ def test_damaged_downloads(run, checkpoint, place, file, kind):
     ("--seed 9223372036854775808", "it must be below 2.63"),
     ("--timeout inf", "--timeout is inf; .*finite"),
     ("--temperature inf", "temperature is inf; it must be at least 0, and at most 1,0"),
-    ("--temperature nan", "temperature is nan; it must"), ("--router-weight 1e38", "router_weight is 1e.38; it"),
+    ("--temperature nan", "temperature is nan; it must"),
+    ("--router-weight 1e38", "router_weight is 1e.38; it"),
     ("--top-p nan", "top_p is nan; it must"), ("--temperature 1e-310", None), ("--temperature 1000000", None),
     ("--seed 9223372036854775807 --temperature 1 --top-p 1e-320", None), ("--timeout 1e300", None)])
 def test_numbers_out_of_range(run, checkpoint, place, flags, message):
@@ -494,3 +495,41 @@ def test_numbers_out_of_range(run, checkpoint, place, flags, message):
     assert result.code == (2 if message else 0), result.err
     assert message is None or re.search(message, result.error), result.error
     assert "Traceback" not in result.err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+@pytest.mark.parametrize("args, expected", [
+    ("a.toml", (3, False)), ("--resume a.toml", (3, True)), ("--max-steps 5 a.toml --resume", (5, True)),
+    ("--max-steps=5 a.toml", (5, False)), ("--no-resume a.toml", (3, False)),
+    ("--data.number_tokens a.toml", (3, False)),
+    ("--data.no-number-tokens a.toml", (3, False)), ("--out a.toml", (1500, False)),
+    ("--out=b.toml a.toml", (3, False)), ("--init-from x.toml a.toml", (3, False))])
+def test_a_configuration_anywhere(place, args, expected):
+    """A file behind a flag would be an "unrecognized option", or a flag's value be taken for a file."""
+    (place / "a.toml").write_text("max_steps = 3\n")
+    config = common.command_line(train.TrainConfig, "", args.split())
+    assert (config.max_steps, config.resume) == expected
+    assert (config.out == "a.toml") == (args == "--out a.toml")
+
+
+def test_two_configurations(place):
+    """One of two files would be left out without a word."""
+    with pytest.raises(UserError, match="^a.toml and b.toml are two configuration files; give one$"):
+        common.command_line(train.TrainConfig, "", ["a.toml", "--resume", "b.toml"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--seed -1 q", "seed is -1; it must be at least 0"), ("--help", "usage: sample.py"),
+    ("--documents none q", "error: none: no such folder of"), ("--memory none q", "none: no memory bank here")])
+def test_ranks_say_it_once(run, checkpoint, place, monkeypatch, flags, message):
+    """Each of many ranks would say what is wrong, or none of them."""
+    said = []
+    for rank in (2, 0, 1):  # as torchrun calls them
+        (place / "run" / f"{rank}").mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "run" / f"{rank}" / "error.json"))
+        result = run(sample, "--checkpoint", checkpoint, *flags.split())
+        said.append(result.err)
+        assert result.code == (0 if flags == "--help" else 2)
+    assert message in said[0] and said[1:] == ["", ""]

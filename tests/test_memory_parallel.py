@@ -746,7 +746,7 @@ def test_ranks_that_read_different_documents(loaded, tmp_path):
     """Documents that one rank does not see would be missing without a word."""
     model, tokenizer = loaded
     ranks = Ranks(CPU)
-    ranks.gather = lambda x: x[None] if len(x) == 1 else torch.stack([x, x + torch.tensor([0, 0, 1])])
+    ranks.gather = lambda x: x[None] if len(x) == 1 else torch.stack([x, x + torch.tensor([0, 0, 0, 1])])
     message = "the ranks read different documents; --documents must be the same for all of them"
     with pytest.raises(UserError, match=message):
         sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:2]), ranks)
