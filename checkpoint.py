@@ -3,6 +3,7 @@
 One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the authors' MSA-4B. Nothing here
 is unpickled, and what the model does not compute is refused by its name in config.json.
 """
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -257,9 +258,18 @@ def write_tensors(file, tensors):
         file.write(whole(x).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def other_names(path, begin):
+    """"" or "b", so that names that begin like this and end in it are not those in the file `path`: what it
+    names stays as it is until it names what has come."""
+    with contextlib.suppress(OSError):
+        named = path.read_text(encoding="utf-8", errors="replace")
+        return "b" if begin in named and "b.safetensors" not in named else ""
+    return ""
+
+
 def write_weights(folder, tensors):
-    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index.
-    folder None: write nothing, but give another rank this one's rows, in the same order."""
+    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index, in
+    one step. folder None: write nothing, but give another rank this one's rows, in the same order."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned in the file
     if folder is None:
         for tensor in tensors.values():
@@ -272,9 +282,9 @@ def write_weights(folder, tensors):
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= nbytes(tensor)
-    places = {}  # name -> file
+    places, other = {}, other_names(folder / INDEX, "model-")  # places: name -> file
     for i, shard in enumerate(shards, start=1):
-        file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file_name = f"model-{i:05d}-of-{len(shards):05d}{other}.safetensors" if len(shards) > 1 else WEIGHTS
         places |= {name: file_name for name in shard}
         with atomic_file(folder / file_name, "wb") as file:
             write_tensors(file, {name: tensors[name] for name in shard})
@@ -283,7 +293,7 @@ def write_weights(folder, tensors):
         kept.add(INDEX)
         total = sum(map(nbytes, tensors.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors")
+    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}b?\.safetensors")
     for path in list(folder.iterdir()):
         if ours.fullmatch(path.name) and path.name not in kept:  # an earlier checkpoint's
             path.unlink()

@@ -55,7 +55,10 @@ def main(script):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; free some space and run again (what was saved before is intact)"
     if speaks():
-        print(f"error: {printable(message)}", file=sys.stderr)
+        message = printable(message)
+        if len(message) > 1000:  # it quotes what was found
+            message = f"{message[:600]} [...] {message[-300:]}"
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -417,6 +420,14 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def make_folder(path):
+    """Make a folder, and those above it, such that a power cut does not undo it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
     """Open a file that appears under `path` whole or not at all, even after a power cut: temporary file,
@@ -424,7 +435,7 @@ def atomic_file(path, mode="w"):
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file():
         raise UserError(f"{path}: not a regular file; it would be replaced")
-    real.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(real.parent)
     handle, temporary = tempfile.mkstemp(prefix=f".{real.name[:40]}.", suffix=".tmp", dir=real.parent)
     try:
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_file, naming, sync_folder
+from common import UserError, atomic_file, make_folder, naming
 
 FORMAT = 2
 SEGMENT_BYTES = 256 << 20   # of a full segment: what a writer holds in memory, what merging rewrites
@@ -534,8 +534,7 @@ class Writer:
             elif not self.is_free():
                 raise UserError(f"{self.folder}: exists and is not a memory bank, or one that has lost its "
                                 "manifest.json; give another --memory")
-            (self.folder / "segments").mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder.parent)
+            make_folder(self.folder / "segments")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
             if self.layout and not manifest.exists():

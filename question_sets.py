@@ -201,7 +201,7 @@ def read_questions(path, documents, say=print):
         if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
             raise UserError(f'{where}: "documents" is {gold!r}; it must be a list of strings')
         try:
-            found = dict.fromkeys(place_of(name, pieces, documents) for name in gold)
+            found = dict.fromkeys(place_of(name, pieces, documents, True) for name in gold)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)._replace(gold=tuple(found))
@@ -227,8 +227,9 @@ def pieces_of(documents):
     return pieces
 
 
-def place_of(name, pieces, documents):
-    """The place of the one document that is meant by "notes.md" or "notes.md:12". Raises UserError."""
+def place_of(name, pieces, documents, first=False):
+    """The place of the one document that is meant by "notes.md" or "notes.md:12"; first: of a long line that
+    is several documents the first one. Raises UserError."""
     name = same(name)
     file, _, line = name.rpartition(":")
     places = pieces.get(name)
@@ -236,6 +237,7 @@ def place_of(name, pieces, documents):
         line = int(line) if line.isdecimal() and len(line) < 10 else 0
         places = [place for place in pieces.get(file, ())
                   if documents[place].first_line <= line <= documents[place].last_line]
+        places = places[:1] if first else places
     if len(places) != 1:
         raise UserError(f"{name!r} names {len(places)} documents, not one; give a file below --documents, or "
                         'an id, and a line of it if the file was split: "notes.md:12"')

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import common
+import fuzz
+import power_cuts
 import prepare_data
 import question_sets
 import sample
@@ -522,7 +524,8 @@ def test_two_configurations(place):
 
 @pytest.mark.parametrize("flags, message", [
     ("--seed -1 q", "seed is -1; it must be at least 0"), ("--help", "usage: sample.py"),
-    ("--documents none q", "error: none: no such folder of"), ("--memory none q", "none: no memory bank here")])
+    ("--documents none q", "error: none: no such folder of"),
+    ("--memory none q", "none: no memory bank here")])
 def test_ranks_say_it_once(run, checkpoint, place, monkeypatch, flags, message):
     """Each of many ranks would say what is wrong, or none of them."""
     said = []
@@ -533,3 +536,31 @@ def test_ranks_say_it_once(run, checkpoint, place, monkeypatch, flags, message):
         said.append(result.err)
         assert result.code == (0 if flags == "--help" else 2)
     assert message in said[0] and said[1:] == ["", ""]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Power cuts, and thousands of odd inputs: a sample of what `make torture` and `make fuzz` try
+
+def test_power_cuts():
+    """A power cut would leave a bank, a checkpoint or a training that is neither the old one nor the new."""
+    assert power_cuts.cut_banks(3, 1)["merge"] == 6
+    for sizes in ((8000, 8000), (1 << 30, 8000), (8000, 1 << 30)):
+        assert 0 < power_cuts.cut_checkpoints(8, 1, sizes) < 16
+    for same_step in (False, True):
+        assert 0 < power_cuts.cut_training(8, 1, same_step) < 16
+
+
+def test_power_cuts_find_what_is_not_synced(monkeypatch):
+    """The cuts would be such that nothing can be lost."""
+    monkeypatch.setattr(common, "sync_handle", lambda *_: None)
+    for attempt in (power_cuts.cut_banks, lambda *args: power_cuts.cut_checkpoints(*args, (8000, 8000))):
+        with pytest.raises(BaseException):
+            attempt(8, 1)
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_odd_inputs(tmp_path_factory, kind):
+    """An input that nobody has thought of would end in a traceback, or in more than one sentence."""
+    fuzz.prepare(tmp_path_factory.mktemp("fuzz"))
+    good, refused, faults = fuzz.fuzz(kind, range(12))
+    assert not faults and good + refused == 12 and good
