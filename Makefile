@@ -4,7 +4,8 @@
 # make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
 #              that was interrupted goes on where it was
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
-# make torture kill and damage memory banks, thousands of times
+# make torture kill and damage memory banks, and cut the power of what is saved, thousands of times
+# make fuzz    thousands of odd files, configurations and tokenizers: success, or one sentence
 # make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
 #              It installs nothing: the python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test scale ask torture gpu lint clean
+.PHONY: demo test scale ask torture fuzz gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -39,6 +40,10 @@ ask: .venv/smollm2
 
 torture: .venv/installed
 	$(RUN) tests/torture.py
+	OMP_NUM_THREADS=1 $(RUN) tests/power_cuts.py
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py
 
 gpu:
 	$(PYTHON) tests/kernel_checks.py

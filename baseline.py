@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
+from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, write_json
 from interleave import generate
 from memory import Cache
 from model import MSA, ModelConfig
@@ -181,7 +181,8 @@ def script():
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))
         model.save_pretrained(out)
         tokenizer.save(out)
-        (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with atomic_file(out / "log.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     words, found = Words(), []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")
     for seed in map(int, config.seeds.split(",")):

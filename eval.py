@@ -52,10 +52,11 @@ from common import (
     detect_device,
     keep_freed_memory,
     main,
+    read_text,
     return_freed_memory,
     write_json,
 )
-from documents import Document, read_documents
+from documents import Document, read_documents, tell_skipped
 from interleave import InterleaveConfig, Round, answer_from_text, answer_question, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
@@ -311,7 +312,7 @@ def plot(rows, path, beside=()):
 def read_rows(path):
     """What `--json` wrote. Raises UserError."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(read_text(path))
         [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]  # numbers, or it raises
         return rows
     except OSError as error:
@@ -326,16 +327,18 @@ def read_rows(path):
 def load_set(config, model, tokenizer, say):
     """What --data names: (texts, counts, questions, split); memories hold the first `count` of the texts."""
     if config.documents:
-        count_tokens = lambda text: len(tokenizer.encode(text))
-        documents = list(read_documents(config.documents, count_tokens, model.config.max_document_tokens))
+        count_tokens, skipped = lambda text: len(tokenizer.encode(text)), {}
+        longest = model.config.max_document_tokens
+        documents = list(read_documents(config.documents, count_tokens, longest, skipped))
+        tell_skipped(skipped, say)
         texts, split = [document.text for document in documents], ""
-        questions = read_questions(config.data, documents)
+        questions = read_questions(config.data, documents, say)
     else:
         texts, questions = read_set(config.data, say)
         questions, split = choose_split(questions, config.split, config.data)
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
-        texts += read_texts(path)
+        texts += read_texts(path, say)
         counts.append(len(texts))
     return texts, counts, questions, split
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, make_folder, naming
 
 FORMAT = 2
 SEGMENT_BYTES = 256 << 20   # of a full segment: what a writer holds in memory, what merging rewrites
@@ -142,22 +142,12 @@ def add_sums(records):
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
-def sync_folder(folder):
-    """Make what was renamed in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_file(path, data):
     """Write `data` so that `path` holds all of it or what it held before, even after a power cut."""
     with atomic_file(path, "wb") as file:
         view = memoryview(data)
         while view:  # os.write, not file.write: tests/torture.py interrupts it
             view = view[os.write(file.fileno(), view[:1 << 26]):]
-    sync_folder(path.parent)
 
 
 def write_segment(folder, layout, records):
@@ -232,7 +222,8 @@ class Segment:
         data = np.empty(size, np.uint8)
         view, done = memoryview(data), 0
         while done < size:
-            n = os.preadv(self.handle, [view[done:done + (1 << 30)]], at + done)
+            with naming(self.path):
+                n = os.preadv(self.handle, [view[done:done + (1 << 30)]], at + done)
             if n == 0:
                 raise self.damaged(f"it ends at byte {at + done:,}")
             done += n
@@ -505,7 +496,8 @@ class Bank:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the writer's lock, which dies with the process. Raises UserError when another process holds it."""
+    """Hold the writer's lock, which dies with the process. Raises UserError when another process holds it, or
+    where there are no locks: two writers would undo each other's changes."""
     import fcntl  # not on Windows
     path = Path(folder) / "lock"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -514,12 +506,14 @@ def locked(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+                raise UserError(f"{path}: its file system has no locks ({error.strerror}), which keep two "
+                                "writers apart; put the bank on another one, such as a local one") from None
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{folder}: another process is writing to this bank ({holder}); "
                             "wait until it is done, or ask without --documents") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
+        with naming(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
         yield
     finally:
         os.close(handle)
@@ -540,8 +534,7 @@ class Writer:
             elif not self.is_free():
                 raise UserError(f"{self.folder}: exists and is not a memory bank, or one that has lost its "
                                 "manifest.json; give another --memory")
-            (self.folder / "segments").mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder.parent)
+            make_folder(self.folder / "segments")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
             if self.layout and not manifest.exists():

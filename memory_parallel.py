@@ -73,12 +73,12 @@ class Ranks:
     def __init__(self, device, timeout=60):
         """timeout: seconds that a collective waits for the slowest rank."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.timeout = device, timeout
+        self.device, self.timeout = device, min(timeout, 1e7)  # longer ones are no timedelta
         self.steps = self.turns = 0  # collectives and calls of `wait` until now
         if self.world > 1:
             slack = 30 if device.type == "cuda" else 0  # NCCL's own timeout ends the process: ours is first
-            self.store = start_process_group(device, timeout + slack)
-            self.store.set_timeout(timedelta(seconds=timeout))
+            self.store = start_process_group(device, self.timeout + slack)
+            self.store.set_timeout(timedelta(seconds=self.timeout))
 
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come."""

@@ -12,6 +12,7 @@ Hugging Face Hub.
 """
 import itertools
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from checkpoint import SMOLLM2, find, packaged
-from common import UserError, command_line, detect_device, keep_freed_memory, main
+from common import UserError, command_line, detect_device, encoding_of, keep_freed_memory, main
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
 from memory_bank import Bank, Writer
@@ -51,6 +52,7 @@ class SampleConfig:
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds
     verify: bool = False                  # check every sum of the bank
+    remove: bool = False                  # more than half of the bank may go where --documents lacks it
     compact: bool = False                 # rewrite the bank without its deleted documents
     content: Literal["bfloat16", "int8"] = "bfloat16"       # how a new bank stores keys and values
     content_in: Literal["disk", "host"] = "disk"            # where they are: read when needed, or held in RAM
@@ -132,8 +134,11 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
             texts = lambda: [document.spelled() for document in read({})]
             bank_routers(model, tokenizer, config.memory, texts, ranks)
         size = documents_size(config.documents)
-        done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped)
-        tell_skipped(skipped, say)
+        try:
+            done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped,
+                        config.remove)
+        finally:
+            tell_skipped(skipped, say)
         say(f"{config.memory}: {done} on {on}")
     if not model.trained_routers:
         bank_routers(model, tokenizer, config.memory, None, ranks)
@@ -207,11 +212,17 @@ def script():
 
 def typed_questions(ranks):
     """Yields on every rank what is typed at rank 0's terminal, until its end."""
+    if ranks.rank == 0 and hasattr(sys.stdin, "reconfigure"):
+        typed = {} if sys.stdin.isatty() else dict(encoding=encoding_of(sys.stdin.buffer.peek(), "stdin"))
+        sys.stdin.reconfigure(errors="replace", **typed)
     for turn in itertools.count():
         question = ""
         try:
             while ranks.rank == 0 and not question:
                 question = input("question> ").strip()
+                if "\ufffd" in question or "\0" in question:
+                    print(f"not a text: {question!a}; ask again")
+                    question = ""
         except (EOFError, KeyboardInterrupt):
             print()
             question = None

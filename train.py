@@ -585,6 +585,7 @@ def train(config, device, dtype, rank, world, say):
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
         if due(step) or stop:  # before the evaluation, which might fail
+            log.sync()
             save(model, optimizer, tokenizer, config, step, position, rank, world)
             log.begin()
         if due(step):
