@@ -76,12 +76,18 @@ class Ranks:
         self.device, self.timeout = device, timeout
         self.steps = self.turns = 0  # collectives and calls of `wait` until now
         if self.world > 1:
-            slack = 30 if device.type == "cuda" else 0  # NCCL's own timeout ends the process: ours is first
-            self.store = start_process_group(device, timeout + slack)
+            self.store = start_process_group(device, timeout)
             self.store.set_timeout(timedelta(seconds=timeout))
 
     def collective(self, run, *args, **kwargs):
-        """One collective; where it fails, UserError names the ranks that did not come."""
+        """One collective; where it fails, UserError names the ranks that did not come.
+
+        On GPUs it is queued behind what the device has to do, and nobody waits here: NCCL's watchdog notices
+        a rank that does not come, and ends the process.
+        """
+        if self.device.type == "cuda":
+            work = run(*args, **kwargs)
+            return None if work is None else work.wait()
         self.steps += 1
         self.store.set(f"memory/{self.rank}", str(self.steps))
         try:
@@ -118,13 +124,11 @@ class Ranks:
             self.collective(dist.all_reduce, x, async_op=True)
         return x
 
-    def agree(self, choice):
-        """Rank 0's integer, on every rank."""
-        if self.world == 1:
-            return choice
-        shared = torch.tensor([choice], device=self.device)
-        self.collective(dist.broadcast, shared, 0, async_op=True)
-        return int(shared)
+    def agree(self, choices):
+        """Rank 0's choices, a tensor, on every rank."""
+        if self.world > 1:
+            self.collective(dist.broadcast, choices, 0, async_op=True)
+        return choices
 
     def same(self, bank):
         """The same snapshot of a bank on every rank, however busy a writer is."""
