@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cache import Cache, Rows
+from common import to_device
 from memory import BATCH_TOKENS, padded_batches, rank_documents
 
 
@@ -121,14 +122,14 @@ class Server:
             texts = [torch.tensor([asked[row].tokens, asked[row].routes or [0] * len(asked[row].tokens)])
                      for row in rows]
             for batch, both in padded_batches([text.T for text in texts], self.batch_tokens):
-                tokens, routes = both.to(device, non_blocking=True).unbind(2)
+                tokens, routes = to_device(both, device).unbind(2)
                 yield [rows[i] for i in batch], tokens, routes
 
     def last(self, counts, device):
         """Where the last of each row's tokens is: (rows, columns)."""
         columns = torch.full((len(counts),), counts[0] - 1, device=device)
         if len({*counts}) > 1:
-            columns = torch.tensor(counts).to(device, non_blocking=True) - 1
+            columns = to_device(counts, device) - 1
         return torch.arange(len(counts), device=device), columns
 
     def find(self, asked):
@@ -176,8 +177,8 @@ class Server:
     def name(self, asked):
         """Indices of the numbers that win."""
         log_p = number_log_probabilities(self.model, self.cache, {row: r.spelled for row, r in asked.items()})
-        scores = torch.tensor([score for request in asked.values() for score in request.scores])
-        totals = log_p + scores.to(log_p.device, non_blocking=True)
+        scores = [score for request in asked.values() for score in request.scores]
+        totals = log_p + to_device(scores, log_p.device)
         parts = totals.split([len(request.spelled) for request in asked.values()])
         return self.agree(torch.cat([self.choose(part[None]) for part in parts])).tolist()
 
@@ -188,7 +189,7 @@ class Server:
             tokens = torch.zeros(len(rows), max(counts), dtype=torch.long)
             for b, request in enumerate(asked.values()):
                 tokens[b, :counts[b]] = torch.tensor(request.tokens)
-            tokens = tokens.to(self.model.device, non_blocking=True)
+            tokens = to_device(tokens, self.model.device)
         cache = self.cache.take(rows, tokens.size(1))
         output = self.model.read(tokens, cache=cache, positions=self.last(counts, tokens.device))
         cache.advance(counts)
@@ -204,7 +205,7 @@ class Server:
             logits = torch.stack([self.logits[row] for row in members])
             if choices:
                 if choices not in self.ids:
-                    self.ids[choices] = torch.tensor(choices).to(logits.device)
+                    self.ids[choices] = to_device(choices, logits.device)
                 ids = self.ids[choices]
                 picked.append(ids[self.choose(logits[:, ids])])
             else:
@@ -246,8 +247,8 @@ def likelihoods(model, texts, targets, batch_tokens=BATCH_TOKENS):
     for batch, tokens in padded_batches(texts, batch_tokens):
         at = [(b, len(texts[i]) - len(targets[i]) + t, token, i)
               for b, i in enumerate(batch) for t, token in enumerate(targets[i])]
-        row, column, token, text = torch.tensor(at).T.to(model.device, non_blocking=True)
-        logits = model.read(tokens.to(model.device, non_blocking=True), positions=(row, column - 1)).logits
+        row, column, token, text = to_device(at, model.device).T
+        logits = model.read(to_device(tokens, model.device), positions=(row, column - 1)).logits
         spoken = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         log_p.index_add_(0, text, spoken)
     return log_p.cpu()
@@ -295,10 +296,9 @@ def number_log_probabilities(model, cache, asked):
                           for t in range(1, len(number)) if number[:t] in nth])
     nothing, longest = len(places) * len(vocabulary), max(map(len, steps))
     steps = [own + [nothing] * (longest - len(own)) for own in steps]
-    to_device = lambda x: torch.as_tensor(x).to(device, non_blocking=True)
     cache.take(rows, tokens.size(1), width)
-    logits = model.read(to_device(tokens), cache=cache, positions=tuple(to_device(places).T),
-                        vocabulary=to_device(vocabulary)).logits                            # (places, V')
-    allowed = tuple(to_device(allowed).T)
+    logits = model.read(to_device(tokens, device), cache=cache, positions=tuple(to_device(places, device).T),
+                        vocabulary=to_device(vocabulary, device)).logits                    # (places, V')
+    allowed = tuple(to_device(allowed, device).T)
     kept = torch.full_like(logits, float("-inf")).index_put(allowed, logits[allowed])
-    return F.pad(kept.log_softmax(-1).flatten(), (0, 1))[to_device(steps)].sum(1)           # behind it a 0
+    return F.pad(kept.log_softmax(-1).flatten(), (0, 1))[to_device(steps, device)].sum(1)   # behind it a 0

@@ -6,6 +6,7 @@
 import torch
 import torch.nn.functional as F
 
+from common import to_device
 from memory import Selection
 from msa_kernel import sparse_attention
 
@@ -74,7 +75,7 @@ class Rows(Cache):
     def put(self, rows, cache, lengths):
         """These rows hold what a Cache of B rows does, of which the first lengths[b] tokens count; lists."""
         self.make_room(max(cache.length, 1), {layer: x.shape[2:] for layer, x in cache.keys.items()}, cache)
-        index = torch.tensor(rows, device=cache.keys[0].device)
+        index = to_device(rows, cache.keys[0].device)
         for layer in cache.keys:
             self.keys[layer][index, :cache.length] = cache.keys[layer]
             self.values[layer][index, :cache.length] = cache.values[layer]
@@ -104,7 +105,7 @@ class Rows(Cache):
         self.branch = branch or tokens
         if rows != self.taken:
             device = self.keys[0].device
-            index = torch.tensor([rows, [self.lengths[row] for row in rows]]).to(device, non_blocking=True)
+            index = to_device([rows, [self.lengths[row] for row in rows]], device)
             self.taken, self.index, self.starts = rows, index[0], index[1].clone()
             self.selections = [Selection.join(parts) for parts in zip(*(self.selected[row] for row in rows))]
         self.own = torch.arange(tokens, device=self.starts.device)
@@ -115,8 +116,7 @@ class Rows(Cache):
         for row, count in zip(self.taken, counts):
             self.lengths[row] += count
         if len({*counts}) > 1:
-            counts = torch.tensor(counts).to(self.starts.device, non_blocking=True)
-            self.starts += counts
+            self.starts += to_device(counts, self.starts.device)
         else:
             self.starts += counts[0]
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from test_low_rank import backbone  # noqa: F401
 
-from batches import Pick, Prompt, Read, Server, serve
+from batches import Pick, Prompt, Read, Server, number_log_probabilities, serve
 from cache import Cache, Rows
+from costs import Held
 from interleave import InterleaveConfig, answer_questions, answers_from_texts
+from memory import Selection
 from model import MSA, ModelConfig
 from prompts import ChatTokenizer, load_checkpoint
 from sync import encode_texts
@@ -123,6 +125,26 @@ def test_rows_of_a_cache():
             texts[row] += branches[b, i].tolist()
             torch.testing.assert_close(found[b, i], whole(row)[-2:], atol=2e-5, rtol=1e-4)
             del texts[row][-2:]
+
+
+@torch.no_grad()
+def test_bytes_of_naming():
+    """Naming would copy a question's cache for every candidate, and need 66 GB of a 4B model's device."""
+    config = ModelConfig(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=128, qk_norm=True)
+    numbers = [[0, *(1 + int(digit) for digit in str(n)), 11] for n in range(7, 288 * 3449, 3449)]
+    with torch.device("meta"):
+        model, one, cache = MSA(config).bfloat16(), Cache(), Rows(1)
+        rows = lambda *shape: torch.empty(*shape, 8, 128, dtype=torch.bfloat16)
+        one.keys, one.values = ({layer: rows(1, 1000) for layer in range(36)} for _ in range(2))
+        one.length = 1000
+        whole = lambda *shape: torch.empty(*shape, dtype=torch.long)
+        one.selections = [Selection([rows(256)], [rows(256)], whole(1, 256), whole(1), torch.empty(1, 256),
+                                    whole(1, 16), torch.empty(1, 16), None) for _ in range(18)]
+    cache.put([0], one, [1000])
+    with Held(model.parameters()) as held:
+        assert len(number_log_probabilities(model, cache, {0: numbers})) == 288
+    assert 0.1e9 < held.peak < 1e9
 
 
 def test_loops_enter_and_leave():
