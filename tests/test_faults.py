@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
+import power_cuts
 import pytest
 
 import common
-import fuzz
-import power_cuts
 import prepare_data
 import question_sets
 import sample
