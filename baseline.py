@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    atomic_file,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    make_folder,
+    write_json,
+)
 from interleave import generate
 from memory import Cache
 from model import MSA, ModelConfig
@@ -176,6 +185,7 @@ def script():
         model, tokenizer = MSA.from_pretrained(out, device), Tokenizer.load(out)
     else:
         check_prepared(config.data)
+        make_folder(out, probe=True)
         tokenizer = Tokenizer.load(config.data.out)
         model = make_model(config.model).to(device)
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from checkpoint import SMOLLM2, find, packaged
-from common import UserError, command_line, detect_device, encoding_of, keep_freed_memory, main
+from common import UserError, command_line, detect_device, encoding_of, keep_freed_memory, main, printable
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, interleave
 from memory_bank import Bank, Writer
@@ -190,7 +190,7 @@ def script():
 
         def ask(question):
             memory.refresh()  # it may have changed since the last question
-            where = lambda position: memory.bank.document(position)[1]
+            where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
             show(model, tokenizer, memory, memory.texts, where, question, config, reaches, say)
     else:
         skipped = {}
@@ -205,8 +205,16 @@ def script():
         where = lambda position: documents[position].where()
         ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, reaches, say)
     reaches = chance(model, tokenizer, memory)
-    for question in [config.question] if config.question else typed_questions(ranks):
-        ask(question)
+    if config.question:
+        ask(config.question)
+        return ranks.end()
+    for question in typed_questions(ranks):
+        try:
+            ask(question)
+        except UserError as error:  # what is in RAM is not lost for one question
+            if ranks.world > 1:
+                raise
+            say(f"error: {printable(str(error))}")
     ranks.end()
 
 
