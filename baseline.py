@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import Cache
-from common import UserError, atomic_file, command_line, detect_device, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    atomic_file,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    make_folder,
+    write_json,
+)
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, stack
 from scratch import start_equal
@@ -186,6 +195,7 @@ def script():
         model, tokenizer = MSA.from_pretrained(out, device), Tokenizer.load(out)
     else:
         check_prepared(config.data)
+        make_folder(out, probe=True)
         tokenizer = Tokenizer.load(config.data.out)
         model = make_model(config.model).to(device)
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))

@@ -582,7 +582,7 @@ def script():
     if args.what == "linear":
         bench_linear(bench, args.shape, args.longest, args.plot)
     if args.json:
-        path = Path(args.json)
+        path = Path(args.json).expanduser()
         if path.is_dir():
             path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
         write_json(path, dict(device=name, torch=torch.__version__, kernels=kernels, rows=bench.rows))

@@ -132,9 +132,9 @@ def told_once(parse):
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return parse()
-    except SystemExit:
+    except SystemExit as stop:
         if speaks():
-            print(said.getvalue(), end="", file=sys.stderr)
+            print(said.getvalue(), end="", file=sys.stderr if stop.code else sys.stdout)
         raise
 
 
@@ -426,12 +426,20 @@ def sync_folder(folder):
         os.close(handle)
 
 
-def make_folder(path):
-    """Make a folder, and those above it, such that a power cut does not undo it."""
+def make_folder(path, probe=False):
+    """Make a folder, what it links to, and those above it, such that a power cut does not undo it. Returns
+    it, without links. probe: raise OSError where no file can be written in it."""
+    given, path = path, Path(os.path.realpath(path))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if probe:
+            tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(given)) from None
     for folder in missing:
         sync_folder(folder.parent)
+    return path
 
 
 @contextlib.contextmanager
@@ -448,7 +456,8 @@ def atomic_file(path, mode="w"):
             yield file
             file.flush()
             sync_handle(file.fileno(), path)
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp made it private
+        with contextlib.suppress(PermissionError):  # a file system may have no such thing
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp made it private
         os.replace(temporary, real)
     except BaseException as error:
         with contextlib.suppress(OSError):

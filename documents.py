@@ -237,7 +237,8 @@ def read_jsonl(path):
     """Yields (id, title, text) of the lines of a .jsonl file; the title may be ""."""
     wanted = 'an object {"id": "...", "title": "...", "text": "..."} of UTF-8 strings'
     for number, row in read_rows(path, wanted):
-        id, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text")
+        id, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text", 0)
+        text = "" if text is None else text
         if not all(isinstance(value, str) for value in (id, title, text)):  # BEIR's files say _id
             raise UserError(f"{path}:{number}: not {wanted}")
         yield id, " ".join(title.split()), text

@@ -52,6 +52,7 @@ from common import (
     detect_device,
     keep_freed_memory,
     main,
+    make_folder,
     read_text,
     return_freed_memory,
     write_json,
@@ -423,7 +424,7 @@ def script():
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     for path in filter(None, (config.json, config.plot)):  # a wrong folder fails before the first question
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent, probe=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(folder, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k

@@ -41,6 +41,7 @@ from common import (
     UserError,
     command_line,
     main,
+    make_folder,
     naming,
     read_json,
     read_rows,
@@ -189,7 +190,8 @@ class Ragged:
             raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
         self.values = np.zeros(0, dtype)
         if size:  # nothing cannot be mapped
-            self.values = np.memmap(f"{path}.bin", dtype, "r")
+            with naming(f"{path}.bin"):
+                self.values = np.memmap(f"{path}.bin", dtype, "r")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -647,15 +649,15 @@ def replacing(out):
     Nothing of `out` goes before that, whether it is a link, a mount point or the working directory; what it
     held goes when all has come. Raises UserError where `out` holds what is not prepared data.
     """
-    held = {path.name for path in out.iterdir()} - {"lost+found"} if out.exists() else {}
+    held = {path.name for path in out.iterdir()} - {"lost+found"} if out.exists() else set()
     ours = "about.json" in held or any(name.startswith(MAKING) for name in held)
     if held and not ours:
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    given, out = out, make_folder(out)
     new, old = (Path(tempfile.mkdtemp(prefix=MAKING, dir=out)) for _ in range(2))
     moved = []
     try:
-        with naming(out):
+        with naming(given):
             yield new
             names = [path.name for path in new.iterdir() if path.name != "about.json"]
             for name in ("about.json", *names, *CODERS):  # without about.json nobody reads the rest

@@ -69,7 +69,8 @@ def read_beir(folder, say=print):
     for number, row in read_rows(path):
         if not isinstance(row.get("_id"), str):
             raise UserError(f'{path}:{number}: a question needs an "_id", a string')
-        if row.get("text") == "":
+        text = row.get("text", 0)
+        if text is None or isinstance(text, str) and not text.strip():
             odd["skipped: empty text"] += 1
         elif row["_id"] in asked:
             odd["skipped: an _id that was there before"] += 1
@@ -138,6 +139,7 @@ def read_qrels(path, asked, place, say=print):
     """
     gold, odd = {}, Counter()
     for number, line in numbered(read_text(path)):
+        line = line.rstrip()
         columns = line.split("\t") if "\t" in line else line.split()
         if not columns:
             continue

@@ -24,7 +24,16 @@ import tyro
 from tqdm import tqdm
 
 from checkpoint import SMOLLM2, find, packaged
-from common import UserError, command_line, detect_device, encoding_of, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    command_line,
+    detect_device,
+    encoding_of,
+    keep_freed_memory,
+    main,
+    printable,
+    write_json,
+)
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, answer_questions, interleave
 from memory_bank import Bank, Writer
@@ -229,7 +238,7 @@ def script():
             return ranks.end()
 
         texts = memory.texts
-        where = lambda position: memory.bank.document(position)[1]
+        where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
     else:
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
@@ -242,16 +251,27 @@ def script():
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
     about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
+
+    def ask(question):
+        if config.memory:
+            memory.refresh()  # it may have changed since the last question
+        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
+
     if config.questions:
         rows = ask_all(*about, texts, where, questions, config, reaches)
         if ranks.rank == 0:
             write_json(config.json, rows)
         say(f"{config.json}: {len(rows):,} answers")
-        return ranks.end()
-    for question in [config.question] if config.question else typed_questions(ranks):
-        if config.memory:
-            memory.refresh()  # it may have changed since the last question
-        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
+    elif config.question:
+        ask(config.question)
+    else:
+        for question in typed_questions(ranks):
+            try:
+                ask(question)
+            except UserError as error:  # what is in RAM is not lost for one question
+                if ranks.world > 1:
+                    raise
+                say(f"error: {printable(str(error))}")
     ranks.end()
 
 

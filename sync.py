@@ -71,7 +71,6 @@ def bank_routers(model, tokenizer, folder, texts, ranks):
         if held:
             raise UserError(f"{path}: missing; {memory_bank.REPAIR}")
         make_routers(model, tokenizer, texts())
-        path.parent.mkdir(parents=True, exist_ok=True)
         routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}
         memory_bank.write_file(path, safetensors.torch.save(routers))
     ranks.wait("routers")

@@ -275,7 +275,7 @@ class Tokenizer:
                 if about.get("fingerprint") != tokenizer.fingerprint():
                     raise ValueError("its tokenizer.json is not the one that was saved")
                 return tokenizer
-            lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+            lines = read_text(folder / "tokenizer.tiktoken").split("\n")
             pairs = (line.split() for line in lines if line)
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             ids = {*ranks.values(), *special.values()}
