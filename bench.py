@@ -288,7 +288,7 @@ class RandomBank:
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
             keys = torch.randn(len(rows), self.layout.routing_heads, self.layout.routing_dim)
-            yield rows, to_numpy(F.normalize(keys, dim=-1), "bfloat16")
+            yield rows, lambda _, keys=keys: to_numpy(F.normalize(keys, dim=-1), "bfloat16")
 
     def content(self, position):
         self.reads += 1
