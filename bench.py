@@ -293,7 +293,7 @@ class RandomBank:
 
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
-            yield rows, to_numpy(self.keys[:len(rows)], "bfloat16")
+            yield rows, lambda _, rows=rows: to_numpy(self.keys[:len(rows)], "bfloat16")
 
     def content(self, position):
         self.reads += 1

@@ -217,9 +217,9 @@ class Segment:
     def damaged(self, what):
         return UserError(f"{self.path}: damaged, {what}; {REPAIR}")
 
-    def bytes(self, at, size):
-        """`size` bytes of the file, from byte `at`."""
-        data = np.empty(size, np.uint8)
+    def bytes(self, at, size, buffer=None):
+        """`size` bytes of the file, from byte `at`: in a buffer, at least as large, or a new one."""
+        data = np.empty(size, np.uint8) if buffer is None else buffer[:size]
         view, done = memoryview(data), 0
         while done < size:
             with naming(self.path):
@@ -229,7 +229,7 @@ class Segment:
             done += n
         return data
 
-    def read(self, name, rows, layer=None):
+    def read(self, name, rows, layer=None, buffer=None):
         """Rows [start, stop) of a tensor, of one layer's where it has layers: not yet verified."""
         dtype, shape = self.shapes[name]
         begin = self.begins[name]
@@ -238,7 +238,7 @@ class Segment:
             shape = shape[1:]
         start, stop, _ = rows.indices(shape[0])
         size = row_bytes(dtype, shape)
-        data = self.bytes(begin + start * size, (stop - start) * size)
+        data = self.bytes(begin + start * size, (stop - start) * size, buffer)
         return data.view(dtype).reshape(stop - start, *shape[1:])
 
     @cached_property
@@ -264,16 +264,13 @@ class Segment:
             raise self.damaged(f"the content of document [{self.table['numbers'][row]}] has a wrong checksum")
         return parts[0], parts[1] if len(parts) > 1 else None
 
-    def routing_keys(self, layer, start=0, stop=None):
-        """Yields (first chunk, keys (at most TILE, G, D)) of the tiles of chunks [start, stop), verified."""
-        stop = self.entry["chunks"] if stop is None else stop
-        for tile in range(start // TILE, -(-stop // TILE)):
-            first = tile * TILE
-            keys = self.read("routing_keys", slice(first, first + TILE), layer)
-            if checksum(keys) != self.table["routing_sums"][layer, tile]:
-                raise self.damaged(f"its routing keys have a wrong checksum (layer {layer}, "
-                                   f"chunks from {first:,})")
-            yield first, keys
+    def tile(self, layer, tile, buffer=None):
+        """The routing keys (at most TILE, G, D) of a tile, verified."""
+        keys = self.read("routing_keys", slice(tile * TILE, (tile + 1) * TILE), layer, buffer)
+        if checksum(keys) != self.table["routing_sums"][layer, tile]:
+            raise self.damaged(f"its routing keys have a wrong checksum (layer {layer}, "
+                               f"chunks from {tile * TILE:,})")
+        return keys
 
     def load(self, rows):
         """Records of the documents of `rows` (M,) bool; verified, and all routing keys with them."""
@@ -290,6 +287,11 @@ class Segment:
                     where = f"layer {layer[0]}, chunks from {last * TILE:,}"
                 raise self.damaged(f"a checksum is wrong ({name}, {where})")
         return pick(records, rows)
+
+
+def as_slice(rows):
+    """Numbers that follow each other as a slice, which makes no copy; others as they are."""
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def row_bytes(dtype, shape):
@@ -476,12 +478,16 @@ class Bank:
         return plan
 
     def routing_keys(self, layer, plan):
-        """Yields (rows, keys (n, G, D)), tile by tile: the verified routing keys of a `plan`."""
+        """Yields (rows, read), tile by tile, of a `plan`: read(buffer) returns the verified keys (n, G, D) of
+        these rows. Tiles may be read side by side, in threads, each with a buffer of uint8 or None."""
         for segment, source, rows in plan:
-            for first, keys in segment.routing_keys(layer, int(source[0]), int(source[-1]) + 1):
-                low, high = np.searchsorted(source, [first, first + len(keys)])
+            for tile in range(source[0] // TILE, source[-1] // TILE + 1):
+                low, high = np.searchsorted(source, [tile * TILE, (tile + 1) * TILE])
                 if low < high:
-                    yield rows[low:high], keys[source[low:high] - first]
+                    places = as_slice(source[low:high] - tile * TILE)
+                    read = lambda buffer=None, segment=segment, tile=tile, places=places: (
+                        segment.tile(layer, tile, buffer)[places])
+                    yield as_slice(rows[low:high]), read
 
     def verify(self, progress=None):
         """Check every sum; raises UserError for the first that is wrong. progress: called with bytes read."""

@@ -32,6 +32,7 @@ from common import (
     keep_freed_memory,
     main,
     printable,
+    read_rows,
     write_json,
 )
 from documents import documents_size, read_documents, tell_skipped
@@ -40,7 +41,7 @@ from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
-from question_sets import question_of, read_rows
+from question_sets import question_of
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
@@ -236,7 +237,6 @@ def script():
         memory = open_bank(model, tokenizer, config, ranks, count_tokens, say, on)
         if memory is None:
             return ranks.end()
-
         texts = memory.texts
         where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
     else:

@@ -502,8 +502,8 @@ sync.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), R
 def routing_keys_of(bank):
     """(C, G, D) of the one memory layer, documents in the order of their numbers."""
     found = np.zeros((bank.chunks.sum(), 1, 8), np.uint16)
-    for rows, part in bank.routing_keys(0, bank.plan(np.arange(len(bank)))):
-        found[rows] = part
+    for rows, read in bank.routing_keys(0, bank.plan(np.arange(len(bank)))):
+        found[rows] = read()
     return found
 
 
@@ -778,7 +778,7 @@ def test_single_documents_are_dealt(loaded, tmp_path):
     all_ranks = [Ranks(CPU) for _ in range(3)]
     for i, ranks in enumerate(all_ranks):
         ranks.world, ranks.rank = 3, i
-        ranks.gather = lambda x: x[None]
+        ranks.gather, ranks.wait = lambda x: x[None], lambda what: None
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:1]), ALONE)
     memories = [ParallelMemory(Bank(tmp_path / "bank"), CPU, ranks) for ranks in all_ranks]
     for n in range(2, 7):
@@ -807,7 +807,7 @@ def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
     ranks = Ranks(CPU)
     ranks.world, ranks.rank = 5, 0
     ranks.gather = lambda x: x[None].expand(5, *x.shape)
-    ranks.sum = ranks.agree = lambda x: x
+    ranks.sum = ranks.agree = ranks.wait = lambda x: x
     held = []
     for ranks.rank in range(5):
         held.append([int(n) for block in ParallelMemory(bank, CPU, ranks).blocks for n in block.numbers])
