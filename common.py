@@ -54,6 +54,11 @@ def main(script):
         message = f"{error.filename or 'a file'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; free some space and run again (what was saved before is intact)"
+    except (MemoryError, RuntimeError) as error:
+        sizes = re.search("allocate|out of memory|overflowed", str(error))
+        if not (sizes or isinstance(error, MemoryError)):
+            raise
+        message = f"not enough memory for these sizes ({' '.join(str(error).split())})"
     if speaks():
         message = printable(message)
         if len(message) > 1000:  # it quotes what was found

@@ -613,3 +613,10 @@ def test_odd_inputs(tmp_path_factory, kind):
     fuzz.prepare(tmp_path_factory.mktemp("fuzz"))
     good, refused, faults = fuzz.fuzz(kind, range(12))
     assert not faults and good + refused == 12 and good
+
+
+def test_sizes_that_no_memory_holds(run, tiny, place):
+    """A size with some zeros too many would end in a page of traceback."""
+    result = run(train, tiny / "tiny.toml", "--model.hidden-size", 1 << 40, "--out", "other")
+    assert result.code == 2 and "error: not enough memory for these sizes (" in result.error, result.err
+    assert not (place / "other").exists()
