@@ -4,11 +4,10 @@
     D head size   S memory slots
 """
 import torch
-import torch.nn.functional as F
 
 from common import to_device
 from memory import Selection
-from msa_kernel import sparse_attention
+from msa_kernel import attend_rows, sparse_attention
 
 
 class Cache:
@@ -124,44 +123,15 @@ class Rows(Cache):
         return self.starts[:, None] + self.own % self.branch
 
     def extended(self, layer, keys, values):
-        """Writes these behind each row's; returns all rows as far as any of them reaches."""
-        at, found = self.starts[:, None] + self.own, []
-        for space, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        """Writes these behind each row's; returns the space of all rows."""
+        at, spaces = self.starts[:, None] + self.own, (self.keys[layer], self.values[layer])
+        for space, new in zip(spaces, (keys, values)):
             space[self.index[:, None], at] = new
-            rows = slice(len(self.taken)) if self.taken == [*range(len(self.taken))] else self.index
-            found.append(space[rows, :self.longest])  # of the first rows no copy
-        return found
+        return spaces
 
     def attend(self, query, keys, values, *memory):
-        return attend_rows(query, keys, values, self.starts, self.branch, *memory)
+        rows = None if self.taken == [*range(len(self.taken))] else self.index  # of the first no copy
+        return attend_rows(query, keys, values, rows, self.starts, self.longest, self.branch, *memory)
 
     def keep(self, keys, values, selections):
         """All is in its place."""
-
-
-def attend_rows(query, keys, values, starts, branch, memory_keys=None, memory_values=None, index=None,
-                slots=None, prefix_length=0, bias=None):
-    """`sparse_attention` of rows of different lengths: question b's T tokens are starts[b], ... of keys[b].
-
-    They see what lies before starts[b], and of the T those of their own run of `branch` tokens that are not
-    behind them. starts: (B,) int64; the rest as there.
-    """
-    B, T, H, D = query.shape
-    N, G = keys.shape[1:3]
-    t = torch.arange(T, device=query.device)[:, None]                                       # (T, 1)
-    own = torch.arange(N, device=query.device) - starts[:, None, None]                      # (B, 1, N)
-    mask = (own < 0) | (own <= t) & (own // branch == t // branch)                          # (B, T, N)
-    k, v, added = keys, values, None
-    if index is not None and index.size(1):
-        visible = torch.arange(index.size(1), device=query.device) < slots[:, None]         # (B, S)
-        place = starts[:, None] + t[:, 0] % branch                                          # (B, T)
-        mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
-        k = torch.cat([memory_keys[index].to(k.dtype), k], 1)
-        v = torch.cat([memory_values[index].to(v.dtype), v], 1)
-        if bias is not None:
-            added = F.pad(bias.to(query.dtype), (0, N))[:, None]
-            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
-    rows = query.view(B, T, G, H // G, D).transpose(1, 2).flatten(2, 3)                     # (B, G, T * R, D)
-    mask = mask[:, None].repeat_interleave(H // G, 2) if T > 1 else mask[:, None]
-    found = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return found.view(B, G, T, H // G, D).transpose(1, 2).reshape(B, T, H, D)

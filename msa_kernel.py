@@ -279,6 +279,38 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
 
 
+def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=None, memory_values=None,
+                index=None, slots=None, prefix_length=0, bias=None):
+    """`sparse_attention` of questions of any lengths, whose keys lie in rows of one space; no gradients.
+
+    query: (B, T, H, D); keys, values: (R, N, G, D); rows: (B,) int64, which of the R is whose, None: the
+    first B. Question b's T tokens are starts[b], starts[b] + 1, ... of its row. They see what lies before
+    starts[b], and of the T those of their own run of `branch` tokens that are not behind them. longest: no
+    row's last token lies behind it. The rest as there. Returns (B, T, H, D).
+    """
+    B, T, H, D = query.shape
+    if use_triton(query):
+        return attend_split(query, keys, values, rows, starts, longest, branch, memory_keys, memory_values,
+                            index, slots, prefix_length, bias)
+    k, v = (x[:B, :longest] if rows is None else x[rows, :longest] for x in (keys, values))
+    G, t = k.size(2), torch.arange(T, device=query.device)[:, None]                         # (T, 1)
+    own = torch.arange(longest, device=query.device) - starts[:, None, None]                # (B, 1, N)
+    mask = (own < 0) | (own <= t) & (own // branch == t // branch)                          # (B, T, N)
+    if index is not None and index.size(1):
+        visible = torch.arange(index.size(1), device=query.device) < slots[:, None]         # (B, S)
+        place = starts[:, None] + t[:, 0] % branch                                          # (B, T)
+        mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
+        k = torch.cat([memory_keys[index].to(k.dtype), k], 1)
+        v = torch.cat([memory_values[index].to(v.dtype), v], 1)
+        if bias is not None:
+            added = F.pad(bias.to(query.dtype), (0, longest))[:, None]
+            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
+    grouped = query.view(B, T, G, H // G, D).transpose(1, 2).flatten(2, 3)                  # (B, G, T * R, D)
+    mask = mask[:, None].repeat_interleave(H // G, 2) if T > 1 else mask[:, None]
+    found = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return found.view(B, G, T, H // G, D).transpose(1, 2).reshape(B, T, H, D)
+
+
 # In the kernels, the R query heads that share a key are rows of one tile: row r is token r // R, head
 # g * R + r % R. A key is loaded once for all of them, and a single token of decoding still fills R rows.
 # Logits are in powers of two: exp2 is one instruction.
@@ -558,3 +590,119 @@ class Attend(torch.autograd.Function):
             block_r, block_n, warps = 64, 64, 8
         return dict(BLOCK_R=power_of_two(rows, high=block_r), BLOCK_N=block_n, BLOCK_D=power_of_two(D),
                     num_warps=warps, num_stages=2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention of rows: decoding, where a question has too few rows to fill a GPU
+
+@jit
+def attend_part(
+    query_ptr, keys_ptr, values_ptr,            # (B, T, H, D), (rows, space, G, D) twice
+    rows_ptr, starts_ptr,                       # (B,) int64 each
+    memory_keys_ptr, memory_values_ptr, index_ptr, slots_ptr, bias_ptr,  # as in attend_forward
+    output_ptr, lse_ptr,                        # (parts, B, T, H, D), (parts, B, T, H), fp32
+    B, T, space, S, prefix_length, branch, G, D, scale,
+    R: tl.constexpr, ROWS: tl.constexpr, MEMORY: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Program (i, b * G + g, part): the i-th BLOCK_R rows of a question over one part of its keys.
+
+        for BLOCK_N slots of this part of its memory:        gather them through the index; softmax_step
+        for BLOCK_N local tokens of this part of its row:    softmax_step, causal, branch by branch
+    """
+    b, g = tl.program_id(1).to(tl.int64) // G, tl.program_id(1) % G
+    part, parts = tl.program_id(2), tl.num_programs(2)
+    r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    exists, row, t = r < T * R, query_rows(r, b, g, T, G, R), r // R
+    start, mine = tl.load(starts_ptr + b).to(tl.int32), b
+    if ROWS:
+        mine = tl.load(rows_ptr + b)
+    query = load_rows(query_ptr, row, exists, d, D)
+    top, total = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    output = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if MEMORY:
+        count = tl.load(slots_ptr + b).to(tl.int32)
+        width = tl.cdiv(tl.cdiv(count, parts), BLOCK_N) * BLOCK_N
+        for s0 in range(part * width, tl.minimum(count, (part + 1) * width), BLOCK_N):
+            s = s0 + tl.arange(0, BLOCK_N)
+            _, values, logits = memory_tile(
+                query, start + t % branch, memory_keys_ptr, memory_values_ptr, index_ptr, bias_ptr, b, g, s,
+                d, count, S, prefix_length, G, D, scale, BIAS, PRECISION)
+            top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
+    end = start + T
+    width = tl.cdiv(tl.cdiv(end, parts), BLOCK_N) * BLOCK_N
+    for n0 in range(part * width, tl.minimum(end, (part + 1) * width), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        keys = load_rows(keys_ptr, (mine * space + n) * G + g, n < end, d, D)
+        values = load_rows(values_ptr, (mine * space + n) * G + g, n < end, d, D)
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        own = (n - start)[None, :]
+        seen = (own <= t[:, None]) & (own // branch == t[:, None] // branch) | (own < 0)
+        logits = tl.where(seen, logits, float("-inf"))
+        top, total, output = softmax_step(logits, values, top, total, output, PRECISION)
+    row += part * B * T * G * R
+    total = tl.where(total == 0, 1.0, total)  # nothing was seen: top is -inf
+    output = output / total[:, None]
+    tl.store(output_ptr + row[:, None] * D + d[None, :], output, mask=exists[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + row, top + tl.log2(total), mask=exists)
+
+
+@jit
+def merge_parts(output_ptr, lse_ptr, merged_ptr, rows, D, parts, BLOCK_D: tl.constexpr):
+    """Program (row): the mean of a row's parts, weighed by the sums of their softmaxes."""
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    top, total = float("-inf"), 0.0
+    merged = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(0, parts):
+        at = part * rows + row
+        lse = tl.load(lse_ptr + at)
+        output = tl.load(output_ptr + at * D + d, mask=d < D, other=0.0)
+        new = tl.maximum(top, lse)
+        finite = tl.where(new == float("-inf"), 0.0, new)
+        weight, shrink = tl.exp2(lse - finite), tl.exp2(top - finite)
+        merged = merged * shrink + output * weight
+        total = total * shrink + weight
+        top = new
+    tl.store(merged_ptr + row * D + d, merged / total, mask=d < D)
+
+
+def attend_split(query, keys, values, rows, starts, longest, branch, memory_keys, memory_values, index, slots,
+                 prefix_length, bias, parts=None):
+    """Launches of attend_part and merge_parts; as attend_rows. parts: of a question's keys, by default as
+    many as fill a large GPU twice, of 128 keys and more."""
+    (B, T, H, D), (_, space, G, _) = query.shape, keys.shape
+    check_head_size(D)
+    query, memory = query.contiguous(), index is not None and index.size(1) > 0
+    for name, x in (("keys", keys), ("values", values)):
+        check(name, x, (len(keys), space, G, D), (query.dtype,))
+    check("starts", starts, (B,), (torch.int64,))
+    if rows is not None:
+        check("rows", rows, (B,), (torch.int64,))
+    if memory:
+        for name, x in (("memory_keys", memory_keys), ("memory_values", memory_values)):
+            check(name, x, (len(memory_keys), G, D))
+        index, slots = index.contiguous(), slots.contiguous()
+        check("index", index, (B, index.size(1)), (torch.int64,))
+        check("slots", slots, (B,), (torch.int64,))
+    else:
+        bias = None
+    if bias is not None:
+        bias = bias.contiguous()
+        check("bias", bias, index.shape, (torch.float32,))
+    S, tiles = index.size(1) if memory else 0, Attend.tiles(T * H // G, D, query.element_size())
+    programs = triton.cdiv(T * H // G, tiles["BLOCK_R"]) * B * G
+    parts = parts or max(1, min(264 // programs, (S + longest) // 128))
+    tensors = (keys, values, rows, starts, memory_keys, memory_values, index, slots, bias)
+    if not memory:
+        tensors = (keys, values, rows, starts, *[None] * 5)
+    tensors = [query if x is None else x for x in tensors]  # in the place of None: what is not read
+    output = torch.empty(parts, B, T, H, D, device=query.device)
+    lse = torch.empty(parts, B, T, H, device=query.device)
+    attend_part[triton.cdiv(T * H // G, tiles["BLOCK_R"]), B * G, parts](
+        query, *tensors, output, lse, B, T, space, S, prefix_length, branch, G, D, D ** -0.5, H // G,
+        rows is not None, memory, bias is not None, PRECISION, **tiles)
+    if parts == 1:
+        return output[0].to(query.dtype)
+    merged = torch.empty_like(query)
+    merge_parts[B * T * H,](output, lse, merged, B * T * H, D, parts, BLOCK_D=tiles["BLOCK_D"], num_warps=1)
+    return merged

@@ -96,6 +96,9 @@ def launch_all(H, G, D, dtype):
     with torch.no_grad():  # decoding: one token; and an appended text without a memory
         K.sparse_attention(new(B, 1, H, D), *local, *memory, index, slots)
         K.sparse_attention(new(B, past, H, D), *local)
+        starts, rows = torch.full((B,), past), torch.arange(B)
+        for t in (1, past):  # rows of many questions: a token each, and candidates that are named
+            K.attend_split(new(B, t, H, D), *local, rows, starts, T, t, *memory, index, slots, 0, None, 4)
 
 
 def script():

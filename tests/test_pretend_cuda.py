@@ -5,6 +5,7 @@ import pytest
 import torch
 from pretend_cuda import PretendCuda
 
+import memory_parallel
 import msa_kernel
 from documents import Document
 from interleave import InterleaveConfig, answer_questions
@@ -22,6 +23,18 @@ ROUNDS, NAMES, PICKS = 3, 2, 3 + 2 + 5
 
 @pytest.fixture
 def pretended(monkeypatch):
+    class OneAfterAnother:
+        """An executor without threads, which do not know what is pretended here."""
+
+        def __init__(self, *_, **__):
+            self.map = map
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+    monkeypatch.setattr(memory_parallel, "ThreadPoolExecutor", OneAfterAnother)
     monkeypatch.setattr(msa_kernel, "KERNEL", "torch")
     with PretendCuda() as cuda:
         yield cuda
@@ -31,8 +44,8 @@ def pretended(monkeypatch):
 @torch.no_grad()
 def test_demo(words, pretended, tmp_path, where):
     """Questions would fail on a GPU, where a CPU tensor is met, be answered otherwise, or wait for the device
-    more than once for a token of all eight."""
-    texts, questions = make_memory(words(), "two_hop", 60, 8, 3)
+    more than once for a token of all of them."""
+    texts, questions = make_memory(words(), "two_hop", 40, 5, 3)
     asked = [question.text for question in questions]
     config, found = InterleaveConfig(), {}
     for device in map(torch.device, ("cpu", "cuda:0")):
@@ -46,7 +59,7 @@ def test_demo(words, pretended, tmp_path, where):
             memory = ParallelMemory(Bank(tmp_path / "bank"), device, Ranks(device))
             ids = memory.texts
         pretended.reset()
-        answers = answer_questions(model, tokenizer, memory, ids, asked, config, 8)
+        answers = answer_questions(model, tokenizer, memory, ids, asked, config, 5)
         found[device.type] = [(answer, [(r.named, r.appended) for r in rounds]) for answer, rounds in answers]
     assert found["cuda"] == found["cpu"]
     assert [answer for answer, _ in found["cpu"]] == [question.answer for question in questions]
