@@ -51,7 +51,7 @@ class RulerConfig:
     questions: int = 100              # of each task, the same at every length
     seed: int = 1                     # of documents and questions
     essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
-    json: str = ""                    # write the rows to this file; those that are there are not measured again
+    json: str = ""                    # write the rows here; those that are there are not measured again
     answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
@@ -136,7 +136,8 @@ def text_asker(model, tokenizer, config, find):
     def ask(i, question):
         found = sorted(find(question))
         appended = [(number, tokenizer.encode(text)) for number, _, text in found]
-        answer = answer_from_text(model, tokenizer, wording(model, question.text), appended, config.interleave)
+        text = wording(model, question.text)
+        answer = answer_from_text(model, tokenizer, text, appended, config.interleave)
         places = [place for _, place, _ in found]
         return answer, places, places, 0
     return ask
@@ -153,7 +154,8 @@ def bm25_finder(model, texts, numbers, questions, most):
     at hand count; a haystack's document in whose place a needle stands does not."""
     own = [(i, place, text) for i, question in enumerate(questions)
            for place, text in zip(question.places, question.texts)]
-    search, which = bm25_search(texts + [text for *_, text in own]), {q.text: i for i, q in enumerate(questions)}
+    which = {question.text: i for i, question in enumerate(questions)}
+    search = bm25_search(texts + [text for *_, text in own])
 
     def find(question):
         count = most if model.config.prompts != "nanomsa" else len(question.gold)
@@ -210,7 +212,7 @@ def evaluate(model, tokenizer, config, done, say):
     """Yields rows. done: a function that says whether a row with these (task, method, length) is there."""
     lengths, words, tasks = parse_lengths(config.lengths), Words(), config.tasks.split(",")
     methods = config.methods.split(",")
-    shared = {}  # tasks by their haystack
+    trained, shared = model.trained_routers, {}  # tasks by their haystack
     for name in tasks:
         task = RULER[name]
         kind = (task.haystack, task.key, task.value) if task.haystack == "needles" else (task.haystack,)
@@ -232,7 +234,7 @@ def evaluate(model, tokenizer, config, done, say):
         asked = {name: [lay_out(needles, haystack, counts[0], draw.rng) for needles in asked[name]]
                  for name, draw in draws.items()}
         encoded, speed, seconds = None, 0, 0
-        say(f"{kind[0]}: {len(texts):,} documents, {min(haystack.distinct or len(texts), len(texts)):,} of them different, "
+        say(f"{kind[0]}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
             questions, at = asked[name], lengths.index(length) if length else 0
@@ -248,6 +250,8 @@ def evaluate(model, tokenizer, config, done, say):
             else:
                 if encoded is None:
                     began = time.perf_counter()
+                    if not trained:  # a backbone: its routers are made of the haystack
+                        make_routers(model, tokenizer, texts)
                     encoded, memory, speed = encode_haystack(model, tokenizer, texts, numbers)
                     seconds = time.perf_counter() - began
                     say(f"encoded {speed:,.0f} tokens/s, {seconds:,.0f} s with routers", flush=True)
@@ -260,7 +264,7 @@ def evaluate(model, tokenizer, config, done, say):
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,
                        documents=count if length else 0,
-                       distinct=min(count, haystack.distinct or count) if length else 0, **measured,
+                       distinct=len({*texts[:count]}) if length else 0, **measured,
                        encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
             say(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
                 f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
@@ -275,9 +279,7 @@ def encode_own(model, tokenizer, question, numbers):
 
 
 def encode_haystack(model, tokenizer, texts, numbers):
-    """(token ids of texts, Memory, tokens/s) of a haystack; a backbone's routers are made of it first."""
-    if not model.trained_routers:
-        make_routers(model, tokenizer, texts)
+    """(token ids of texts, Memory in the order of numbers, tokens/s) of a haystack."""
     encoded, order = tokenizer.encode_batch(texts), np.argsort(numbers)
     memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order], range(len(order)))
     return encoded, memory, speed
