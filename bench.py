@@ -232,7 +232,8 @@ def bench_train(bench, cases, steps=20):
 
         def start():
             torch.manual_seed(1)
-            model = MSA(config).to(device)
+            with device:
+                model = MSA(config)
             pool = random_pool(config, *sizes, device)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
@@ -251,7 +252,8 @@ def bench_train(bench, cases, steps=20):
         if other:
             apart = max(abs(loss - other["reference"]()) / loss for loss in curve)
             note = f"loss within {apart:.0e} over {steps} steps"
-        weights = sum(p.numel() for p in MSA(config).parameters())
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in MSA(config).parameters())
         tokens = sizes[0] * sizes[1] + sizes[2] * sizes[3]
         bench.measure(f"train {name}, {tokens:,} tokens", step, other, 28 * weights, 6 * weights * tokens,
                       dtype, note)
@@ -261,6 +263,7 @@ def bench_train(bench, cases, steps=20):
 
 SHAPE = Layout("random", 18, G, D, 18, G, D)  # Qwen3-4B: the upper half of 36 layers
 SMALL = Layout("random", 15, 3, 64, 15, 3, 64)  # SmolLM2-135M
+GPU_KEYS = 10e9  # bytes of routing keys on a GPU: far more than its cache, and opened in seconds
 CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
 
 
@@ -274,8 +277,11 @@ class RandomBank:
         dtype, size = (torch.bfloat16, 1) if layout.content == "bfloat16" else (torch.int8, 40)
         shape = (documents * chunks_per_document, layout.layers, 2, layout.kv_heads, layout.head_dim)
         self.held, self.reads = torch.empty(shape, dtype=dtype), 0
-        for part in self.held.flatten(0, 1).split(4096):
-            part.copy_(size * torch.randn(part.shape, dtype=torch.bfloat16))
+        parts = self.held.flatten(0, 1).split(4096)
+        block = (size * torch.randn(parts[0].shape)).to(dtype)  # again and again: drawing takes longest
+        for part in parts:
+            part.copy_(block[:len(part)])
+        self.keys = F.normalize(torch.randn(4096, layout.routing_heads, layout.routing_dim), dim=-1)
         int8_scales = np.full((chunks_per_document, layout.layers, 2), 0.03, np.float32)
         self.scales = int8_scales if layout.content == "int8" else None
 
@@ -287,8 +293,7 @@ class RandomBank:
 
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
-            keys = torch.randn(len(rows), self.layout.routing_heads, self.layout.routing_dim)
-            yield rows, to_numpy(F.normalize(keys, dim=-1), "bfloat16")
+            yield rows, to_numpy(self.keys[:len(rows)], "bfloat16")
 
     def content(self, position):
         self.reads += 1
@@ -308,7 +313,7 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
         chunks = int(free / (content if bench.cuda else keys + content))
         if bench.cuda:
             torch.cuda.empty_cache()
-            chunks = min(chunks, int(fraction * 1.6 * torch.cuda.mem_get_info()[0] / keys))
+            chunks = min(chunks, int(GPU_KEYS / keys))
         for name, per_token in CHUNKS_PER_TOKEN.items():
             each = 1 if name == "full chunks" else 2  # chunks of a document
             bank = RandomBank(layout, chunks // each, each)
@@ -356,7 +361,7 @@ def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
     keys, content = shape.chunk_bytes()
     chunks = int(fraction * proc_bytes("meminfo", "MemAvailable") / (keys + content))
     if bench.cuda:
-        chunks = min(chunks, int(fraction * torch.cuda.mem_get_info()[0] / keys))
+        chunks = min(chunks, int(GPU_KEYS / keys))
     for mode, layers, tokens in (("paper's mode", shape.routing_layers, 16), ("shared mode", 4, 1)):
         layout = dataclasses.replace(shape, routing_layers=layers)
         query = torch.randn(1, tokens, 4 * layout.routing_heads, layout.routing_dim, device=device)
@@ -517,7 +522,8 @@ def bench_linear(bench, shape, longest, path):
     config = smollm2_config() if shape == "smollm2" else ModelConfig(**DEMO)
     model = MSA(config).to(bench.device)
     free = 0.8 * (torch.cuda.mem_get_info()[0] if bench.cuda else proc_bytes("meminfo", "MemAvailable"))
-    bench.rows = linear(model, 120, longest, free)
+    with autocast(bench.device, bench.dtype):
+        bench.rows = linear(model, 5 if bench.cuda else 120, longest, free)
     bench.rows += [dict(what="compared", text=line) for line in compare(bench.rows)]
     print("\n".join(row["text"] for row in bench.rows if row["what"] == "compared"))
     if path:

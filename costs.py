@@ -228,6 +228,11 @@ def seconds_and_bytes(run, model):
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return statistics.median(times[1:] or times), torch.cuda.max_memory_allocated() - before
     known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     with Held(known) as held:
         run()

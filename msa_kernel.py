@@ -29,7 +29,9 @@ try:
 except ImportError:  # macOS, Windows
     triton = None
 
-jit = triton.jit if triton else lambda kernel: kernel
+# Counts that differ from call to call: Triton would compile anew for those that are 1, or 16 times something
+COUNTS = ("B", "T", "N", "S", "M", "C", "prefix_length")
+jit = triton.jit(do_not_specialize=COUNTS) if triton else lambda kernel: kernel
 LOG2E = tl.constexpr(1.4426950408889634) if triton else None  # kernels may read a global only as a constexpr
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256  # of pooling and attention in the kernels
@@ -544,7 +546,8 @@ class Attend(torch.autograd.Function):
         small = power_of_two(D) * size > (128 if size == 4 else 256)
         block_r = power_of_two(rows, high=16 if small else 64)
         block_n = 32 if small or size == 4 else 64
-        return dict(BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_D=power_of_two(D), num_warps=4, num_stages=2)
+        warps = 8 if block_r == 64 and size == 2 else 4
+        return dict(BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_D=power_of_two(D), num_warps=warps, num_stages=2)
 
     @staticmethod
     def backward_tiles(rows, D, size):

@@ -18,11 +18,14 @@ pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken. A pool is a passage, some questions about it, and passages that BM25 finds for them in its place;
-the questions of impossible.jsonl, which their passage does not answer, are answered by prompts.NOT_FOUND.
+the questions of impossible.jsonl, which their passage does not answer, and questions in which a name or
+number is another's, are answered by prompts.NOT_FOUND. Of a folder without queries.jsonl questions are made:
+what a sentence says is asked of the rest of its document.
 Documents about which a test is asked stay out, with all that have the same title.
 """
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from array import array
@@ -37,7 +40,7 @@ from checkpoint import find_base
 from common import UserError, command_line, main, write_json
 from documents import read_documents, tell_skipped
 from prompts import NOT_FOUND
-from question_sets import bm25_search, read_impossible, read_set
+from question_sets import SetQuestion, bm25_search, read_impossible, read_set, read_texts
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -373,16 +376,36 @@ MOST_SHOWN = 5       # documents in a message, 1 or more, gold ones aside
 WITHOUT_GOLD = 0.15  # share of messages that show none of the gold documents
 
 
-def collate_chat(pool, tokenizer, number_limit, rng):
+CHAT_TOKENS = 32768  # of a batch of several pools' questions, padding included
+
+
+def collate_chat(pools, tokenizer, number_limit, rng):
     """`collate` for a chat backbone, which answers from the texts in its message: nothing is routed.
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
     shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of several lines
     has one for each gold document: those of the shown ones are said, in the order in which they are shown,
-    and some of these documents may not be shown. Returns ([], [], [batch]): its samples begin with the same
-    tokens, `shared` (1, P) int64, and go on with `tokens`; `answers` says which are not NOT_FOUND.
+    and some of these documents may not be shown.
+
+    Returns ([], [], batches). The samples of one pool are one batch: they begin with the same tokens,
+    `shared` (1, P) int64, and go on with `tokens`. Those of several pools are whole: more to compute, in
+    fewer calls, as GPUs like it. `answers` says which are not NOT_FOUND.
     """
+    if len(pools) == 1:
+        return [], [], [stack_chat(chat_samples(pools[0], tokenizer, number_limit, rng))]
+    samples = [sample for pool in pools for sample in chat_samples(pool, tokenizer, number_limit, rng)]
+    length = lambda sample: len(sample[0]) + len(sample[1])
+    batches = [[]]
+    for sample in sorted(samples, key=length, reverse=True):  # the first of a batch sets its width
+        if batches[-1] and (len(batches[-1]) + 1) * length(batches[-1][0]) > CHAT_TOKENS:
+            batches.append([])
+        batches[-1].append(sample)
+    return [], [], [stack_chat(batch, shares=False) for batch in batches]
+
+
+def chat_samples(pool, tokenizer, number_limit, rng):
+    """The samples of one pool: (prompt, target, whether it is an answer)."""
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
@@ -409,23 +432,27 @@ def collate_chat(pool, tokenizer, number_limit, rng):
             target = tokenizer.answer(answer)
             samples.append((tokenizer.message(question, appended), target, answer != NOT_FOUND))
         if samples:
-            return [], [], [stack_chat(samples)]
+            break
+    return samples
 
 
-def stack_chat(samples):
-    """Samples (prompt, target, whether it is an answer) as one batch of `collate_chat`."""
-    rows = [prompt + target for prompt, target, _ in samples]
-    most = min(len(prompt) for prompt, _, _ in samples) - 1  # the first target is predicted by a token before
-    shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+def stack_chat(samples, shares=True):
+    """Samples (prompt, target, whether it is an answer) as one batch of `collate_chat`. shares: what all rows
+    begin with is taken out of them, as `shared`."""
+    rows, shared = [prompt + target for prompt, target, _ in samples], 0
+    if shares:
+        most = min(len(prompt) for prompt, _, _ in samples) - 1  # a token before predicts the first target
+        shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
     tokens = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.long)
     target_mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for i, (row, (prompt, _, _)) in enumerate(zip(rows, samples)):
         tokens[i, :len(row) - shared] = torch.tensor(row[shared:])
         target_mask[i, len(prompt) - shared:len(row) - shared] = True
     nothing = torch.zeros(len(rows), 0, dtype=torch.bool)
-    return dict(shared=torch.tensor([rows[0][:shared]]), tokens=tokens, target_mask=target_mask,
-                routing_mask=torch.zeros_like(tokens), positive=nothing, appended=nothing,
-                answers=torch.tensor([answers for _, _, answers in samples]))
+    batch = dict(tokens=tokens, target_mask=target_mask, routing_mask=torch.zeros_like(tokens),
+                 positive=nothing, appended=nothing,
+                 answers=torch.tensor([answers for _, _, answers in samples]))
+    return batch | dict(shared=torch.tensor([rows[0][:shared]])) if shares else batch
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -483,17 +510,44 @@ def write_own(config, folder):
 
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+# Names, aside from a first word's capital, and numbers of two digits or more
+NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)*|\b\d[\d,.]*\d\b")
 ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
 
 
+def cloze(text, rng):
+    """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
+    numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
+    title, end, body = text.rpartition("\n")
+    sentences = re.split(r"(?<=[.!?]) +(?=[A-Z])", body)
+    for i in rng.permutation(len(sentences)).tolist():
+        rest, found = " ".join(sentences[:i] + sentences[i + 1:]), []
+        for span in NAME.finditer(sentences[i]):
+            answer = span[0].rstrip(".,")
+            if re.search(rf"\b{re.escape(answer)}\b", rest) and answer not in title:
+                asked = "who or what" if answer[0].isalpha() else "how many"
+                if re.fullmatch(r"1\d\d\d|20\d\d", answer):
+                    asked = "what year"
+                said = sentences[i][:span.start()] + asked + sentences[i][span.start() + len(answer):]
+                found.append((f"{title}: {said.rstrip('.')}?" if title else f"{said.rstrip('.')}?", answer))
+        if found:
+            return title + end + rest, found
+    return text, []
+
+
 class QuestionSet:
     """What training takes of a set: texts that may be shown, and questions by what they are about."""
 
-    def __init__(self, path, tokenizer, limit):
-        texts, questions = read_set(path)
+    def __init__(self, path, tokenizer, limit, rng):
+        if Path(path).is_dir() and not (Path(path) / "queries.jsonl").exists():
+            texts, asked = zip(*(cloze(text, rng) for text in read_texts(path)))
+            questions = {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
+                                   for question, answer in found]}
+        else:
+            texts, questions = read_set(path)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
         tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
@@ -508,14 +562,36 @@ class QuestionSet:
                     and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
                 found = self.about.setdefault(question.gold, ([], []))
                 found[0].append(Question(question.text, (question.gold,), answer))
+        self.names = [(titles[gold[0]], name) for gold, (asked, _) in self.about.items()
+                      for question in asked for name in NAME.findall(question.text) if name[0].isalpha()]
         for text, place in read_impossible(path).get("train", ()) if Path(path).is_dir() else ():
             if (place,) in self.about:
                 self.about[place,][1].append(Question(text, (), NOT_FOUND))
+
+    def misled(self, question, rng):
+        """The question with another name or number in place of one of its own, which nothing that may be
+        shown with it speaks of; [] where it has none."""
+        spans, gold = [*NAME.finditer(question.text)], question.documents
+        if not spans or len(gold) > 1:  # of two hops one may answer all the same
+            return []
+        span = spans[rng.integers(len(spans))]
+        if span[0][0].isalpha():
+            titles = {self.texts[i].partition("\n")[0] for i in gold}
+            others = [name for title, name in rng.permutation(self.names).tolist() if title not in titles]
+        else:
+            others = ["".join(str(rng.integers(1, 10)) if c.isdigit() else c for c in span[0])]
+        said = " ".join(self.texts[i] for i in gold)
+        new = next((name for name in others if name not in said and name != span[0]), None)
+        if new is None:
+            return []
+        return [Question(question.text[:span.start()] + new + question.text[span.end():], (), NOT_FOUND)]
 
     def pool(self, gold, allowed, config, rng):
         """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
         answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
         few = int(config.questions_per_pool * IMPOSSIBLE)
+        for question in answered[:len(answered) // 3]:
+            impossible += self.misled(question, rng) if len(impossible) < few else []
         chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
         found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
                  for question in chosen]
@@ -528,9 +604,9 @@ class QuestionSet:
 def write_sets(config, folder):
     """Pools of sets of questions, which take turns; returns the tokenizer."""
     paths = [path for path in config.data.split(",") if path]
-    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_set(path)[0]))
-    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens) for path in paths}
+    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_texts(path)))
     rng = np.random.default_rng(config.seed)
+    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng) for path in paths}
     held = {path: {i for i in sorted(own.usable) if rng.random() < HELD_OUT} for path, own in sets.items()}
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
         trains, turns = split == "train", {}

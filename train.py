@@ -66,6 +66,7 @@ class TrainConfig:
     weight_decay: float = 0.1           # matrices only
     gradient_clip: float = 1.0          # norm
     accumulate: int = 1                 # pools per rank and step; raise it when memory is short
+    pools_together: int = 1             # with a rank: pools in one batch; 8 or more keep a GPU busy
     checkpoint_activations: bool = False  # made again in the backward: less memory, more than a third slower
     compile: bool = False               # blocks' products by torch.compile: minutes at first, then faster
     number_limit: int = 10_000_000      # documents' numbers are drawn below it: as many as will be needed
@@ -81,8 +82,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        for name in ("max_steps", "accumulate", "log_every", "evaluate_every", "learning_rate",
-                     "gradient_clip", "number_limit"):
+        for name in ("max_steps", "accumulate", "pools_together", "log_every", "evaluate_every",
+                     "learning_rate", "gradient_clip", "number_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("rank", "seed", "router_steps", "router_lm_weight", "warmup_steps", "weight_decay",
@@ -170,8 +171,14 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
     documents that have them: where they score best, the maximum over tokens hides the words that tell
     documents apart, and Eq. 5 has no gradient that could change it.
     """
-    rng, samples = np.random.default_rng([config.seed, position]), collate_chat if config.rank else collate
-    documents, numbers, batches = samples(pools[position % len(pools)], tokenizer, config.number_limit, rng)
+    rng = np.random.default_rng([config.seed, position])
+    if config.rank:
+        places = range(position * config.pools_together, (position + 1) * config.pools_together)
+        taken = [pools[place % len(pools)] for place in places]
+        documents, numbers, batches = collate_chat(taken, tokenizer, config.number_limit, rng)
+    else:
+        taken = pools[position % len(pools)]
+        documents, numbers, batches = collate(taken, tokenizer, config.number_limit, rng)
     for batch in batches if dropout else ():
         routes = batch["routing_mask"]
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
@@ -449,7 +456,8 @@ def save(model, optimizer, tokenizer, config, step, position, rank, world):
 
 
 def validate(model, pools, tokenizer, config, device, dtype, rank, world):
-    """Mean metrics over the validation pools, dealt to the ranks."""
+    """Mean metrics over the validation pools, dealt to the ranks, each pool by itself."""
+    config = replace(config, pools_together=1)
     sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
     model.eval()
     if is_shared(model):

@@ -53,11 +53,11 @@ class Compiler:
                 signature[p.name], aligned[(p.num,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[p.name] = "fp32"
-            elif value == 1:  # as Triton specialises
+            elif value == 1 and not p.do_not_specialize:  # as Triton specialises
                 signature[p.name], constants[(p.num,)] = "constexpr", 1
             else:
                 signature[p.name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and not p.do_not_specialize:
                     aligned[(p.num,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=aligned)
         options = dict(num_warps=num_warps, num_stages=num_stages)

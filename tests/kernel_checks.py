@@ -6,7 +6,11 @@ tests/test_msa_kernel.py runs the same cases in Triton's interpreter on a CPU (f
 bfloat16). Imports torch and triton only. Oracle and kernel get the same inputs, rounded to the type under
 test; errors are ||found - expected|| / ||expected||.
 """
+import itertools
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -159,24 +163,34 @@ def check_attention(case, dtype, device="cpu"):
                    lambda *xs: [attention_by_hand(*xs, *chosen)], inputs)
 
 
+def judged(name, case, dtype, int8=False):
+    """(whether a check is passed on a GPU, a line about it)."""
+    check, options = globals()[name], dict(int8=True) if int8 else {}
+    limits = (1e-4, 0.0) if int8 else TOLERANCE[dtype]
+    try:
+        errors = check(case, dtype, "cuda", **options)
+    except Exception as error:  # the other checks are of use all the same
+        return False, f"WRONG {name} {case} {dtype}: {type(error).__name__}: {error}"
+    right = all(e <= limit for e, limit in zip(errors, limits))  # NaN is wrong
+    kind = "int8" if int8 else dtype
+    return right, (f"{'right' if right else 'WRONG'} {name} {case} {kind}: {errors[0]:.1e}, "
+                   f"gradients {errors[1]:.1e}")
+
+
 def script():
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device here; `make test` runs the same cases in Triton's interpreter")
-    device, failures = "cuda", 0
-    for check, cases in ((check_pool, POOL), (check_route, ROUTE), (check_attention, ATTEND)):
-        for case in cases:
-            for dtype, limits in TOLERANCE.items():
-                errors = check(case, dtype, device)
-                wrong = not all(e <= limit for e, limit in zip(errors, limits))  # NaN is wrong
-                failures += wrong
-                print(f"{'WRONG' if wrong else 'right'} {check.__name__} {case} {dtype}: "
-                      f"{errors[0]:.1e}, gradients {errors[1]:.1e}")
-    for case in ROUTE:
-        errors = check_route(case, torch.float32, device, int8=True)
-        wrong = not errors[0] <= 1e-4
-        failures += wrong
-        print(f"{'WRONG' if wrong else 'right'} check_route {case} int8: forward {errors[0]:.1e}")
-    print(f"{failures} wrong on {torch.cuda.get_device_name()}")
+    jobs = [(check.__name__, case, dtype)
+            for check, cases in ((check_pool, POOL), (check_route, ROUTE), (check_attention, ATTEND))
+            for case in cases for dtype in TOLERANCE]
+    jobs += [("check_route", case, torch.float32, True) for case in ROUTE]
+    # Most of the time goes into compiling: several processes share it
+    workers = max(1, min(12, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(judged, *itertools.zip_longest(*jobs, fillvalue=False)))
+    print("\n".join(line for _, line in results))
+    failures = sum(not right for right, _ in results)
+    print(f"{failures} of {len(results)} wrong on {torch.cuda.get_device_name()}")
     sys.exit(failures > 0)
 
 

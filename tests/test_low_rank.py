@@ -115,7 +115,7 @@ def test_collate_chat(backbone):
             [(np.array(t.encode(q)), np.array(t.encode(a)), gold, False) for q, a, gold in asked])
     kinds = set()
     for seed in range(200):
-        documents, numbers, (batch,) = collate_chat(pool, t, 1000, np.random.default_rng(seed))
+        documents, numbers, (batch,) = collate_chat([pool], t, 1000, np.random.default_rng(seed))
         assert documents == numbers == [] and batch["positive"].shape == batch["appended"].shape
         head = t.decode(batch["shared"][0].tolist())
         expected = {}
@@ -156,7 +156,7 @@ def test_shared_beginnings(backbone, prepared):
     model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
     pools = Pools(prepared[1] / "train", 261)
     for i in range(5):
-        documents, numbers, (batch,) = collate_chat(pools[i], t, 1000, np.random.default_rng(i))
+        documents, numbers, (batch,) = collate_chat([pools[i]], t, 1000, np.random.default_rng(i))
         losses, right = [], []
         for row, target in zip(batch["tokens"], batch["target_mask"]):
             whole = torch.cat([batch["shared"][0], row])
@@ -167,6 +167,24 @@ def test_shared_beginnings(backbone, prepared):
         found = model(documents, numbers, [batch])
         assert float(found["lm"]) == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
         assert found["aux"] == 0 and found["answered"].isnan() != batch["answers"].any()
+
+
+@torch.no_grad()
+def test_pools_together(backbone, prepared, monkeypatch):
+    """Questions of several pools in one batch would lose some, read their padding, or see another's texts."""
+    model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
+    pools = [*Pools(prepared[1] / "train", 261)][:3]
+    monkeypatch.setattr(prepare_data, "CHAT_TOKENS", 2000)
+    _, _, batches = collate_chat(pools, t, 1000, np.random.default_rng(1))
+    rng, losses = np.random.default_rng(1), []
+    samples = [sample for pool in pools for sample in prepare_data.chat_samples(pool, t, 1000, rng)]
+    for prompt, target, _ in samples:
+        row = torch.tensor(prompt + target)
+        logits = model.read(row[None]).logits[0, len(prompt) - 1:-1]
+        losses.append(F.cross_entropy(logits, row[len(prompt):], reduction="none"))
+    assert len(batches) > 1 and sum(len(batch["tokens"]) for batch in batches) == len(samples)
+    assert all(batch["tokens"].numel() <= 2000 or len(batch["tokens"]) == 1 for batch in batches)
+    assert float(model([], [], batches)["lm"]) == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
