@@ -284,8 +284,10 @@ def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
     if config.max_rounds and memory is not None:
         rounds = route_rounds(model, memory, *tokenizer.question(question), len(tokenizer.head),
                               config.max_rounds)
-    for ranked in look_again(model, tokenizer, rounds, texts, number_of, question, config.router_weight,
-                             config.max_documents):
+    if len(rounds) > 1 or config.max_documents < model.config.second_look:  # else all are named
+        rounds = look_again(model, tokenizer, rounds, texts, number_of, question, config.router_weight,
+                            config.max_documents)
+    for ranked in rounds:
         named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
         numbers, found = list(map(number_of, named)), found + named
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
