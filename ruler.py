@@ -85,6 +85,33 @@ def lay_out(needles, haystack, within, rng):
     return Asked(needles.text, needles.answers, list(texts), list(places), gold)
 
 
+def haystack_of(name):
+    """What a task has in common with those that have the same haystack."""
+    task = RULER[name]
+    return ["needles", task.key, task.value] if task.haystack == "needles" else [task.haystack]
+
+
+def lay_out_tasks(names, words, tokenizer, lengths, config):
+    """(texts, numbers, ends, counts) of `grow`, and by their names the lists of Asked, of tasks with the same
+    haystack. Raises UserError for one that is too short."""
+    rng = lambda name, *rest: np.random.default_rng([config.seed, list(RULER).index(name), *rest])
+    first = next(name for name in RULER if haystack_of(name) == haystack_of(names[0]))
+    draw, needles, hidden = Draw(words, "test", rng(first, 1)), {}, {}
+    for name in names:
+        own = Draw(words, "test", rng(name))
+        needles[name] = [draw_question(RULER[name], own) for _ in range(config.questions)]
+        draw.used |= own.used
+    haystack = Haystack(RULER[first], draw, config.essays)
+    grown = grow(haystack, tokenizer, lengths, config.seed)
+    within = grown[-1][0]
+    if within < 8:
+        raise UserError(f"--lengths: {lengths[0]:,} tokens hold {within} documents; begin with more")
+    for name in names:
+        places = rng(name, 2)
+        hidden[name] = [lay_out(question, haystack, within, places) for question in needles[name]]
+    return *grown, hidden
+
+
 def grow(haystack, tokenizer, lengths, seed):
     """Let a haystack grow to the longest of `lengths`, in tokens: (texts, numbers, ends, counts).
 
@@ -214,27 +241,16 @@ def evaluate(model, tokenizer, config, done, say):
     methods = config.methods.split(",")
     trained, shared = model.trained_routers, {}  # tasks by their haystack
     for name in tasks:
-        task = RULER[name]
-        kind = (task.haystack, task.key, task.value) if task.haystack == "needles" else (task.haystack,)
-        shared.setdefault(kind, []).append(name)
+        shared.setdefault(" ".join(haystack_of(name)), []).append(name)
     for kind, names in shared.items():
         wanted = [(name, method, length) for name in names for method in methods
                   for length in (lengths if method in ("bm25", "memory") else [0])
                   if not done(name, method, length)]
         if not wanted:
             continue
-        draws = {name: Draw(words, "test", np.random.default_rng([config.seed, list(RULER).index(name)]))
-                 for name in names}
-        asked = {name: [draw_question(RULER[name], draw) for _ in range(config.questions)]
-                 for name, draw in draws.items()}
-        haystack = Haystack(RULER[names[0]], draws[names[0]], config.essays)
-        texts, numbers, ends, counts = grow(haystack, tokenizer, lengths, config.seed)
-        if counts[0] < 8:
-            raise UserError(f"--lengths: {lengths[0]:,} tokens hold {counts[0]} documents; begin with more")
-        asked = {name: [lay_out(needles, haystack, counts[0], draw.rng) for needles in asked[name]]
-                 for name, draw in draws.items()}
+        texts, numbers, ends, counts, asked = lay_out_tasks(names, words, tokenizer, lengths, config)
         encoded, speed, seconds = None, 0, 0
-        say(f"{kind[0]}: {len(texts):,} documents, {len({*texts}):,} of them different, "
+        say(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
             questions, at = asked[name], lengths.index(length) if length else 0
