@@ -18,8 +18,9 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
+from batches import Find
 from common import UserError, atomic_file
-from interleave import answer_from_text, look_again, rounds_of, route_rounds
+from interleave import answers_from_texts, look_again, rounds_of, run
 
 METHODS = ("none", "oracle", "bm25", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -74,9 +75,9 @@ def interval(differences, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Finding and reading
 
-def ranked(model, tokenizer, memory, texts, question, config):
-    """The positions of the documents that the model finds for a question, best first, and the best score of
-    its first round; texts: token ids by position.
+def loop_ranked(model, tokenizer, memory, texts, question, config):
+    """A loop: the positions of the documents that the model finds for a question, best first, and the best
+    score of its first round; texts: token ids by position.
 
     Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first eight of the first
     round, then what the second one finds besides.
@@ -90,10 +91,17 @@ def ranked(model, tokenizer, memory, texts, question, config):
         prefix_length = len(tokenizer.head)
     if model.config.prompts == "chat":
         count = max(rounds_of(model, config), 1)
-    rankings = route_rounds(model, memory, tokens, routes, prefix_length, count)
-    rounds = look_again(model, tokenizer, rankings, texts, int, question, config.router_weight, AT[-1])
+    rankings = yield Find(tokens, memory, routes, prefix_length, count)
+    rounds = yield from look_again(model, tokenizer, rankings, texts, int, question, config.router_weight,
+                                   AT[-1])
     best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
-    return [document for ranked in rounds for document, _ in ranked], best
+    yield [document for ranked in rounds for document, _ in ranked], best
+
+
+def ranked(model, tokenizer, memory, texts, questions, config, batch):
+    """(positions, best score) of each question, as of `loop_ranked`."""
+    loops = (loop_ranked(model, tokenizer, memory, texts, question, config) for question in questions)
+    return [found for _, found in sorted(run(model, tokenizer, loops, config, batch, memory))]
 
 
 def refused(questions, best, reaches):
@@ -104,32 +112,41 @@ def refused(questions, best, reaches):
     return [float(np.mean(part)) if part and reaches > float("-inf") else None for part in parts]
 
 
-def find_all(find, questions, label):
-    """The ranking of every question, find(text) -> documents, and the mean seconds of one."""
-    began = time.perf_counter()
-    rankings = [find(question.text) for question in progress(questions, label)]
+def find_all(find, questions, label, batch):
+    """The ranking of every question, find(texts) -> lists of documents, and the mean seconds of one."""
+    began, rankings = time.perf_counter(), []
+    for part in parts_of(questions, label, batch):
+        rankings += find([question.text for question in part])
     return rankings, (time.perf_counter() - began) / len(questions)
 
 
-def reader(model, tokenizer, texts, config):
-    """A function (question, documents) -> (answer, seconds); nothing is read twice.
+def reader(model, tokenizer, texts, config, batch):
+    """A function: pairs (question, documents) -> (answer, seconds) of each; nothing is read twice.
 
     texts: token ids of documents by position, which is the number that they have in the prompt.
     """
     known = {}
 
-    def read(question, documents):
-        if (question, *documents) not in known:
-            began = time.perf_counter()
-            appended = [(document, texts[document]) for document in documents]
-            answer = answer_from_text(model, tokenizer, question, appended, config)
-            known[question, *documents] = answer, time.perf_counter() - began
-        return known[question, *documents]
+    def read(asked):
+        asked = [(question, *documents) for question, documents in asked]
+        new = list(dict.fromkeys(one for one in asked if one not in known))
+        began = time.perf_counter()
+        found = answers_from_texts(model, tokenizer, [(question, [(d, texts[d]) for d in documents])
+                                                      for question, *documents in new], config, batch)
+        seconds = (time.perf_counter() - began) / max(len(new), 1)
+        known.update({one: (answer, seconds) for one, answer in zip(new, found)})
+        return [known[one] for one in asked]
     return read
 
 
-def progress(items, label):
-    return tqdm(items, desc=label, unit="question", leave=False, delay=1, disable=not label)
+def parts_of(questions, label, batch):
+    """Questions in parts that are large beside a batch, with a bar that shows them pass."""
+    with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
+              disable=not label) as bar:
+        for start in range(0, len(questions), 8 * batch):
+            part = questions[start:start + 8 * batch]
+            yield part
+            bar.update(len(part))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,17 +159,18 @@ def choose(questions, count, seed):
     return [answerable[i] for i in sorted(order)]
 
 
-def measure(questions, chosen, finders, read, ks, seed, quiet=False):
+def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
-    finders: text -> documents, best first, of bm25 and memory; read: a `reader`; chosen: the questions that
-    are answered. What does not apply is None. Rows of memory hold what it has over bm25, with intervals.
+    finders: texts -> lists of documents, best first, of bm25 and memory; read: a `reader`; chosen: the
+    questions that are answered. What does not apply is None. Rows of memory hold what it has over bm25, with
+    intervals.
     """
     judged = [i for i, question in enumerate(questions) if question.gold]
     rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
     for method, find in finders.items():
         label = "" if quiet else f"{method} finds"
-        rankings[method], seconds[method] = find_all(find, questions, label)
+        rankings[method], seconds[method] = find_all(find, questions, label, batch)
         recalls[method] = np.array([score_ranking(rankings[method][i], questions[i].gold) for i in judged])
     methods = METHODS if set(chosen) <= set(judged) else ("none", "bm25", "memory")
     rows = []
@@ -164,12 +182,12 @@ def measure(questions, chosen, finders, read, ks, seed, quiet=False):
                 row |= zip(RECALLS, recalls[method].mean(0).tolist())
             if chosen:
                 answers, spent = [], []
-                for i in progress(chosen, "" if quiet else f"{method} answers, k {k}"):
-                    found = {"none": (), "oracle": questions[i].gold}
-                    documents = found[method] if method in found else rankings[method][i][:k]
-                    answer, took = read(questions[i].text, documents)
-                    answers.append(answer)
-                    spent.append(took)
+                for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch):
+                    given = {"none": lambda i: (), "oracle": lambda i: questions[i].gold}
+                    documents = given.get(method, lambda i, method=method, k=k: rankings[method][i][:k])
+                    for answer, took in read([(questions[i].text, documents(i)) for i in part]):
+                        answers.append(answer)
+                        spent.append(took)
                 scores[method] = np.array([score_answer(answer, questions[i].answers)
                                            for answer, i in zip(answers, chosen)])
                 row |= zip(SCORES, scores[method].mean(0).tolist())

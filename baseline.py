@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from cache import Cache
 from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
-from interleave import generate
-from memory import Cache
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, stack
 from scratch import start_equal
@@ -143,6 +142,18 @@ def train(config, model, tokenizer, pools):
     return rows
 
 
+def continue_greedily(model, tokens, cache, end, limit):
+    """At most `limit` token ids that follow `tokens`, up to `end`."""
+    said = []
+    while len(said) < limit:
+        logits = model.read(torch.tensor([tokens], device=model.device), cache=cache).logits[0, -1]
+        tokens = [int(logits.argmax())]
+        if tokens == [end]:
+            break
+        said += tokens
+    return said
+
+
 @torch.no_grad()
 def ask(model, tokenizer, words, config, seed):
     """The share of exact answers about needles at each length: rows of a table."""
@@ -156,9 +167,8 @@ def ask(model, tokenizer, words, config, seed):
         for question in tqdm(memory.questions, desc=f"{count:,} documents", leave=False, delay=1):
             prompt = [*tokenizer.question(tokenizer.encode(question.text)), tokenizer.retrieve,
                       tokenizer.end_of_retrieval]
-            answer = generate(model, prompt, context.expand(1), {tokenizer.end}, 16,
-                              lambda x: int(x.argmax()))
-            right += tokenizer.decode(list(answer)).strip() == question.answer
+            answer = continue_greedily(model, prompt, context.expand(1), tokenizer.end, 16)
+            right += tokenizer.decode(answer).strip() == question.answer
         rows.append(dict(seed=seed, memory_tokens=int(memory.ends[count - 1]), documents=count,
                          read_tokens=len(text),
                          questions=len(memory.questions), exact_match=right / len(memory.questions)))

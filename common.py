@@ -133,6 +133,12 @@ def detect_device(device="auto", dtype="auto", hidden_size=0):
     return torch.device(kind, index), getattr(torch, dtype), reason
 
 
+def to_device(x, device):
+    """A CPU tensor, or numbers that make one, on the device; from pinned memory, so that nobody waits."""
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def bfloat16_speed():
     """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, measured in some 20 ms;
     0 where torch knows no instructions for it."""

@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cache import Cache
 from common import atomic_file, autocast
-from memory import BATCH_TOKENS, Cache, Memory
+from memory import BATCH_TOKENS, Memory
 from model import MSA, Block, ModelConfig, rope_angles
 from msa_kernel import chunk_offsets, sparse_attention
 

@@ -56,7 +56,7 @@ from common import (
     write_json,
 )
 from documents import Document, read_documents
-from interleave import InterleaveConfig, Round, answer_from_text, answer_question, rounds_of
+from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
@@ -83,6 +83,7 @@ class EvalConfig:
     lengths: str = "16k,64k,256k,1m"  # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200              # answered, at every length; recall on a set is of all its questions
     seed: int = 1                     # of documents and questions
+    batch: int = 8                    # questions that are asked side by side
     memory: str = ""                  # folder of a bank for the documents; without one they lie in RAM
     timeout: float = 600              # seconds that ranks wait for each other
     json: str = ""                    # write the rows to this file
@@ -105,7 +106,7 @@ class EvalConfig:
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
         if not all(k.isdecimal() and int(k) for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
-        for name, low in dict(seed=0, questions=0 if self.data else 1, filler=0).items():
+        for name, low in dict(seed=0, questions=0 if self.data else 1, filler=0, batch=1).items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
         for flag, given in (("zero-values", self.zero_values),
@@ -144,28 +145,34 @@ def score(question, gold, rounds, answer, top_k):
     return len(documents & ranked) / count, len(documents & first) / count, named / count, exact
 
 
-def ask_all(ask, numbers, questions, top_k, label):
+def ask_all(ask, numbers, questions, top_k, label, batch):
     """Ask every question; returns the measures of a row, means, and the seconds of the first question.
 
-    ask(i, question) -> (answer, rounds); numbers: of the documents that gold indices mean.
+    ask(places of questions) -> [(answer, rounds)]; numbers: of the documents that gold indices mean.
     """
-    scores, seconds = [], []
-    bar = tqdm(questions, desc=label, unit="question", leave=False, delay=1, disable=not label)
-    for i, question in enumerate(bar):
-        began = time.perf_counter()
-        answer, rounds = ask(i, question)
-        seconds.append(time.perf_counter() - began)
-        gold = [[numbers[document] for document in hop] for hop in question.gold]
-        scores.append(score(question, gold, rounds, answer, top_k))
+    scores, seconds, first = [], 0, 0
+    shown = dict(desc=label, unit="question", leave=False, delay=1, disable=not label)
+    with tqdm(total=len(questions), **shown) as bar:
+        for start in [0, *range(1, len(questions), 8 * batch)]:  # the first alone: it reads what is cold
+            places = range(start, min(start + 8 * batch if start else 1, len(questions)))
+            began = time.perf_counter()
+            found = ask(places)
+            seconds += time.perf_counter() - began
+            first = first or seconds
+            for i, (answer, rounds) in zip(places, found):
+                gold = [[numbers[document] for document in hop] for hop in questions[i].gold]
+                scores.append(score(questions[i], gold, rounds, answer, top_k))
+            bar.update(len(places))
     names = ("recall_at_k", "router_top1", "named", "exact_match")
     row = dict(zip(names, np.mean(scores, 0).tolist()))
-    return row | {"seconds_per_question": round(float(np.mean(seconds)), 5)}, seconds[0]
+    return row | {"seconds_per_question": round(seconds / len(questions), 5)}, first
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Who is asked: at_length(count) returns ask(i, question) -> (answer, rounds) over the first `count` documents
+# Who is asked: at_length(count) returns ask(places) -> [(answer, rounds)] of the questions at these places,
+# over the first `count` documents
 
-def memory_asker(model, tokenizer, texts, numbers, needles, config):
+def memory_asker(model, tokenizer, texts, numbers, needles, questions, config):
     """The model with its memory, encoded once. Also returns the tokens encoded per second."""
     texts, needles = tokenizer.encode_batch(texts), tokenizer.encode_batch(needles)
     order = np.argsort(numbers)  # a memory is in the order of its numbers
@@ -183,12 +190,16 @@ def memory_asker(model, tokenizer, texts, numbers, needles, config):
             at = part.numbers.index(numbers[0])
             before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
 
-        def ask(i, question):
-            asked, asked_texts = part, part_texts
-            if needles:  # a question's memory is the noise with its own needle in place of document 0
-                asked = Memory.cat([before, own[i], behind])
-                asked_texts = part_texts[:at] + [needles[i]] + part_texts[at + 1:]
-            return answer_question(model, tokenizer, asked, asked_texts, question.text, config.interleave)
+        def ask(places):
+            asked, found = [questions[i].text for i in places], []
+            if not needles:
+                return answer_questions(model, tokenizer, part, part_texts, asked, config.interleave,
+                                        config.batch)
+            for i, text in zip(places, asked):  # its memory has its own needle in place of document 0
+                memory = Memory.cat([before, own[i], behind])
+                texts = part_texts[:at] + [needles[i]] + part_texts[at + 1:]
+                found += answer_questions(model, tokenizer, memory, texts, [text], config.interleave, 1)
+            return found
         return ask
     return at_length, speed
 
@@ -207,15 +218,16 @@ def fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say):
     return ranks.same(Bank(config.memory))
 
 
-def bank_asker(model, tokenizer, texts, numbers, config, ranks, say):
+def bank_asker(model, tokenizer, texts, numbers, questions, config, ranks, say):
     """The model with a bank on disk, over the ranks."""
     name = f"{config.task} seed {config.seed} filler {config.filler}"
     bank = fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say)
 
     def at_length(count):
         memory = ParallelMemory(bank.only(numbers[:count]), model.device, ranks, config.routing_keys)
-        return lambda i, question: answer_question(model, tokenizer, memory, memory.texts, question.text,
-                                                   config.interleave)
+        return lambda places: answer_questions(model, tokenizer, memory, memory.texts,
+                                               [questions[i].text for i in places], config.interleave,
+                                               config.batch)
     return at_length
 
 
@@ -228,12 +240,13 @@ def resident_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def baseline_asker(model, tokenizer, texts, numbers, needles, config):
+def baseline_asker(model, tokenizer, texts, numbers, needles, questions, config):
     """What answers in place of the memory, from the texts of the documents that it finds."""
     def at_length(count):
         search = bm25_search(texts[:count]) if config.baseline == "bm25" else None
 
-        def ask(i, question):
+        def find(i, question):
+            """What is appended to a question, pairs (number, ids), and the rounds that found it."""
             found, rounds = [], []
             for hop in question.gold if config.baseline != "no_memory" else ():
                 best = hop  # the oracle's
@@ -244,8 +257,14 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, config):
                     named = [numbers[d] for d in best]
                     rounds.append(Round([(numbers[d], s) for d, s in ranked], named, sorted(named)))
                 found += sorted(best, key=lambda d: numbers[d])
-            appended = [(numbers[d], tokenizer.encode(needles[i] if needles else texts[d])) for d in found]
-            return answer_from_text(model, tokenizer, question.text, appended, config.interleave), rounds
+            text_of = lambda d: tokenizer.encode(needles[i] if needles else texts[d])
+            return [(numbers[d], text_of(d)) for d in found], rounds
+
+        def ask(places):
+            appended, rounds = zip(*(find(i, questions[i]) for i in places))
+            asked = [(questions[i].text, given) for i, given in zip(places, appended)]
+            return list(zip(answers_from_texts(model, tokenizer, asked, config.interleave, config.batch),
+                            rounds))
         return ask
     return at_length
 
@@ -258,14 +277,14 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
     say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {on}")
     k, speed = model.config.top_k, 0
     if config.memory:
-        at_length = bank_asker(model, tokenizer, texts, numbers, config, ranks, say)
+        at_length = bank_asker(model, tokenizer, texts, numbers, questions, config, ranks, say)
         texts = grown.texts = None  # they lie in the bank
         return_freed_memory()
     elif config.baseline == "none":
-        at_length, speed = memory_asker(model, tokenizer, texts, numbers, grown.needles, config)
+        at_length, speed = memory_asker(model, tokenizer, texts, numbers, grown.needles, questions, config)
         say(f"encoded {speed:,.0f} tokens/s")
     else:
-        at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, config)
+        at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, questions, config)
     columns = f"{f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}"
     say(f"{'tokens':>10} {'documents':>9} {columns}")
     for count in grown.counts:
@@ -273,12 +292,13 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
         began = time.perf_counter()
         ask = at_length(count)
         opened = time.perf_counter() - began
-        measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents")
+        measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents",
+                                  config.batch)
         tokens = int(grown.ends[count - 1])
         row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
                    encode_tokens_per_second=round(speed), filler=config.filler,
-                   routing_keys=config.routing_keys, zero_values=config.zero_values,
+                   routing_keys=config.routing_keys, zero_values=config.zero_values, batch=config.batch,
                    max_rounds=rounds_of(model, config.interleave),
                    router_weight=config.interleave.router_weight,
                    checkpoint=config.checkpoint, device=str(model.device))
@@ -364,19 +384,21 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     searches = [bm25_search(texts[:count]) for count in counts]
     encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
-    read = reader(model, tokenizer, encoded, config.interleave)
+    read = reader(model, tokenizer, encoded, config.interleave, config.batch)
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
-        by_words = lambda text: [place for place, _ in search(text, most)]
+        by_words = lambda asked, search=search: [[place for place, _ in search(text, most)] for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
 
-        def by_memory(text):
-            documents, best[text] = ranked(model, tokenizer, memory, encoded, text, config.interleave)
-            return documents
+        def by_memory(asked):
+            found = ranked(model, tokenizer, memory, encoded, asked, config.interleave, config.batch)
+            best.update((text, score) for text, (_, score) in zip(asked, found))
+            return [documents for documents, _ in found]
         say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
             f"of which {len(chosen):,} are answered")
         finders = dict(bm25=by_words, memory=by_memory)
-        measured = measure(questions, chosen, finders, read, ks, config.seed, quiet=ranks.rank > 0)
+        measured = measure(questions, chosen, finders, read, ks, config.seed, config.batch,
+                           ranks.rank > 0)
         say("\n".join(table(measured)), flush=True)
         shares = refused(questions, best, reaches)
         for share, what in zip(shares, ("have an answer", "nothing answers")):

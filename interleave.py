@@ -5,16 +5,18 @@ appends the text of the named ones to the question, and the next round begins, w
 
 Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that
 train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How
-each of them spells its questions: tokenizer.py and prompts.py.
+each of them spells its questions: tokenizer.py and prompts.py. How many questions share the model's reads:
+batches.py.
 """
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
+from batches import Find, Likelihood, Name, Pick, Prompt, Read, Server, choose, serve
 from common import UserError
-from memory import Cache, padded_batches, rank_documents
 from memory_parallel import ParallelMemory
 from prompts import END_OF_RETRIEVE, NOT_FOUND
 
@@ -58,141 +60,68 @@ def rounds_of(model, config):
     return config.max_rounds if config.max_rounds >= 0 else 1 if model.config.prompts == "chat" else 4
 
 
-def choose(logits, temperature, top_p):
-    """An index of `logits` (n,): the largest at temperature 0, else a sample from the top_p part of the
-    distribution."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1)])
-
-
 def reluctant(model, tokenizer, logits):
-    """Logits (V,) of what a chat backbone's answer goes on with. One that has learned to refuse does so only
-    where NOT_FOUND leads by REFUSAL_MARGIN."""
+    """Logits (..., V) of what a chat backbone's answer goes on with. One that has learned to refuse does so
+    only where NOT_FOUND leads by REFUSAL_MARGIN."""
     if model.config.prompts == "chat" and model.config.second_look:
         logits = logits.clone()
-        logits[tokenizer.answer(NOT_FOUND)[0]] -= REFUSAL_MARGIN
+        logits[..., tokenizer.answer(NOT_FOUND)[0]] -= REFUSAL_MARGIN
     return logits
 
 
-def ranking(selections):
-    """`rank_documents` of one question: a list of pairs (document index, score)."""
-    selections = [selection for selection in selections if selection.documents.numel()]
-    if not selections:
-        return []
-    documents, scores = rank_documents(selections)
-    return [(d, score) for d, score in zip(documents[0].tolist(), scores[0].tolist()) if d >= 0]
-
-
-def read(model, tokens, **kwargs):
-    """`model.read` of one sequence of ids; returns the logits of what follows it (V,)."""
-    tokens = torch.tensor([tokens], device=model.device)
-    last = torch.arange(tokens.size(1), device=model.device)[None] == tokens.size(1) - 1
-    return model.read(tokens, positions=last, **kwargs).logits[0]
-
-
-def number_log_probabilities(model, tokenizer, cache, numbers):
-    """log p(number | numbers) (n,): the probability that the model writes each `[n]` next when it can write
-    only these.
-
-    At each token the model's distribution is renormalised over the tokens that lead to one of them, as in
-    constrained decoding. (Renormalising whole numbers instead would favour short ones by several nats for
-    each digit they lack.) All are scored in one batch that continues copies of the cache.
-    """
-    spelled = [tokenizer.number(n) for n in numbers]
-    tokens = torch.zeros(len(spelled), max(map(len, spelled)), dtype=torch.long)
-    following = {}  # prefix -> tokens that may follow it
-    for row, number in enumerate(spelled):
-        tokens[row, :len(number)] = torch.tensor(number)
-        for t in range(1, len(number)):
-            following.setdefault(tuple(number[:t]), set()).add(number[t])
-    logits = model.read(tokens.to(model.device), cache=cache.expand(len(spelled))).logits.cpu()
-    log_p = torch.zeros(len(spelled))
-    for row, number in enumerate(spelled):
-        for t in range(1, len(number)):
-            allowed = list(following[tuple(number[:t])])
-            log_p[row] += logits[row, t - 1, number[t]] - logits[row, t - 1, allowed].logsumexp(0)
-    return log_p
-
-
-@torch.no_grad()
-def refusals(model, tokenizer, question, documents):
-    """log p(NOT_FOUND) (n,) of a trained chat backbone that reads each of `documents`, pairs (number, text),
-    alone with the question."""
-    target = tokenizer.answer(NOT_FOUND)
-    rows = [torch.tensor(tokenizer.message(question, [document]) + target) for document in documents]
-    log_p = torch.zeros(len(rows))
-    for batch, tokens in padded_batches(rows, 2048):
-        ends = torch.tensor([[len(rows[i])] for i in batch])
-        place = torch.arange(tokens.size(1))
-        says = (place >= ends - len(target) - 1) & (place < ends - 1)  # the token before predicts
-        logits = model.read(tokens.to(model.device), positions=says.to(model.device)).logits.cpu()
-        spoken = logits.log_softmax(-1).view(len(batch), len(target), -1)
-        log_p[batch] = spoken.gather(2, torch.tensor(target).expand(len(batch), -1)[..., None]).sum((1, 2))
-    return log_p
-
-
 def second_look(model, tokenizer, question, ranked, texts, numbers, weight):
-    """A `ranking` of which the first `second_look` documents are ordered anew: by how unlikely NOT_FOUND is
-    when the model reads one of them alone, log(1 - p) + weight * score / tau.
+    """A part of a loop: a ranking of which the first `second_look` documents are ordered anew, by how
+    unlikely NOT_FOUND is when the model reads one of them alone, log(1 - p) + weight * score / tau.
 
     texts: ids by document; numbers: document -> number. Without `second_look` the ranking stays as it is.
     """
     first, others = ranked[:model.config.second_look], ranked[model.config.second_look:]
     if not first:
         return ranked
-    documents = [(numbers(d), tokenizer.decode(texts[d])) for d, _ in first]
-    found = torch.log(-torch.expm1(refusals(model, tokenizer, question, documents).clamp(max=-1e-6)))
+    prompts = [tokenizer.message(question, [(numbers(d), tokenizer.decode(texts[d]))]) for d, _ in first]
+    log_p = torch.tensor((yield Likelihood(prompts, tokenizer.answer(NOT_FOUND))))
+    found = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
     order = scores.argsort(descending=True, stable=True).tolist()
     return [first[i] for i in order] + others
 
 
-def generate(model, tokens, cache, stop, limit, pick, **first):
-    """Read `tokens`, then yield at most `limit` tokens that continue them, up to one of `stop`, which is not
-    yielded.
+def answer(tokenizer, stop, limit, one_line=False):
+    """A part of a loop: pieces of the text that comes next, of at most `limit` tokens up to one of `stop`.
 
-    pick: logits (V,) -> token; first: what the first read needs besides, a memory and its routing_mask.
+    A character may be spread over several tokens. one_line: up to the first line end behind a word, since a
+    chat model may write on after its answer.
     """
-    for _ in range(limit):
-        token = pick(read(model, tokens, cache=cache, **first))
-        if token in stop:
-            return
-        yield token
-        tokens, first = [token], {}
-
-
-def spell(tokenizer, tokens):
-    """Tokens as pieces of text; a character may be spread over several of them."""
     found, shown = [], ""
-    for token in tokens:
+    for _ in range(limit):
+        if found:
+            yield Read(found[-1:])
+        token = yield Pick()
+        if token in stop:
+            break
         found.append(token)
         text = tokenizer.decode(found)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown):]
-            shown = text
-    if found and tokenizer.decode(found) != shown:
-        yield tokenizer.decode(found)[len(shown):]
-
-
-def first_line(pieces):
-    """Pieces of text up to the first line end behind a word: a chat model may write on after its answer."""
-    begun = False
-    for piece in pieces:
-        line, end, _ = (piece if begun else piece.lstrip()).partition("\n")
-        begun = begun or line != ""
-        if line:
-            yield line
-        if begun and end:
+        said, ended = first_line(text) if one_line else (text, False)
+        if not text.endswith("\ufffd") and said != shown:
+            yield said[len(shown):]
+            shown = said
+        if ended:
             return
+    text = tokenizer.decode(found)
+    said = first_line(text)[0] if one_line else text
+    if said != shown:
+        yield said[len(shown):]
+
+
+def first_line(text):
+    """A text's first line that is not empty, and whether it has ended."""
+    line, end, _ = text.lstrip().partition("\n")
+    return line, end != ""
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loops. All take what `interleave` takes, and `pick`: logits -> index, the same on every rank.
+# The loops. They ask for reads, see batches.py, and yield what `interleave` does.
 
-@torch.no_grad()
 def interleave(model, tokenizer, memory, texts, question, config):
     """Answer one question (section 3.5). Yields a Round after each retrieval, then the answer as pieces of
     text.
@@ -201,15 +130,34 @@ def interleave(model, tokenizer, memory, texts, question, config):
     by position in the memory; question: str. With a ParallelMemory over several ranks all of them call this
     with the same question, and rank 0 chooses.
     """
-    agree = memory.ranks.agree if isinstance(memory, ParallelMemory) else int
-    # A vocabulary may be padded
-    pick = lambda logits: agree(choose(logits[:tokenizer.vocab_size], config.temperature, config.top_p))
+    for _, event in interleave_many(model, tokenizer, memory, texts, [question], config, 1):
+        yield event
+
+
+def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
+    """The same for many questions, `batch` at a time: yields (place of the question, Round or piece)."""
+    loops = (loop_of(model, tokenizer, memory, texts, question, config) for question in questions)
+    yield from run(model, tokenizer, loops, config, batch, memory)
+
+
+def loop_of(model, tokenizer, memory, texts, question, config):
+    """The loop of one question, for `run`: what `interleave` takes."""
     config = replace(config, max_rounds=rounds_of(model, config))
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
-    yield from loop(model, tokenizer, memory, texts, question, config, pick)
+    return loop(model, tokenizer, memory, texts, question, config)
 
 
-def interleave_own(model, tokenizer, memory, texts, question, config, pick):
+@torch.no_grad()
+def run(model, tokenizer, loops, config, batch, memory=None):
+    """Serves loops, `batch` at a time: yields (place of the loop, event). memory: whose ranks agree."""
+    ranks = dict(agree=memory.ranks.agree) if isinstance(memory, ParallelMemory) else {}
+    # A vocabulary may be padded
+    prepare = lambda logits: reluctant(model, tokenizer, logits)[:, :tokenizer.vocab_size]
+    pick = partial(choose, temperature=config.temperature, top_p=config.top_p)
+    yield from serve(loops, Server(model, batch, pick, prepare, **ranks))
+
+
+def interleave_own(model, tokenizer, memory, texts, question, config):
     """In a round the model alone decides between another document, stop, and end of retrieval. For another
     document the candidates are those that some memory layer selected and that are not yet named or appended;
     the highest `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite
@@ -218,24 +166,22 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
     prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
     segments = [1] * len(prompt)  # of the question and of each appended text, which route
     number_of = lambda d: int(memory.numbers[d])
+    weight = config.router_weight / model.config.router_temperature
     for rounds in range(config.max_rounds + 1):
-        cache = Cache()
         # Generated tokens never route
-        mask = torch.tensor([segments + [0]], device=model.device)
-        logits = read(model, [*prompt, tokenizer.retrieve], memory=memory, routing_mask=mask, cache=cache)
-        ranked = ranking(cache.selections)
+        ranked = yield Prompt([*prompt, tokenizer.retrieve], memory, segments + [0])
         named = []
         while rounds < config.max_rounds:
             candidates = [(d, score) for d, score in ranked if d not in seen and d not in named]
-            choices = [tokenizer.stop if named else tokenizer.end_of_retrieval]
+            choices = (tokenizer.stop if named else tokenizer.end_of_retrieval,)
             if candidates and len(named) < config.max_documents:
-                choices.append(tokenizer.open_bracket)
-            if choices[pick(logits[choices])] != tokenizer.open_bracket:
+                choices += (tokenizer.open_bracket,)
+            if (yield Pick(choices)) != tokenizer.open_bracket:
                 break
-            log_p = number_log_probabilities(model, tokenizer, cache, [number_of(d) for d, _ in candidates])
-            scores = torch.tensor([score for _, score in candidates]) / model.config.router_temperature
-            named.append(candidates[pick(log_p + config.router_weight * scores)][0])
-            logits = read(model, tokenizer.number(number_of(named[-1])), cache=cache)
+            spelled = [tokenizer.number(number_of(d)) for d, _ in candidates]
+            best = yield Name(spelled, [weight * score for _, score in candidates])
+            named.append(candidates[best][0])
+            yield Read(spelled[best])
         if rounds < max(config.max_rounds, 1):
             yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)),
                         list(map(number_of, sorted(named))))
@@ -246,58 +192,41 @@ def interleave_own(model, tokenizer, memory, texts, question, config, pick):
             text = tokenizer.appended(number_of(d), texts[d])
             prompt = prompt + text
             segments = segments + [segments[-1] + 1] * len(text)
-    yield from spell(tokenizer, generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end},
-                                         config.max_answer_tokens, pick))
-
-
-def route_rounds(model, memory, tokens, routes, prefix_length, count):
-    """What routing finds for a question: the rankings of one round, or in shared mode of `count`, at most
-    two; in the second one the best of the first route too. tokens, routes: lists (T,); the rest as for
-    `model.read`. Returns lists of pairs (document index, score), best first."""
-    tokens, routes = (torch.tensor([row], device=model.device) for row in (tokens, routes))
-    if not model.config.routing_layers:
-        cache = Cache()
-        model.read(tokens, memory, routes, cache, prefix_length, torch.zeros_like(routes))
-        return [ranking(cache.selections)]
-    found = []
-    while len(memory) and len(found) < min(count, 2):
-        found.append(model.find(tokens, memory, routes, prefix_length, *found))
-    return [ranking([selection]) for selection in found]
+    yield Read([tokenizer.end_of_retrieval])
+    yield from answer(tokenizer, {tokenizer.end}, config.max_answer_tokens)
 
 
 def look_again(model, tokenizer, rankings, texts, numbers, question, weight, count):
-    """The rankings of rounds as a `second_look` orders them; all documents differ. The rounds share `count`:
-    every round but the last has no more than its part."""
+    """A part of a loop: the rankings of rounds as a `second_look` orders them; all documents differ. The
+    rounds share `count`: every round but the last has no more than its part."""
     named, rounds = set(), []
     for ranked in rankings:
         left = [(document, score) for document, score in ranked if document not in named]
-        left = second_look(model, tokenizer, question, left, texts, numbers, weight)
+        left = yield from second_look(model, tokenizer, question, left, texts, numbers, weight)
         rounds.append(left[:-(-count // len(rankings))] if len(rounds) + 1 < len(rankings) else left)
         named |= {document for document, _ in rounds[-1]}
     return rounds
 
 
-def interleave_chat(model, tokenizer, memory, texts, question, config, pick):
+def interleave_chat(model, tokenizer, memory, texts, question, config):
     """Rounds share `max_documents`. What they name stands in the message that the backbone answers, round by
     round, in order of the numbers."""
     rounds, found, number_of = [], [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
-        rounds = route_rounds(model, memory, *tokenizer.question(question), len(tokenizer.head),
-                              config.max_rounds)
+        tokens, routes = tokenizer.question(question)
+        rounds = yield Find(tokens, memory, routes, len(tokenizer.head), config.max_rounds)
     if len(rounds) > 1 or config.max_documents < model.config.second_look:  # else all are named
-        rounds = look_again(model, tokenizer, rounds, texts, number_of, question, config.router_weight,
-                            config.max_documents)
+        rounds = yield from look_again(model, tokenizer, rounds, texts, number_of, question,
+                                       config.router_weight, config.max_documents)
     for ranked in rounds:
         named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
         numbers, found = list(map(number_of, named)), found + named
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
-    message = tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found])
-    choice = lambda logits: pick(reluctant(model, tokenizer, logits))
-    answer = generate(model, message, Cache(), tokenizer.ends, config.max_answer_tokens, choice)
-    yield from first_line(spell(tokenizer, answer))
+    yield Prompt(tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found]))
+    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True)
 
 
-def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
+def interleave_msa(model, tokenizer, memory, texts, question, config):
     """The authors' protocol: what the model writes up to <|object_ref_end|> names documents, every `[n]` in
     it; their texts are appended, and all is read again, until it writes <End-of-Retrieve>.
 
@@ -310,65 +239,81 @@ def interleave_msa(model, tokenizer, memory, texts, question, config, pick):
     end, closing = tokenizer.encode_template(END_OF_RETRIEVE), tokenizer.end_of_retrieval_prompt(question)
     for rounds in range(config.max_rounds + 1):
         prompt, own = tokenizer.question(question, later=rounds > 0)
-        prompt, cache, written = prompt + context, Cache(), []
+        mask, written, unread = [*map(int, own), *routes], [], []
+        prompt = prompt + context
         retrieving = rounds < config.max_rounds
         if not retrieving:
             prompt += end + closing
-        mask = [*map(int, own), *routes, *[0] * (len(prompt) - len(own) - len(routes))]
-        about = dict(memory=memory, routing_mask=torch.tensor([mask], device=model.device),
-                     prefix_length=len(tokenizer.head))
+        mask += [0] * (len(prompt) - len(mask))
+        ranked = yield Prompt(prompt, memory, mask, len(tokenizer.head))
         if not retrieving:
             break
-        for token in generate(model, prompt, cache, tokenizer.ref_end, NAMING_TOKENS, pick, **about):
-            written.append(token)
-            if END_OF_RETRIEVE in tokenizer.decode(written):
+        while len(written) < NAMING_TOKENS and END_OF_RETRIEVE not in tokenizer.decode(written):
+            if unread:
+                yield Read(unread)
+                unread = []
+            token = yield Pick()
+            if token in tokenizer.ref_end:
                 break
-        text, ranked = tokenizer.decode(written), ranking(cache.selections)
+            written, unread = written + [token], [token]
+        text = tokenizer.decode(written)
         ended, said = END_OF_RETRIEVE in text, [int(n) for n in re.findall(r"\[(\d{1,18})\]", text)]
         named = [] if ended else [n for n in dict.fromkeys(said) if n in numbers][:config.max_documents]
         yield Round([(int(numbers[d]), score) for d, score in ranked], named, sorted(named))
         if not named:
-            unread = written[cache.length - len(prompt):]
-            prompt, about = [*unread, *([] if ended else end), *closing], {}
+            yield Read([*unread, *([] if ended else end), *closing])
             break
         appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))]))
                                        for n in sorted(named)])
         routes = [0] * (len(context) + len(written) + 1) + [2] * len(appended) + [0]
         context = context + written + tokenizer.ref_end + appended + tokenizer.ref_end
-    yield from spell(tokenizer, generate(model, prompt, cache, tokenizer.ends, config.max_answer_tokens, pick,
-                                         **about))
+    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens)
+
+
+def answer_questions(model, tokenizer, memory, texts, questions, config, batch):
+    """`interleave_many` to its end: (answer, rounds) of every question."""
+    return gather(interleave_many(model, tokenizer, memory, texts, questions, config, batch), len(questions))
+
+
+def gather(events, count):
+    """(answer, rounds) of `count` questions, of all their events."""
+    answers = [("", [])] * count
+    for place, event in events:
+        answer, rounds = answers[place]
+        answers[place] = (answer + event, rounds) if isinstance(event, str) else (answer, [*rounds, event])
+    return answers
 
 
 def answer_question(model, tokenizer, memory, texts, question, config):
     """`interleave` to its end: (answer, rounds)."""
-    events = list(interleave(model, tokenizer, memory, texts, question, config))
-    return "".join(e for e in events if isinstance(e, str)), [e for e in events if isinstance(e, Round)]
+    return answer_questions(model, tokenizer, memory, texts, [question], config, 1)[0]
 
 
-def answer_from_text(model, tokenizer, question, appended, config, context=None):
-    """The answer to a question behind which stand the texts `appended`, pairs (number, ids), with nothing
-    retrieved.
-
-    context: a Cache that the question continues, for the full-attention baseline.
-    """
-    cache, prompts = context.expand(1) if context else Cache(), model.config.prompts
+def loop_from_text(model, tokenizer, question, appended, config):
+    """A loop: the answer to a question behind which stand the texts `appended`, pairs (number, ids), with
+    nothing retrieved."""
+    prompts, documents = model.config.prompts, [(number, tokenizer.decode(text)) for number, text in appended]
     if prompts == "nanomsa":
         prompt, stop = tokenizer.question(tokenizer.encode(question)), {tokenizer.end}
         for number, text in appended:
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
+    elif prompts == "chat":
+        prompt, stop = tokenizer.message(question, documents), tokenizer.ends
     else:
-        documents, stop = [(number, tokenizer.decode(text)) for number, text in appended], tokenizer.ends
-        if prompts == "chat":
-            prompt = tokenizer.message(question, documents)
-        else:
-            named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
-            read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
-                           *tokenizer.ref_end] if documents else []
-            prompt = [*tokenizer.question(question)[0], *read_before,
-                      *tokenizer.encode_template(END_OF_RETRIEVE),
-                      *tokenizer.end_of_retrieval_prompt(question)]
-    pick = lambda logits: choose(reluctant(model, tokenizer, logits)[:tokenizer.vocab_size],
-                                 config.temperature, config.top_p)
-    answer = spell(tokenizer, generate(model, prompt, cache, stop, config.max_answer_tokens, pick))
-    return "".join(first_line(answer) if prompts == "chat" else answer)
+        named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
+        read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
+                       *tokenizer.ref_end] if documents else []
+        prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
+                  *tokenizer.end_of_retrieval_prompt(question)]
+    yield Prompt(prompt)
+    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat")
+
+
+def answers_from_texts(model, tokenizer, asked, config, batch):
+    """The answers to `asked`, pairs (question, appended), as of `loop_from_text`."""
+    loops = (loop_from_text(model, tokenizer, *pair, config) for pair in asked)
+    answers = [""] * len(asked)
+    for place, piece in run(model, tokenizer, loops, config, batch):
+        answers[place] += piece
+    return answers

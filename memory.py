@@ -1,5 +1,5 @@
-"""What `encode` makes and `read` consumes: a memory as tensors, what routing selected of it, a question's
-cache; and what training measures of it.
+"""What `encode` makes and `read` consumes: a memory as tensors, and what routing selected of it; and what
+training measures of it.
 
     B questions   T question tokens   M documents   C chunks   K documents selected
     S memory slots of a question   G key/value heads   D head size
@@ -41,6 +41,27 @@ class Selection:
         names = ("index", "slots", "slot_scores", "documents", "scores")
         all_scores = None if self.all_scores is None else pick(self.all_scores)
         return replace(self, all_scores=all_scores, **{name: pick(getattr(self, name)) for name in names})
+
+    @staticmethod
+    def join(parts):
+        """The Selection of B questions out of B of one question each. Keys and values that all of them share
+        are not copied."""
+        width, owner, rows, index = max(part.index.size(1) for part in parts), {}, 0, []
+        pad = lambda x: F.pad(x, (0, width - x.size(1)))
+        for part in parts:
+            shared = tuple(map(id, part.keys))
+            if shared not in owner:
+                owner[shared] = part, rows
+                rows += len(part.keys[0]) if part.keys else 0
+            index.append(pad(part.index + owner[shared][1]))
+        stored = [part for part, _ in owner.values()]
+        join = lambda xs: xs[0] if len(xs) == 1 else torch.cat(xs)
+        keys, values = ([join(xs) for xs in zip(*(getattr(part, name) for part in stored))]
+                        for name in ("keys", "values"))
+        of_all = lambda name: [getattr(part, name) for part in parts]
+        return Selection(keys, values, join(index), join(of_all("slots")),
+                         join([pad(scores) for scores in of_all("slot_scores")]),
+                         join(of_all("documents")), join(of_all("scores")), None)
 
 
 @dataclass
@@ -137,15 +158,15 @@ BATCH_TOKENS = 2048  # of documents that are encoded together, padding included
 
 
 def padded_batches(documents, batch_tokens):
-    """Documents (L,) in batches of similar length, of at most `batch_tokens` tokens with their padding on the
-    right: yields (indices, tokens (M, L)), the longest first."""
+    """Documents (L,), or (L, n), in batches of similar length, of at most `batch_tokens` tokens with their
+    padding on the right: yields (indices, tokens (M, L)), or (M, L, n), the longest first."""
     lengths = torch.tensor([len(document) for document in documents])
     order = lengths.argsort(stable=True).tolist()
     while order:
         width = int(lengths[order[-1]])
         batch = order[-max(1, batch_tokens // width):]
         del order[-len(batch):]
-        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        tokens = torch.zeros(len(batch), width, *documents[0].shape[1:], dtype=torch.long)
         for row, i in enumerate(batch):
             tokens[row, :lengths[i]] = documents[i]
         yield batch, tokens
@@ -156,40 +177,6 @@ def apply(function, *inputs, again):
     if again:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
-
-
-class Cache:
-    """A question's local keys and values and its Selections; a read that is given a filled one does not
-    route."""
-
-    def __init__(self):
-        self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
-        self.selections = []                   # as in Output; empty without a memory
-        self.length, self.prefix_length = 0, 0
-
-    def extended(self, layer, keys, values):
-        """The layer's keys and values with these behind them."""
-        if self.length:
-            keys = torch.cat([self.keys[layer], keys], 1)
-            values = torch.cat([self.values[layer], values], 1)
-        return keys, values
-
-    def map(self, pick):
-        """A copy of which every tensor of B rows is what `pick` makes of it; the original stays as it is."""
-        copy = Cache()
-        for name in ("keys", "values"):
-            setattr(copy, name, {key: pick(x) for key, x in getattr(self, name).items()})
-        copy.selections = [selection.map(pick) for selection in self.selections]
-        copy.length, copy.prefix_length = self.length, self.prefix_length
-        return copy
-
-    def rows(self, index):
-        """A copy that holds these rows, index (B,) int64."""
-        return self.map(lambda x: x[index])
-
-    def expand(self, n):
-        """One question's cache for n continuations, without a copy of its tensors."""
-        return self.map(lambda x: x.expand(n, *x.shape[1:]))
 
 
 def rank_documents(selections):

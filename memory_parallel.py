@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 
 import memory_bank
-from common import UserError, end_process_group, start_process_group
+from common import UserError, end_process_group, start_process_group, to_device
 from memory import Selection
 from routing import document_queries, document_slots, quantize, select_documents
+
+KEPT = 1 << 28  # bytes of selected documents' content that stay on the device
 
 
 def to_numpy(x, dtype):
@@ -76,12 +78,18 @@ class Ranks:
         self.device, self.timeout = device, timeout
         self.steps = self.turns = 0  # collectives and calls of `wait` until now
         if self.world > 1:
-            slack = 30 if device.type == "cuda" else 0  # NCCL's own timeout ends the process: ours is first
-            self.store = start_process_group(device, timeout + slack)
+            self.store = start_process_group(device, timeout)
             self.store.set_timeout(timedelta(seconds=timeout))
 
     def collective(self, run, *args, **kwargs):
-        """One collective; where it fails, UserError names the ranks that did not come."""
+        """One collective; where it fails, UserError names the ranks that did not come.
+
+        On GPUs it is queued behind what the device has to do, and nobody waits here: NCCL's watchdog notices
+        a rank that does not come, and ends the process.
+        """
+        if self.device.type == "cuda":
+            work = run(*args, **kwargs)
+            return None if work is None else work.wait()
         self.steps += 1
         self.store.set(f"memory/{self.rank}", str(self.steps))
         try:
@@ -118,13 +126,11 @@ class Ranks:
             self.collective(dist.all_reduce, x, async_op=True)
         return x
 
-    def agree(self, choice):
-        """Rank 0's integer, on every rank."""
-        if self.world == 1:
-            return choice
-        shared = torch.tensor([choice], device=self.device)
-        self.collective(dist.broadcast, shared, 0, async_op=True)
-        return int(shared)
+    def agree(self, choices):
+        """Rank 0's choices, a tensor, on every rank."""
+        if self.world > 1:
+            self.collective(dist.broadcast, choices, 0, async_op=True)
+        return choices
 
     def same(self, bank):
         """The same snapshot of a bank on every rank, however busy a writer is."""
@@ -271,6 +277,7 @@ class ParallelMemory:
             self.block_of[place], self.row_of[place] = i, np.flatnonzero(block.alive)
         self.numbers_on_device = torch.from_numpy(self.bank.numbers).to(self.device)
         self.recent = {}  # what this rank has read of the disk for the question at hand: position -> content
+        self.kept = {}    # on the device: (reading layers, position) -> content, as stored, and scales
 
     def refresh(self):
         """Follow the bank: load documents that came, find those that went no longer. Collective."""
@@ -312,13 +319,14 @@ class ParallelMemory:
             scores, numbers = best_of(*everyone, top_k)
             scores, numbers = scores.float(), numbers.long()
         documents = torch.searchsorted(self.numbers_on_device, numbers).masked_fill(numbers < 0, -1)
-        union = documents[documents >= 0].unique()                          # in the order of numbers
-        positions = union.cpu().numpy()
+        chosen = documents.cpu()                                            # the one wait
+        union = chosen[chosen >= 0].unique()                                # in the order of numbers
+        positions = union.numpy()
         chunks = self.bank.chunks[positions] if len(positions) else [0]     # none: one without chunks
-        ends = memory_bank.ends_of(chunks)
-        local = torch.searchsorted(union, documents).masked_fill(documents < 0, -1)
-        index, slots, owner = document_slots(local, torch.from_numpy(ends).to(self.device))
-        keys, values = self.fetch(readers, positions, ends)
+        local = torch.searchsorted(union, chosen).masked_fill(chosen < 0, -1)
+        placed = document_slots(local, torch.from_numpy(memory_bank.ends_of(chunks)))
+        index, slots, owner = (to_device(x, self.device) for x in placed)
+        keys, values = self.fetch(readers, positions)
         return Selection(keys, values, index, slots, scores.gather(1, owner), documents, scores, None)
 
     def document_queries(self, documents):
@@ -331,23 +339,53 @@ class ParallelMemory:
             queries += document_queries(rows, block.routing_keys, block.offsets, block.scales)
         return self.ranks.sum(queries)  # what other blocks and ranks own is zero here: the sum is exact
 
-    def fetch(self, readers, positions, ends):
-        """Keys and values of these documents in the reading layers at these places, lists of (C', G, D):
-        every rank brings its own."""
-        layout, readers = self.bank.layout, list(readers)
+    def fetch(self, readers, positions):
+        """Keys and values of these documents in the reading layers at these places, lists of (C', G, D).
+
+        What earlier rounds and questions have brought lies on the device still, up to KEPT bytes of it, and
+        on all ranks alike.
+        """
+        readers, layout, used = tuple(readers), self.bank.layout, []
         if not readers:
             return [], []
-        dtype = torch.bfloat16 if layout.content == "bfloat16" else torch.float32
-        rows = torch.zeros(ends[-1], len(readers), 2, layout.kv_heads, layout.head_dim, dtype=dtype,
-                           pin_memory=self.device.type == "cuda")
-        for start, stop, position in zip(ends, ends[1:], positions):
-            if self.block_of[position] >= 0:
-                content, scales = self.content(position)
-                content = content[:, readers]
-                rows[start:stop] = content if scales is None else content * scales[:, readers, :, None, None]
-        rows = self.ranks.sum(rows.to(self.device))  # what other ranks own is zero here: the sum is exact
+        new = [position for position in positions if (readers, position) not in self.kept]
+        brought = self.bring(readers, new if len(positions) else None)
+        self.kept.update(((readers, position), content) for position, content in zip(new, brought))
+        for position in positions:
+            used.append(self.kept.pop((readers, position)))
+            self.kept[readers, position] = used[-1]  # the latest are the last
+        rows, scales = map(torch.cat, zip(*(used or brought)))
+        if layout.content == "int8":
+            rows = rows * scales[..., None, None]
+        size = sum(content.nbytes for content, _ in self.kept.values())
+        for key in list(self.kept)[:-max(len(positions), 1)]:
+            if size <= KEPT:
+                break
+            size -= self.kept.pop(key)[0].nbytes
         layers = range(len(readers))
         return [rows[:, i, 0].contiguous() for i in layers], [rows[:, i, 1].contiguous() for i in layers]
+
+    def bring(self, readers, positions):
+        """The content of these documents on the device, as it is stored: pairs of (chunks, L, 2, G, D) and
+        the scales of int8 (chunks, L, 2). Every rank brings its own. None: one chunk of zeros."""
+        layout = self.bank.layout
+        ends = [0, 1] if positions is None else memory_bank.ends_of(self.bank.chunks[positions])
+        int8, pinned = layout.content == "int8", dict(pin_memory=self.device.type == "cuda")
+        shape = int(ends[-1]), len(readers), 2
+        dtype = torch.int8 if int8 else torch.bfloat16
+        rows = torch.zeros(*shape, layout.kv_heads, layout.head_dim, dtype=dtype, **pinned)
+        scales = torch.zeros(shape if int8 else (shape[0], 0), **pinned)
+        for start, stop, position in zip(ends, ends[1:], positions or ()):
+            if self.block_of[position] >= 0:
+                content, own_scales = self.content(position)
+                rows[start:stop] = content[:, readers]
+                if int8:
+                    scales[start:stop] = own_scales[:, readers]
+        rows, scales = rows.to(self.device, non_blocking=True), scales.to(self.device, non_blocking=True)
+        for x in (rows, scales) if int8 else (rows,):
+            self.ranks.sum(x)  # what other ranks own is zero here: the sum is exact
+        counts = np.diff(ends).tolist()
+        return list(zip(rows.split(counts), scales.split(counts)))
 
     def content(self, position):
         """A document's keys and values (chunks, L, 2, G, D), scales or None, from the host or the disk."""

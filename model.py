@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cache import Cache
 from checkpoint import Pretrained, check_config, named_layers
-from memory import BATCH_TOKENS, Cache, Memory, Output, Tally, apply, check_documents, follow, padded_batches
+from memory import BATCH_TOKENS, Memory, Output, Tally, apply, check_documents, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -96,10 +97,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, config):
-    """cos and sin of RoPE, each (T, 1, D), for positions (T,); the two halves of a head rotate together."""
+    """cos and sin of RoPE, each (..., T, 1, D), for positions (..., T); a head's halves rotate together."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device)
-    angles = torch.outer(positions.float(), config.rope_theta ** (-steps / config.head_dim))
-    angles = torch.cat([angles, angles], -1)[:, None]
+    angles = positions[..., None].float() * config.rope_theta ** (-steps / config.head_dim)
+    angles = torch.cat([angles, angles], -1)[..., None, :]
     return angles.cos(), angles.sin()
 
 
@@ -323,19 +324,20 @@ class PaperMSA(Pretrained, nn.Module):
         queries, mask = follow(queries, found[-1][1], memory, first) if first else (queries, found[-1][1])
         return memory.select(queries, mask, config.top_k, range(len(config.reading_layers)))
 
-    def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
+    def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None,
+             vocabulary=None):
         """Question tokens -> Output: logits, and the Selections (section 3.3).
 
         tokens: (B, T) int64; rows of unequal length are padded on the right. memory: what has `select`, or
         None. routing_mask: (B, T), the tokens that route, bool or int64: 0 none, 1 the question, 2, 3, ...
         texts appended later, which are means of their own. cache: a Cache, filled by this call; when it holds
         tokens these continue them, and nothing is routed again. prefix_length: so many first tokens are a
-        template's head: at positions 0.., blind to the memory. positions: optional (B, T) bool, where logits
-        are wanted. The question stands at prefix_length + top_k (global RoPE, section 3.3).
+        template's head: at positions 0.., blind to the memory; the question stands at prefix_length + top_k.
+        positions: where logits are wanted, (B, T) bool or (N,) rows and columns; vocabulary: of which ids.
         """
         config, cache = self.config, Cache() if cache is None else cache
         memory_layers, shared = config.memory_layers, config.routing_layers != ""
-        past, place = copy(cache), cache.length + torch.arange(tokens.size(1), device=tokens.device)
+        past, place = copy(cache), cache.places(tokens)
         cache.prefix_length = cache.prefix_length if cache.length else prefix_length
         rope = rope_angles(place + config.top_k * (place >= cache.prefix_length), config)
         routes = cache.length == 0 and memory is not None and len(memory) > 0
@@ -358,16 +360,14 @@ class PaperMSA(Pretrained, nn.Module):
                 at = nth if shared else 0
                 chosen = (selection.keys[at], selection.values[at], selection.index, selection.slots,
                           cache.prefix_length, self.memory_bias(selection))
-            return sparse_attention(query, keys, values, *chosen), (keys, values, selection)
+            return past.attend(query, keys, values, *chosen), (keys, values, selection)
 
         x, found = self.run(self.model.embed_tokens(tokens), rope, attend)
-        cache.keys, cache.values, found = (dict(enumerate(xs)) for xs in zip(*found))
-        if routes and not shared:
-            cache.selections = [selection for selection in found.values() if selection is not None]
-        cache.length += tokens.size(1)
+        cache.keep(*zip(*found))
         x = self.model.norm(x if positions is None else x[positions])
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
-        return Output(F.linear(x, head.weight).float(), cache.selections)
+        weight = head.weight if vocabulary is None else head.weight[vocabulary]
+        return Output(F.linear(x, weight).float(), cache.selections)
 
     def forward(self, documents, numbers, batches):
         """encode + read + losses of one pool: its questions share its documents, which may be none.

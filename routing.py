@@ -367,14 +367,37 @@ def top_documents(scores, k):
     places that no document fills (fewer than k, or score -inf) hold index -1 and score -inf.
     """
     B, M = scores.shape
-    kept = torch.arange(M, device=scores.device)
-    if B and M > 4 * k:  # sorting millions is slow: keep what reaches the k-th score, ties included
-        kth = scores.topk(k, sorted=False).values.amin()  # one for the batch, so that columns are kept whole
-        kept = (scores >= kth).any(0).nonzero().squeeze(1)
-    values, order = scores[:, kept].sort(dim=1, descending=True, stable=True)
-    missing = k - min(k, len(kept))
+    if B and M > 4 * k:  # sorting millions is slow
+        best = best_of_each if scores.is_cpu else best_by_key
+        return best(scores, k)
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    missing = k - min(k, M)
     values = F.pad(values[:, :k], (0, missing), value=float("-inf"))
-    indices = F.pad(kept[order[:, :k]], (0, missing), value=-1)
+    indices = F.pad(order[:, :k], (0, missing), value=-1)
+    return indices.masked_fill(values == float("-inf"), -1), values
+
+
+def best_of_each(scores, k):
+    """`top_documents` on a CPU: what reaches a question's k-th score, ties included, is sorted."""
+    indices = torch.full((len(scores), k), -1)
+    values = scores.new_full((len(scores), k), float("-inf"))
+    for b, kth in enumerate(scores.topk(k, sorted=False).values.amin(1)):
+        kept = (scores[b] >= kth.clamp(min=torch.finfo(kth.dtype).min)).nonzero()[:, 0]  # -inf does not count
+        best, order = scores[b, kept].sort(descending=True, stable=True)
+        n = min(k, len(best))
+        values[b, :n], indices[b, :n] = best[:k], kept[order[:k]]
+    return indices, values
+
+
+def best_by_key(scores, k):
+    """`top_documents` on a device, where nobody waits: integers that are ordered as (score, -number) are, and
+    of which no two are equal."""
+    M = scores.size(1)
+    bits = (scores + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = (ordered << 32) + torch.arange(M - 1, -1, -1, device=scores.device)
+    indices = M - 1 - (keys.topk(k).values & 0xFFFFFFFF)
+    values = scores.gather(1, indices)
     return indices.masked_fill(values == float("-inf"), -1), values
 
 

@@ -25,11 +25,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from checkpoint import find
 from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
-from interleave import InterleaveConfig, answer_from_text, answer_question, rounds_of
+from interleave import InterleaveConfig, answers_from_texts, gather, loop_of, rounds_of, run
 from model import MSA, Memory
 from needles import RULER, Draw, Haystack, draw_question
 from prompts import load_checkpoint
@@ -50,6 +49,7 @@ class RulerConfig:
     lengths: str = "32k,128k,512k,1m"  # tokens of memory, comma-separated, k or m behind a number
     questions: int = 100              # of each task, the same at every length
     seed: int = 1                     # of documents and questions
+    batch: int = 8                    # questions that are asked side by side
     essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
     json: str = ""                    # write the rows here; those that are there are not measured again
     answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
@@ -62,8 +62,9 @@ class RulerConfig:
         for flag, given, known in (("tasks", self.tasks, RULER), ("methods", self.methods, METHODS)):
             if not {*given.split(",")} <= {*known}:
                 raise UserError(f"--{flag} {given}: not some of {', '.join(known)}, with commas between")
-        if self.questions < 1 or self.seed < 0:
-            raise UserError(f"--questions is {self.questions}, --seed {self.seed}; at least 1 and at least 0")
+        for name, low in dict(questions=1, batch=1, seed=0).items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
 
 
 class Asked(NamedTuple):
@@ -151,7 +152,7 @@ def replaced(memory, places, own):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Methods: each is ask(i, question) -> (answer, places found, places named, rounds)
+# Methods: each is ask(questions) -> [(answer, places found, places named, rounds)]
 
 def wording(model, text):
     """RULER's question, for a tiny model without the words that it does not know."""
@@ -160,13 +161,13 @@ def wording(model, text):
 
 def text_asker(model, tokenizer, config, find):
     """Answers from the texts of the documents that find(question) returns, triples (number, place, text)."""
-    def ask(i, question):
-        found = sorted(find(question))
-        appended = [(number, tokenizer.encode(text)) for number, _, text in found]
-        text = wording(model, question.text)
-        answer = answer_from_text(model, tokenizer, text, appended, config.interleave)
-        places = [place for _, place, _ in found]
-        return answer, places, places, 0
+    def ask(questions):
+        found = [sorted(find(question)) for question in questions]
+        asked = [(wording(model, question.text), [(n, tokenizer.encode(text)) for n, _, text in documents])
+                 for question, documents in zip(questions, found)]
+        answers = answers_from_texts(model, tokenizer, asked, config.interleave, config.batch)
+        places = [[place for _, place, _ in documents] for documents in found]
+        return [(answer, shown, shown, 0) for answer, shown in zip(answers, places)]
     return ask
 
 
@@ -197,40 +198,41 @@ def bm25_finder(model, texts, numbers, questions, most):
     return find
 
 
-def memory_asker(model, tokenizer, memory, encoded, numbers, owned, questions, config):
-    """The model with its memory. memory, encoded: of the haystack, in the order of numbers, token ids with
-    it; owned: for every question the Memory of its documents."""
+def memory_asker(model, tokenizer, memory, encoded, numbers, config):
+    """The model with its memory. memory, encoded: of the haystack, in the order of numbers; token ids."""
     order = np.argsort(numbers).tolist()
     rank = np.argsort(order).tolist()  # place in the haystack -> place in the memory
+    place_of = dict(zip(memory.numbers, order))
 
-    def ask(i, question):
-        at = {rank[place]: text for place, text in zip(question.places, question.texts)}
-        asked, texts = replaced(memory, sorted(at), owned[i]), list(encoded)
-        for place, text in at.items():
-            texts[place] = tokenizer.encode(text)
-        answer, rounds = answer_question(model, tokenizer, asked, texts, wording(model, question.text),
-                                         config.interleave)
-        place_of = dict(zip(asked.numbers, order))
-        found = [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]]
-        named = [place_of[n] for r in rounds for n in r.named]
-        return answer, found, named, sum(bool(r.named) for r in rounds)
+    def loop(question):
+        own = sorted(own_documents(question, numbers, question.places))
+        new, texts = tokenizer.encode_batch([text for *_, text in own]), list(encoded)
+        for (_, place, _), text in zip(own, new):
+            texts[rank[place]] = text
+        owned, _ = encode_texts(model, tokenizer, new, [number for number, *_ in own])
+        asked = replaced(memory, [rank[place] for _, place, _ in own], owned)
+        return loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
+
+    def ask(questions):
+        events = run(model, tokenizer, map(loop, questions), config.interleave, config.batch)
+        return [(answer, [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]],
+                 [place_of[n] for r in rounds for n in r.named], sum(bool(r.named) for r in rounds))
+                for answer, rounds in gather(events, len(questions))]
     return ask
 
 
-def ask_all(ask, questions, label):
-    """The measures of a row, means in per cent, and what was answered."""
-    scores, seconds, said = [], [], []
-    for i, question in enumerate(tqdm(questions, label, unit="question", leave=False, delay=1)):
-        began = time.perf_counter()
-        answer, found, named, rounds = ask(i, question)
-        seconds.append(time.perf_counter() - began)
+def ask_all(ask, questions):
+    """The measures of a row, means, shares in per cent, and what was answered."""
+    began, scores, said = time.perf_counter(), [], []
+    for question, (answer, found, named, rounds) in zip(questions, ask(questions)):
         share = lambda places: 100 * len(question.gold & {*places}) / len(question.gold)
         right = [value.lower() in answer.lower() for value in question.answers]
         scores.append((share(found), share(named), 100 * np.mean(right), rounds))
         said.append((question.text, question.answers, answer))
+    seconds = (time.perf_counter() - began) / len(questions)
     names = ("recall_at_k", "named", "score", "rounds")
     row = {name: round(float(x), 3) for name, x in zip(names, np.mean(scores, 0))}
-    return row | dict(seconds_per_question=round(float(np.mean(seconds)), 4)), said
+    return row | dict(seconds_per_question=round(seconds, 4)), said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,10 +275,9 @@ def evaluate(model, tokenizer, config, done, say):
                     say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
                 order = np.argsort(numbers)
                 held = np.flatnonzero(order < count)
-                owned = [encode_own(model, tokenizer, question, numbers) for question in questions]
                 ask = memory_asker(model, tokenizer, memory.subset(held), [encoded[i] for i in order[held]],
-                                   numbers[:count], owned, questions, config)
-            measured, said = ask_all(ask, questions, f"{name}, {method}, {count:,} documents")
+                                   numbers[:count], config)
+            measured, said = ask_all(ask, questions)
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,
                        documents=count if length else 0,
@@ -286,13 +287,6 @@ def evaluate(model, tokenizer, config, done, say):
                 f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
             yield row, said
             seconds = 0  # the haystack's are counted once
-
-
-def encode_own(model, tokenizer, question, numbers):
-    """The Memory of a question's own documents."""
-    own = sorted(own_documents(question, numbers, question.places))
-    texts = tokenizer.encode_batch([text for *_, text in own])
-    return encode_texts(model, tokenizer, texts, [number for number, *_ in own])[0]
 
 
 def encode_haystack(model, tokenizer, texts, numbers):

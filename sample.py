@@ -5,6 +5,7 @@
     python sample.py --documents examples --trace "..."             # what was routed to, named, appended
     python sample.py --memory bank --documents examples "..."       # bring a bank in line first
     python sample.py --memory bank "..."                            # ask the bank as it is
+    python sample.py --memory bank --questions questions.jsonl --json answers.json     # many, side by side
     torchrun --nproc_per_node=2 sample.py --memory bank "..."       # its documents spread over two processes
 
 A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B) or a name on the
@@ -13,6 +14,7 @@ Hugging Face Hub.
 import itertools
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,13 +23,14 @@ import tyro
 from tqdm import tqdm
 
 from checkpoint import SMOLLM2, find, packaged
-from common import UserError, command_line, detect_device, keep_freed_memory, main
+from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
 from documents import documents_size, read_documents, tell_skipped
-from interleave import InterleaveConfig, interleave
+from interleave import InterleaveConfig, answer_questions, interleave
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
+from question_sets import question_of, read_rows
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
@@ -55,6 +58,9 @@ class SampleConfig:
     content: Literal["bfloat16", "int8"] = "bfloat16"       # how a new bank stores keys and values
     content_in: Literal["disk", "host"] = "disk"            # where they are: read when needed, or held in RAM
     routing_keys: Literal["bfloat16", "int8"] = "bfloat16"  # as the device holds them
+    questions: str = ""                   # .jsonl file: asks the "question" of every line, for --json
+    json: str = ""                        # writes here a list of question, answer, documents
+    batch: int = 8                        # questions of the file that are asked side by side
     timeout: float = 60                   # seconds that ranks wait for each other
     trace: bool = False                   # print each round: routed to, named, appended
     seed: int = 1337                      # of sampling
@@ -69,6 +75,12 @@ class SampleConfig:
             raise UserError(f"seed is {self.seed}; it must be at least 0")
         if not self.timeout > 0:
             raise UserError(f"timeout is {self.timeout}; it must be positive")
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}; it must be at least 1")
+        if bool(self.questions) != bool(self.json):
+            raise UserError("--questions FILE.jsonl and --json OUT belong together; give both or neither")
+        if self.questions and self.question:
+            raise UserError("--questions has the questions; leave out the one that is not in the file")
         for name in ("info", "verify", "compact"):
             if getattr(self, name) and not self.memory:
                 raise UserError(f"--{name} is about a bank on disk; name it with --memory")
@@ -111,13 +123,36 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
                 f"chance reaches {reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
             return
     say("" if answer else "(no answer)")
-    if model.config.prompts == "chat":  # it was given what was found; the others name what they want
-        given = {n: tokenizer.decode(texts[place(n)]) for n in ranked if n in appended}
-        appended = sources_of(answer, question, given)
+    appended = cited(model, tokenizer, memory, texts, question, answer, appended, ranked)
     for n in appended:
         say(f"  [{n}] {where(place(n))}")
     if not appended and ranked:
         say(f"  [{ranked[0]}] {where(place(ranked[0]))} (read in the memory; no text was appended)")
+
+
+def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
+    """The numbers of the documents that an answer rests on; ranked: the first round's, the best first."""
+    if model.config.prompts != "chat":  # it names what it wants
+        return appended
+    text_of = lambda n: tokenizer.decode(texts[int(np.searchsorted(memory.numbers, n))])
+    return sources_of(answer, question, {n: text_of(n) for n in ranked if n in appended})
+
+
+def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
+    """What --json holds: every question's answer, None where the best score is not above what chance reaches,
+    and the documents that it rests on."""
+    rows = []
+    answers = answer_questions(model, tokenizer, memory, texts, questions, config.interleave, config.batch)
+    for question, (answer, rounds) in zip(questions, answers):
+        routed = rounds[0].routed if rounds else []
+        appended = [n for one in rounds for n in one.appended]
+        documents = cited(model, tokenizer, memory, texts, question, answer, appended, [n for n, _ in routed])
+        if routed and routed[0][1] <= reaches:
+            answer, documents = None, []
+        place = lambda number: where(int(np.searchsorted(memory.numbers, number)))
+        rows.append(dict(question=question, answer=answer,
+                         documents=[dict(number=n, source=place(n)) for n in documents]))
+    return rows
 
 
 def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
@@ -152,7 +187,8 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     ranks.wait("checked")
     if config.info:
         say(describe(bank))
-    if not config.question and (config.info or config.verify or config.compact):
+    asks = config.question or config.questions
+    if not asks and (config.info or config.verify or config.compact):
         return None
     total = int(bank.chunks.sum()) * bank.layout.chunk_bytes()[0] // ranks.world
     with tqdm(desc="opening", total=total, disable=ranks.rank > 0, **progress) as bar:
@@ -165,6 +201,10 @@ def script():
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
+    questions = []
+    if config.questions:
+        questions = [question_of(row, "question", f"{config.questions}:{line}").text
+                     for line, row in read_rows(Path(config.questions))]
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     folder = find(config.checkpoint or default)
     hidden_size = MSA.read_config(folder)[0].hidden_size
@@ -183,10 +223,8 @@ def script():
         if memory is None:
             return ranks.end()
 
-        def ask(question):
-            memory.refresh()  # it may have changed since the last question
-            where = lambda position: memory.bank.document(position)[1]
-            show(model, tokenizer, memory, memory.texts, where, question, config, reaches, say)
+        texts = memory.texts
+        where = lambda position: memory.bank.document(position)[1]
     else:
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
@@ -198,10 +236,17 @@ def script():
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
-        ask = lambda question: show(model, tokenizer, memory, texts, where, question, config, reaches, say)
-    reaches = chance(model, tokenizer, memory)
+    about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
+    if config.questions:
+        rows = ask_all(*about, texts, where, questions, config, reaches)
+        if ranks.rank == 0:
+            write_json(config.json, rows)
+        say(f"{config.json}: {len(rows):,} answers")
+        return ranks.end()
     for question in [config.question] if config.question else typed_questions(ranks):
-        ask(question)
+        if config.memory:
+            memory.refresh()  # it may have changed since the last question
+        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
     ranks.end()
 
 

@@ -4,7 +4,7 @@
 
 QUESTIONS is a list of strings. Rank 0 writes for each the answer and what every round routed to (number,
 score), named and appended. --routing-keys int8: as the devices hold them. --stall R: rank R sleeps before the
-second question. --kill R: it ends there.
+second question. --kill R: it ends there. --batch N: all questions, N side by side.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import main  # noqa: E402
-from interleave import InterleaveConfig, answer_question  # noqa: E402
+from interleave import InterleaveConfig, answer_question, answer_questions  # noqa: E402
 from memory_bank import Bank  # noqa: E402
 from memory_parallel import ParallelMemory, Ranks  # noqa: E402
 from prompts import load_checkpoint  # noqa: E402
@@ -32,6 +32,7 @@ def script():
         parser.add_argument(name)
     parser.add_argument("--routing-keys", default="bfloat16")
     parser.add_argument("--timeout", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--stall", type=int, default=-1)
     parser.add_argument("--kill", type=int, default=-1)
     args = parser.parse_args()
@@ -41,7 +42,12 @@ def script():
     model, tokenizer = load_checkpoint(args.checkpoint, device)
     memory = ParallelMemory(Bank(args.bank), device, ranks, args.routing_keys)
     found, config = [], InterleaveConfig(max_rounds=4)  # of a chat backbone two
-    for i, question in enumerate(json.loads(Path(args.questions).read_text())):
+    questions = json.loads(Path(args.questions).read_text())
+    if args.batch:
+        asked, questions = questions, []
+        found = [[answer, [[r.routed, r.named, r.appended] for r in rounds]] for answer, rounds in
+                 answer_questions(model, tokenizer, memory, memory.texts, asked, config, args.batch)]
+    for i, question in enumerate(questions):
         if i == 1 and ranks.rank == args.stall:
             time.sleep(1000)
         if i == 1 and ranks.rank == args.kill:

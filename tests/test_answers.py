@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import answers
+import batches
 from answers import (
     choose,
     f1,
@@ -96,13 +97,14 @@ def scripted(monkeypatch):
     was asked."""
     seen = []
 
-    def answer(model, tokenizer, question, appended, config):
+    def answer(question, appended):
         seen.append((question, [number for number, _ in appended]))
         assert all(text == TEXTS[number] for number, text in appended)
         gold = [number for number, _ in appended if str(number) in question.split()[1:]]
         return f"The {gold[-1]}." if gold else ""
-    monkeypatch.setattr(answers, "answer_from_text", answer)
-    return reader(None, None, TEXTS, None), seen
+    monkeypatch.setattr(answers, "answers_from_texts",
+                        lambda model, tokenizer, asked, config, batch: [answer(*one) for one in asked])
+    return reader(None, None, TEXTS, None, 2), seen
 
 
 def rankings():
@@ -117,7 +119,7 @@ def rankings():
             for gold, at in zip(questions[i].gold, place[method][i]):
                 ranking[at] = gold
             return ranking
-        return find
+        return lambda texts: list(map(find, texts))
     return questions, {method: finder(method) for method in place}
 
 
@@ -179,7 +181,7 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    found, best = ranked(model, tokenizer, memory, texts, "Which amber otter?", InterleaveConfig())
+    (found, best), = ranked(model, tokenizer, memory, texts, ["Which amber otter?"], InterleaveConfig(), 1)
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
     expected, scores = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
     assert best == pytest.approx(float(scores[0, 0]), abs=1e-6)
@@ -192,25 +194,28 @@ def test_ranked(checkpoint):
 def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     """What the second round finds would be put before the first's best, be counted twice, or not at all."""
     found = [[(7, 0.9), (3, 0.8), (5, 0.2), (4, 0.1)], [(1, 1.3), (7, 1.1), (5, 1.0), (3, 0.9)]]
-    monkeypatch.setattr(answers, "route_rounds", lambda *about: found[:about[-1]])
-    model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0))
+    find = lambda server, asked: [found[:request.count] for request in asked.values()]
+    monkeypatch.setattr(batches.Server, "find", find)
+    model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0), device=torch.device("cpu"))
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds)
     monkeypatch.setattr(answers, "AT", (1, most))
-    assert ranked(model, tokenizer, None, [], "?", config) == (expected, 0.9)
+    assert ranked(model, tokenizer, None, [], ["?"], config, 2) == [(expected, 0.9)]
 
 
 @torch.no_grad()
 def test_reader(checkpoint):
     """Documents would not stand in the prompt in the order in which they were found."""
     model, tokenizer = MSA.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
+    for parameter in model.parameters():
+        parameter.data.mul_(20)  # answers differ by what is read
     texts = [tokenizer.encode(text) for text in ("amber", "teal", "otter")]
     config = InterleaveConfig(max_answer_tokens=4)
-    read = reader(model, tokenizer, texts, config)
-    answer, seconds = read("Which?", (2, 0))
-    assert answer == answers.answer_from_text(model, tokenizer, "Which?", [(2, texts[2]), (0, texts[0])],
-                                              config)
-    assert seconds > 0 and read("Which?", (2, 0)) == (answer, seconds)
+    read = reader(model, tokenizer, texts, config, 2)
+    (answer, seconds), other = read([("Which?", (2, 0)), ("Which?", (0, 2))])
+    asked = [("Which?", [(d, texts[d]) for d in documents]) for documents in ((2, 0), (0, 2))]
+    assert [answer, other[0]] == answers.answers_from_texts(model, tokenizer, asked, config, 1)
+    assert seconds > 0 and read([("Which?", (2, 0))]) == [(answer, seconds)] and answer != other[0]
 
 
 def test_plot_set(scripted, tmp_path):

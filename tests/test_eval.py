@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import answers
+import batches
 import eval as evaluation
-import interleave
 from common import UserError
 from eval import parse_lengths, score
 from interleave import Round
@@ -77,14 +77,13 @@ def evaluate(run, checkpoint, tmp_path, monkeypatch):
     def evaluate(*flags, answer=lambda memory, texts, question: ("", [])):
         asked = []
 
-        def observed(model, tokenizer, memory, texts, question, config):
-            asked.append(SimpleNamespace(memory=memory, texts=[tokenizer.decode(texts[d])
-                                                               for d in range(len(memory or texts))],
-                                         question=question, model=model,
-                                         config=config))
-            return answer(memory, asked[-1].texts, question)
+        def observed(model, tokenizer, memory, texts, questions, config, batch):
+            shown = [tokenizer.decode(texts[d]) for d in range(len(memory or texts))]
+            asked.extend(SimpleNamespace(memory=memory, texts=shown, question=question, model=model,
+                                         config=config) for question in questions)
+            return [answer(memory, shown, question) for question in questions]
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "answer_question", observed)
+            patch.setattr(evaluation, "answer_questions", observed)
             result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
                          tmp_path / "rows.json", *flags)
         assert result.code == 0, result.err
@@ -188,7 +187,7 @@ def test_rows(evaluate, checkpoint):
     assert rows == [dict(task="read_pooled", baseline="none", questions=2, seed=9, top_k=2, recall_at_k=0,
                          router_top1=0, named=0,
                          exact_match=0, filler=1, routing_keys="float32", zero_values=True, max_rounds=0,
-                         router_weight=2.5,
+                         router_weight=2.5, batch=8,
                          checkpoint=str(checkpoint), device="cpu")]
     assert 240 < measured["memory_tokens"] <= 300 and measured["documents"] == len(asked[0].texts)
     assert measured["seconds_per_question"] >= 0 and measured["encode_tokens_per_second"] > 0
@@ -284,18 +283,21 @@ def watch(run, checkpoint, tmp_path, monkeypatch):
     def watch(*flags, checkpoint=checkpoint):
         seen, own = [], Tokenizer.load(checkpoint)
 
-        def said(model, tokens, cache, stop, limit, pick, **first):
-            before, logits = cache.length, interleave.read(model, tokens, cache=cache, **first)
-            seen.append(SimpleNamespace(tokens=tokens, before=before, logits=logits,
-                                        memory=first.get("memory"), model=model))
-            assert cache.length == before + len(tokens)
-            yield from own.encode(answer_in(own.decode(tokens)))
+        def prompt(server, asked):
+            for row, request in asked.items():
+                seen.append(SimpleNamespace(tokens=request.tokens, memory=request.memory, model=server.model))
+                server.left[row] = [*own.encode(answer_in(own.decode(request.tokens))), own.end]
+            return [[] for _ in asked]
 
         def no_memory_asked(*_):
             raise AssertionError("a baseline asked the memory")
         with monkeypatch.context() as patch:
-            patch.setattr(interleave, "generate", said)
-            for name in ("answer_question", "encode_texts"):
+            patch.setattr(batches.Server, "left", {}, raising=False)
+            patch.setattr(batches.Server, "prompt", prompt)
+            patch.setattr(batches.Server, "read", lambda server, asked: [None] * len(asked))
+            pick = lambda server, asked: [server.left[row].pop(0) for row in asked]
+            patch.setattr(batches.Server, "pick", pick)
+            for name in ("answer_questions", "encode_texts"):
                 patch.setattr(evaluation, name, no_memory_asked)
             result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",
                          tmp_path / "rows.json", *flags)
@@ -325,7 +327,6 @@ def test_oracle(evaluate, watch, tokenizer, task, filler):
     rows, seen = watch(*flags, "--baseline", "oracle")
     assert [tokenizer.decode(one.tokens) for one in seen] == [
         with_documents(tokenizer, one, gold_of(one.texts, one.question)[0]) for one in asked]
-    assert all(one.before == 0 for one in seen)
     assert [(row["baseline"], row["encode_tokens_per_second"], *scores_of(row))
             for row in rows] == [("oracle", 0, 0, 0, 0, 1)] * 2
     rows, seen = watch(*flags, "--baseline", "no_memory")
@@ -343,12 +344,13 @@ def test_baselines_of_several_documents_a_hop(monkeypatch, tokenizer, baseline):
     texts = ["A khaki otter.", "The quiet river has a khaki otter.", "The amber river is short.",
              "A heron eats."]
     numbers, read = [9, 30, 4, 2], []
-    monkeypatch.setattr(evaluation, "answer_from_text", lambda *args: read.append(args[3]) or "short")
-    config = SimpleNamespace(baseline=baseline, interleave=None)
+    answer = lambda model, tokenizer, asked, *_: read.extend(given for _, given in asked) or ["short"]
+    monkeypatch.setattr(evaluation, "answers_from_texts", answer)
+    config = SimpleNamespace(baseline=baseline, interleave=None, batch=2)
     model = SimpleNamespace(config=SimpleNamespace(top_k=1))
     question = Question("quiet river or amber river?", ((1, 2), (0,)), "short")
-    ask = evaluation.baseline_asker(model, tokenizer, texts, numbers, [], config)(4)
-    answer, found = ask(0, question)
+    ask = evaluation.baseline_asker(model, tokenizer, texts, numbers, [], [question], config)(4)
+    (answer, found), = ask([0])
     assert [n for n, _ in read[0]] == [4, 30, 9]
     assert [tokenizer.decode(tokens) for _, tokens in read[0]] == [texts[2], texts[1], texts[0]]
     if baseline == "bm25":
@@ -439,16 +441,19 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
     def evaluate_set(*flags, reaches=float("-inf")):
         seen = []
 
-        def answer(model, tokenizer, question, appended, config):
+        def answer(tokenizer, question, appended):
             texts = [tokenizer.decode(text) for _, text in appended]
             seen.append((question, [number for number, _ in appended], texts))
             return texts[-1].rpartition(" is ")[2] if texts else "unknown"
 
-        def ranked(model, tokenizer, memory, texts, question, config):
+        def answer_all(model, tokenizer, asked, config, batch):
+            return [answer(tokenizer, *one) for one in asked]
+
+        def ranked(model, tokenizer, memory, texts, questions, config, batch):
             assert model.config.top_k == 16
-            return list(range(len(memory)))[::-1], len(question) / 100
+            return [(list(range(len(memory)))[::-1], len(question) / 100) for question in questions]
         with monkeypatch.context() as patch:
-            patch.setattr(answers, "answer_from_text", answer)
+            patch.setattr(answers, "answers_from_texts", answer_all)
             patch.setattr(evaluation, "ranked", ranked)
             patch.setattr(evaluation, "chance", lambda *_: reaches)
             result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--json",

@@ -5,20 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from batches import choose, number_log_probabilities, rankings
+from cache import Cache, Rows
 from common import UserError
-from interleave import (
-    InterleaveConfig,
-    Round,
-    answer_question,
-    choose,
-    generate,
-    interleave,
-    number_log_probabilities,
-    ranking,
-    read,
-    spell,
-)
-from memory import Cache, Memory, Selection
+from interleave import InterleaveConfig, Round, answer_question, interleave
+from memory import Memory, Selection
 from model import MSA, ModelConfig
 
 NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
@@ -27,7 +18,7 @@ NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
 def selection(documents, scores=None):
     """What a memory layer selected for one question: document indices and scores, best first."""
     scores = [1 - 0.125 * i for i in range(len(documents))] if scores is None else scores
-    empty, whole = torch.zeros(0, 1, 2), torch.tensor
+    empty, whole = [torch.zeros(0, 1, 2)], torch.tensor
     return Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long), whole([0]), torch.zeros(1, 0),
                      whole([documents]).long().view(1, -1), whole([scores]).float().view(1, -1),
                      torch.zeros(1, 5))
@@ -49,7 +40,8 @@ class Scripted:
                                       prompts="nanomsa")
         self.device, self.prompts, self.read_so_far = torch.device("cpu"), [], 0
 
-    def read(self, tokens, memory=None, routing_mask=None, cache=None, positions=None):
+    def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None,
+             vocabulary=None):
         if memory is not None:
             assert cache.length == 0 and not cache.selections and tokens.shape == routing_mask.shape
             self.prompts.append((self.tokenizer.decode(tokens[0][routing_mask[0] > 0].tolist()),
@@ -57,13 +49,16 @@ class Scripted:
             cache.selections.extend(self.selected[min(self.read_so_far, len(self.selected) - 1)])
             self.read_so_far += 1
         assert cache.selections is not None and (cache.length > 0) == (memory is None)
-        context, _ = cache.extended(0, tokens[:, :, None, None], tokens[:, :, None, None])
-        cache.keys[0] = cache.values[0] = context
-        cache.length += tokens.size(1)
-        rows, first = context.flatten(1).tolist(), cache.length - tokens.size(1) + 1
-        logits = torch.stack([torch.stack([self.wants(row[:end]) for end in range(first, cache.length + 1)])
-                              for row in rows])
-        return SimpleNamespace(logits=logits if positions is None else logits[positions])
+        ids = tokens[:, :, None, None]
+        context, values = cache.extended(0, ids, ids)
+        start, branch = (int(cache.starts[0]), cache.branch) if memory is None else (0, tokens.size(1))
+        cache.keep([context], [values], [])
+        (row,), (own,) = context.flatten(1).tolist(), tokens.tolist()
+        assert row[start:start + len(own)] == own and positions is not None
+        logits = torch.stack([self.wants(row[:start] + own[t // branch * branch:t + 1])
+                              for t in range(len(own))])[None, :]
+        logits = logits[positions]
+        return SimpleNamespace(logits=logits if vocabulary is None else logits[:, vocabulary])
 
     def wants(self, context):
         """The logits behind `context`."""
@@ -249,15 +244,15 @@ def test_ranking():
               selection([-1] * 3, [none] * 3)]
     # By hand, over the two layers that selected:
     # 5: (.875 + .375) / 2;  2: (.625 + .75) / 2;  9: (.5 + .375) / 2;  7: (.5 + .375) / 2.
-    assert ranking(layers) == [(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]
-    assert ranking([selection([4, 1], [0.5, 0.5])]) == [(1, 0.5), (4, 0.5)]
-    assert ranking([]) == ranking(layers[2:]) == []
+    assert rankings(layers) == [[(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]]
+    assert rankings([selection([4, 1], [0.5, 0.5])]) == [[(1, 0.5), (4, 0.5)]]
+    assert rankings([]) == [] and rankings(layers[2:]) == rankings([selection([])]) == [[]]
 
 
 def test_choose_is_greedy_at_temperature_0():
     """Answers at temperature 0 would not be the most likely ones."""
-    assert choose(torch.tensor([0.1, 3.0, -2.0, 2.9]), 0.0, 1.0) == 1
-    assert choose(torch.tensor([-math.inf, -5.0]), 0.0, 0.1) == 1
+    assert choose(torch.tensor([[0.1, 3.0, -2.0, 2.9], [0.1, 0.0, 0.2, 0.0]]), 0.0, 1.0).tolist() == [1, 2]
+    assert choose(torch.tensor([[-math.inf, -5.0]]), 0.0, 0.1).tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature,top_p,expected", [
@@ -272,7 +267,7 @@ def test_choose_samples(temperature, top_p, expected):
     """Sampling would not follow temperature and top_p."""
     torch.manual_seed(1)
     logits = torch.tensor([0.25, 0.5, 0.2, 0.05]).log() + 7
-    chosen = torch.tensor([choose(logits, temperature, top_p) for _ in range(2000)])
+    chosen = choose(logits.expand(2000, -1), temperature, top_p)
     counts = torch.bincount(chosen, minlength=4) / 2000
     for found, share in zip(counts.tolist(), expected):
         assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / 2000)
@@ -333,23 +328,38 @@ def alone(model, tokenizer, memory, start, route, number, numbers):
     return total
 
 
+def begun(small, questions, rows):
+    """A Rows cache of so many rows in which each question, {row: text}, has been read up to its retrieval;
+    and how many tokens of each route."""
+    model, memory, _, tokenizer = small
+    cache = Rows(rows)
+    for row, text in questions.items():
+        prompt, one = tokenizer.question(tokenizer.encode(text)), Cache()
+        tokens = torch.tensor([[*prompt, tokenizer.retrieve]])
+        model.read(tokens, memory, torch.arange(tokens.size(1))[None] < len(prompt), one)
+        cache.put([row], one, [tokens.size(1)])
+    return cache
+
+
 @pytest.mark.parametrize("numbers", [[3, 12, 45, 123, 4071], [12, 123, 1234, 12345, 13], [45], [4071, 3]])
 @torch.no_grad()
 def test_number_log_probabilities(small, numbers):
-    """Scoring all numbers in one batch over copies of a cache would differ from scoring each alone,
-    from the start."""
+    """Scoring the beginnings of all numbers as branches of one read, of several questions of different
+    lengths, would differ from scoring each number alone, from the start."""
     model, memory, _, tokenizer = small
-    question = tokenizer.question(tokenizer.encode("What is the magic number of otter?"))
-    start, cache = [*question, tokenizer.retrieve], Cache()
-    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question),
-         cache=cache)
-    found = number_log_probabilities(model, tokenizer, cache, numbers)
-    expected = [alone(model, tokenizer, memory, start, len(question), number, numbers) for number in numbers]
+    questions = {2: "What is the magic number of otter?", 0: "Which?"}
+    cache, spelled = begun(small, questions, 3), [tokenizer.number(n) for n in numbers]
+    asked = {row: spelled[row:] or spelled for row in questions}
+    found = number_log_probabilities(model, cache, asked)
+    expected = []
+    for row, text in questions.items():
+        prompt, own = tokenizer.question(tokenizer.encode(text)), numbers[row:] or numbers
+        expected += [alone(model, tokenizer, memory, [*prompt, tokenizer.retrieve], len(prompt), number, own)
+                     for number in own]
+        assert cache.lengths[row] == len(prompt) + 1
     assert found.tolist() == pytest.approx(expected, abs=2e-5)
-    assert float(found.double().exp().sum()) == pytest.approx(1, abs=1e-5)
-    assert cache.length == len(start)
     # The cache is as it was.
-    assert torch.equal(found, number_log_probabilities(model, tokenizer, cache, numbers))
+    assert torch.equal(found, number_log_probabilities(model, cache, asked))
     if len(numbers) > 1:
         assert float(found.max() - found.min()) > 0.1
 
@@ -367,7 +377,7 @@ def test_the_loop_without_caches(small, options):
     def logits_behind(said):
         tokens = torch.tensor([[*prompt, tokenizer.retrieve, *said]])
         output = model.read(tokens, memory, torch.arange(tokens.size(1))[None] < len(prompt))
-        return output.logits[0, -1], ranking(output.selections)
+        return output.logits[0, -1], rankings(output.selections)[0]
 
     while len(expected) < config.max_rounds:
         chosen, said = [], []
@@ -416,12 +426,6 @@ def test_no_rounds(small, with_memory):
     answer, rounds = answer_question(model, tokenizer, memory, texts, "Who?", config)
     assert answer == expected
     assert [(r.named, r.appended) for r in rounds] == [([], [])]
-    routed = [(NUMBERS[d], score) for d, score in ranking(output.selections)]
+    routed = [(NUMBERS[d], score) for d, score in (rankings(output.selections) or [[]])[0]]
     assert [n for n, _ in rounds[0].routed] == [n for n, _ in routed] and len(routed) >= 2 * with_memory
     assert [score for _, score in rounds[0].routed] == pytest.approx([score for _, score in routed], abs=1e-5)
-    cache = Cache()
-    read(model, start, memory=memory, routing_mask=torch.arange(len(start))[None] < len(question),
-         cache=cache)
-    pieces = generate(model, [tokenizer.end_of_retrieval], cache, {tokenizer.end}, 6,
-                      lambda x: int(x[:tokenizer.vocab_size].argmax()))
-    assert "".join(spell(tokenizer, pieces)) == expected

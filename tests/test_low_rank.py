@@ -1,7 +1,6 @@
 """A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from test_prompts import write
 import checkpoint
 import prepare_data
 import train
+from batches import Server, choose, likelihoods, serve
 from common import UserError
-from interleave import refusals, reluctant, second_look
+from interleave import reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
 from prepare_data import Pools, collate_chat
@@ -328,23 +328,29 @@ def test_second_look(backbone):
     not count, or count alone."""
     model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
     texts = [t.encode("The mill " * n) for n in (5, 1, 9, 3)]
-    documents = [(10 + d, t.decode(text)) for d, text in enumerate(texts)]
-    found = refusals(model, t, "Why?", documents)
-    for log_p, document in zip(found.tolist(), documents):  # the oracle: token after token
-        row, expected = t.message("Why?", [document]), 0.0
+    prompts = [t.message("Why?", [(10 + d, t.decode(text))]) for d, text in enumerate(texts)]
+    target = t.answer(NOT_FOUND)
+    found = likelihoods(model, [torch.tensor(prompt + target) for prompt in prompts], [target] * 4)
+    for log_p, row in zip(found.tolist(), prompts):  # the oracle: token after token
+        expected = 0.0
         for token in t.answer(NOT_FOUND):
             expected += float(model.read(torch.tensor([row])).logits[0, -1].log_softmax(-1)[token])
             row = [*row, token]
         assert log_p == pytest.approx(expected, abs=1e-3)
     ranked = [(2, 0.9), (0, 0.5), (3, 0.3), (1, 0.1)]
-    look = lambda weight: second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight)
+
+    def look(weight, ranked=ranked):
+        """What this part of a loop returns."""
+        def loop():
+            yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight))
+        return [event for _, event in serve([loop()], Server(model, 1, choose))][0]
     assert look(0.0) == ranked == look(1.0)  # no second look
     model.config.second_look = 3
     log_p = dict(enumerate(found.tolist()))
     for weight in (0.0, 1e-5, 1000.0):
         key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
         assert look(weight) == sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
-    assert second_look(SimpleNamespace(config=model.config), t, "Why?", [], texts, int, 1.0) == []
+    assert look(1.0, []) == []
 
 
 def test_reluctant(backbone):

@@ -183,8 +183,8 @@ def test_shared_mode(loaded, tmp_path, monkeypatch, kind, place, changes):
 
 @torch.no_grad()
 def test_a_document_is_read_once_a_question(loaded, tmp_path, monkeypatch):
-    """In the paper's mode every layer would read a document's content of all layers anew; or a question would
-    read what is left of another."""
+    """In the paper's mode every layer would read a document's content of all layers anew, and every round
+    what the last one has brought to the device; or what is left there would be another document's."""
     model, tokenizer = model_of(loaded, dict(num_hidden_layers=4, router_layer_idx="all"))
     sync(model, tokenizer, tmp_path / "bank", documents_of(TEXTS[:3]), ALONE)
     memory, reads = ParallelMemory(Bank(tmp_path / "bank"), CPU, ALONE), count_reads(monkeypatch)
@@ -194,8 +194,21 @@ def test_a_document_is_read_once_a_question(loaded, tmp_path, monkeypatch):
     chosen = torch.cat([selection.documents for selection in selections])
     assert chosen.numel() == 8 > len(chosen.unique())
     assert sorted(reads) == chosen.unique().tolist()
+    keys = lambda selections: torch.cat([selection.keys[0] for selection in selections])
+    assert keys(ask()).equal(keys(selections)) and len(reads) == 3
+    monkeypatch.setattr(memory_parallel, "KEPT", 1)  # what a selection needs stays, the others go
     ask()
-    assert len(reads) == 2 * len(chosen.unique())
+    kept = [position for _, position in memory.kept]
+    assert len(reads) == 6 and len(kept) == 2 and set(kept) == set(selections[-1].documents[0].tolist())
+    assert keys(ask()).equal(keys(selections)) and len(reads) == 9
+    with Writer(tmp_path / "bank") as writer:
+        writer.remove([0])
+    monkeypatch.setattr(memory_parallel, "KEPT", 1 << 20)
+    memory.refresh()
+    whole, _ = in_memory((model, tokenizer), memory.bank, "bfloat16")
+    expected = model.read(tokens, whole, torch.ones_like(tokens)).selections
+    torch.testing.assert_close(keys(ask()), torch.cat([x.keys[0] for x in expected]).bfloat16(), atol=1e-2,
+                               rtol=1e-2)
 
 
 def test_int8_content(loaded, tmp_path):
@@ -673,6 +686,12 @@ def asked(words, tmp_path_factory):
     return demo, folder
 
 
+def names(told):
+    """Without scores, whose last bits depend on the size of a batch."""
+    return [[answer, [[[n for n, _ in routed], *others] for routed, *others in rounds]]
+            for answer, rounds in told]
+
+
 def test_ranks_answer_alike(asked):
     """The answer would depend on how many ranks hold the memory; a bank made by two ranks could not be read
     by one or by four."""
@@ -687,14 +706,15 @@ def test_ranks_answer_alike(asked):
     questions = json.loads((folder / "questions.json").read_text())
     alone = [answer_question(model, tokenizer, memory, memory.texts, question, InterleaveConfig())
              for question in questions]
-    for world in (2, 4):
+    told = [[answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]]
+            for answer, rounds in alone]
+    for world, batch in ((2, 0), (4, 4)):
         out = folder / f"{world}.json"
         done = torchrun(world, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json",
-                        out)
+                        out, "--batch", batch)
         assert done.returncode == 0, done.stderr[-3000:]
-        told = [[answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]]
-                for answer, rounds in alone]
-        assert json.loads(out.read_text()) == told
+        found = json.loads(out.read_text())
+        assert found == told if not batch else names(found) == names(told)
     # and as one Memory answers: the same documents and texts
     whole, texts = in_memory((model, tokenizer), memory.bank, "bfloat16")
     for question, (answer, rounds) in zip(questions, alone):

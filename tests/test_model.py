@@ -9,8 +9,9 @@ import pytest
 import torch
 from reference import Reference, Sample
 
+from cache import Cache
 from common import UserError
-from memory import Cache, Memory, Selection, hit_rate, leave_out, rank_documents
+from memory import Memory, Selection, hit_rate, leave_out, rank_documents
 from model import MSA, ModelConfig, contrastive_loss
 
 INF = float("inf")

@@ -7,9 +7,10 @@ import test_tokenizer
 import torch
 from tokenizers import AddedToken
 
+from cache import Cache
 from common import UserError
-from interleave import InterleaveConfig, answer_from_text, answer_question
-from memory import Cache, Memory, Selection
+from interleave import InterleaveConfig, answer_question, answers_from_texts
+from memory import Memory, Selection
 from model import ModelConfig
 from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 
@@ -304,16 +305,17 @@ class Scripted:
             self.left = list(self.said[len(self.asked) - 1]) if len(self.said) >= len(self.asked) else []
             if memory is not None:
                 empty = torch.zeros(0, 1, 2)
-                cache.selections.append(Selection(empty, empty, torch.zeros(1, 0, dtype=torch.long),
+                cache.selections.append(Selection([empty], [empty], torch.zeros(1, 0, dtype=torch.long),
                                                   torch.tensor([0]), torch.zeros(1, 0),
                                                   torch.tensor([self.ranking]),
                                                   torch.tensor([[0.9, 0.5, 0.3, 0.1]]), None))
         else:
             assert memory is None and prefix_length == 0
             self.asked[-1].read += row
-        cache.length += len(row)
+        ids = tokens[:, :, None, None].float()
+        cache.keep(*zip(cache.extended(0, ids, ids)), [])
         logits = torch.zeros(1, t.vocab_size)
-        if positions is None or positions.any():
+        if isinstance(positions, tuple):
             logits[0, self.left.pop(0)] = 1
         return SimpleNamespace(logits=logits)
 
@@ -452,7 +454,7 @@ def test_answers_are_one_line(ask, tmp_path, written, answer):
     assert ask("chat", "", written)[0] == answer
     t = load_tokenizer(write(tmp_path / "oracle"), ModelConfig(prompts="chat"))
     model = Scripted(t, "chat", [t.encode_template(written)])
-    assert answer_from_text(model, t, "Why?", [], InterleaveConfig()) == answer
+    assert answers_from_texts(model, t, [("Why?", [])], InterleaveConfig(), 1) == [answer]
 
 
 @pytest.mark.parametrize("prompts,expected", [
@@ -462,5 +464,6 @@ def test_oracle(tmp_path, prompts, expected):
     """The baselines would ask in other words than the loop does."""
     t = load_tokenizer(write(tmp_path), ModelConfig(prompts=prompts))
     model = Scripted(t, prompts, [t.encode_template("So.<|im_end|>")])
-    assert answer_from_text(model, t, "Why?", [(3, t.encode("three"))], InterleaveConfig()) == "So."
+    asked = [("Why?", [(3, t.encode("three"))])]
+    assert answers_from_texts(model, t, asked, InterleaveConfig(), 1) == ["So."]
     assert model.asked[0].text == expected

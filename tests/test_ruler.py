@@ -171,7 +171,7 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
         assert score[task, "none", 0] == 0 and score[task, "oracle", 0] == 100
         assert score[task, "memory", 3072] == score[task, "memory", 6144] == 100
     assert all(row["recall_at_k"] == row["named"] == 100 for row in rows if row["method"] == "memory")
-    monkeypatch.setattr(ruler, "answer_question", None)  # whoever asks the memory again fails
+    monkeypatch.setattr(ruler, "loop_of", None)  # whoever asks the memory again fails
     result = run(ruler, *args, "--tasks", "single_1,multikey_2", "--methods", "oracle,bm25,memory")
     assert result.code == 0, result.err
     again = json.loads(path.read_text())

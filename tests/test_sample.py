@@ -179,3 +179,41 @@ def test_the_demo_stays_float32():
     """The answers of a shipped checkpoint would depend on the CPU."""
     assert sample.MSA.read_config("checkpoints/demo")[0].hidden_size < 512
     assert documents.HEAD_BYTES % 4 == 0  # a cut character would hide how a file is encoded
+
+
+def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch):
+    """Answers of a file's questions would be in another order, not be those of one at a time, or lack their
+    sources; a mistake in the file would be told after minutes of encoding."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("amber", "teal", "khaki"):
+        (notes / f"{name}.txt").write_text(f"The colour of quiet-river is {name}.")
+    questions = ["What is the colour of quiet-river?", "Which?", "What is it?"]
+    lines = "".join(json.dumps({"question": question}) + "\n" for question in questions)
+    (tmp_path / "q.jsonl").write_text(lines + "\n")
+    flags = ["--checkpoint", checkpoint, "--documents", notes, "--device", "cpu", "--max-answer-tokens", 5]
+    asks = [*flags, "--questions", tmp_path / "q.jsonl", "--json"]
+    for batch in (1, 2):
+        done = run(sample, *asks, tmp_path / f"{batch}.json", "--batch", batch)
+        assert done.code == 0 and "3 answers" in done.out, done.err
+    rows = json.loads((tmp_path / "2.json").read_text())
+    assert rows == json.loads((tmp_path / "1.json").read_text())
+    assert [row["question"] for row in rows] == questions
+    for row in rows:
+        alone = run(sample, *flags, row["question"]).out.splitlines()
+        assert alone[1] == (row["answer"] or "(no answer)")
+        assert [line for line in alone[2:] if "no text was appended" not in line] == [
+            f"  [{one['number']}] {one['source']}" for one in row["documents"]]
+    monkeypatch.setattr(sample, "chance", lambda *_: 2.0)  # no score is above it
+    assert run(sample, *asks, tmp_path / "3.json").code == 0
+    assert [(row["answer"], row["documents"]) for row in json.loads((tmp_path / "3.json").read_text())] == [
+        (None, [])] * 3
+    monkeypatch.setattr(sample, "encode_texts", None)
+    (tmp_path / "q.jsonl").write_text(lines + '{"text": "Who?"}')
+    for wrong, message in ((asks + [tmp_path / "x.json"], "q.jsonl:4: not an object"),
+                           (asks[:-1], "--questions FILE.jsonl and --json OUT belong together"),
+                           (asks + [tmp_path / "x.json", "Who?"], "leave out the one that is not"),
+                           (asks + [tmp_path / "x.json", "--batch", 0], "batch is 0")):
+        done = run(sample, *wrong)
+        assert done.code == 2 and message in done.error
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,167 @@
+"""What a question, or many, have read until now: local keys and values, and what routing selected for them.
+
+    B questions   T tokens of a read   N tokens of the longest row   H query heads   G key/value heads
+    D head size   S memory slots
+"""
+import torch
+import torch.nn.functional as F
+
+from common import to_device
+from memory import Selection
+from msa_kernel import sparse_attention
+
+
+class Cache:
+    """Local keys and values of B questions of one length, and their Selections; a read that is given a filled
+    one does not route."""
+
+    def __init__(self):
+        self.keys, self.values = {}, {}        # layer -> (B, T', G, D)
+        self.selections = []                   # as in Output; empty without a memory
+        self.length, self.prefix_length = 0, 0
+
+    def places(self, tokens):
+        """Where the next T tokens stand: (T,), or (B, T) where rows differ. tokens: (B, T)."""
+        return self.length + torch.arange(tokens.size(1), device=tokens.device)
+
+    def extended(self, layer, keys, values):
+        """The layer's keys and values with these behind them."""
+        if self.length:
+            keys = torch.cat([self.keys[layer], keys], 1)
+            values = torch.cat([self.values[layer], values], 1)
+        return keys, values
+
+    def attend(self, query, keys, values, *memory):
+        """`sparse_attention` of the next tokens, over what `extended` has returned."""
+        return sparse_attention(query, keys, values, *memory)
+
+    def keep(self, keys, values, selections):
+        """Hold what `extended` has returned and what was selected, or None, layer by layer, after a read."""
+        self.keys, self.values = dict(enumerate(keys)), dict(enumerate(values))
+        self.selections = self.selections or [selection for selection in selections if selection is not None]
+        self.length = keys[0].size(1)
+
+    def map(self, pick):
+        """A copy of which every tensor of B rows is what `pick` makes of it; the original stays as it is."""
+        copy = Cache()
+        for name in ("keys", "values"):
+            setattr(copy, name, {key: pick(x) for key, x in getattr(self, name).items()})
+        copy.selections = [selection.map(pick) for selection in self.selections]
+        copy.length, copy.prefix_length = self.length, self.prefix_length
+        return copy
+
+    def rows(self, index):
+        """A copy that holds these rows, index (B,) int64."""
+        return self.map(lambda x: x[index])
+
+    def expand(self, n):
+        """One question's cache for n continuations, without a copy of its tensors."""
+        return self.map(lambda x: x.expand(n, *x.shape[1:]))
+
+
+class Rows(Cache):
+    """Caches of several questions, of any lengths, in space that is allocated once and written in place.
+
+    `put` begins rows anew, `take` chooses those that the next read continues, and `advance` says how many of
+    its tokens count: what lies behind a row's length is never seen. A read may continue each row by branches,
+    runs of `branch` tokens that do not see each other; without `advance` it leaves nothing behind.
+    """
+
+    def __init__(self, rows):
+        super().__init__()
+        self.lengths, self.selected = [0] * rows, [[] for _ in range(rows)]  # tokens, Selections of each row
+        self.taken, self.space = None, 0       # rows of the next read; tokens that a row has room for
+
+    def put(self, rows, cache, lengths):
+        """These rows hold what a Cache of B rows does, of which the first lengths[b] tokens count; lists."""
+        self.make_room(max(cache.length, 1), {layer: x.shape[2:] for layer, x in cache.keys.items()}, cache)
+        index = to_device(rows, cache.keys[0].device)
+        for layer in cache.keys:
+            self.keys[layer][index, :cache.length] = cache.keys[layer]
+            self.values[layer][index, :cache.length] = cache.values[layer]
+        for b, row in enumerate(rows):
+            self.lengths[row] = lengths[b]
+            self.selected[row] = [part.map(lambda x, b=b: x[b:b + 1]) for part in cache.selections]
+        self.taken, self.length, self.prefix_length = None, 1, cache.prefix_length
+
+    def make_room(self, tokens, shapes=None, like=None):
+        """Rows of `tokens` tokens and more; shapes, like: of a layer's token, and a Cache of that type."""
+        if tokens <= self.space:
+            return
+        self.space = 1 << max(tokens - 1, 63).bit_length()
+        for name in ("keys", "values"):
+            before = getattr(self, name)
+            for layer, shape in (shapes or {layer: x.shape[2:] for layer, x in before.items()}).items():
+                old = before.get(layer)
+                x = old if like is None else getattr(like, name)[layer]
+                before[layer] = x.new_zeros(len(self.lengths), self.space, *shape)  # never NaN: all is read
+                if old is not None:
+                    before[layer][:, :old.size(1)] = old
+
+    def take(self, rows, tokens, branch=None):
+        """The next read continues these rows, an increasing list, with so many tokens each."""
+        self.longest = max(self.lengths[row] for row in rows) + tokens
+        self.make_room(self.longest)
+        self.branch = branch or tokens
+        if rows != self.taken:
+            device = self.keys[0].device
+            index = to_device([rows, [self.lengths[row] for row in rows]], device)
+            self.taken, self.index, self.starts = rows, index[0], index[1].clone()
+            self.selections = [Selection.join(parts) for parts in zip(*(self.selected[row] for row in rows))]
+        self.own = torch.arange(tokens, device=self.starts.device)
+        return self
+
+    def advance(self, counts):
+        """Of the tokens of the last read so many of each row count: a list."""
+        for row, count in zip(self.taken, counts):
+            self.lengths[row] += count
+        if len({*counts}) > 1:
+            self.starts += to_device(counts, self.starts.device)
+        else:
+            self.starts += counts[0]
+
+    def places(self, tokens):
+        return self.starts[:, None] + self.own % self.branch
+
+    def extended(self, layer, keys, values):
+        """Writes these behind each row's; returns all rows as far as any of them reaches."""
+        at, found = self.starts[:, None] + self.own, []
+        for space, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            space[self.index[:, None], at] = new
+            rows = slice(len(self.taken)) if self.taken == [*range(len(self.taken))] else self.index
+            found.append(space[rows, :self.longest])  # of the first rows no copy
+        return found
+
+    def attend(self, query, keys, values, *memory):
+        return attend_rows(query, keys, values, self.starts, self.branch, *memory)
+
+    def keep(self, keys, values, selections):
+        """All is in its place."""
+
+
+def attend_rows(query, keys, values, starts, branch, memory_keys=None, memory_values=None, index=None,
+                slots=None, prefix_length=0, bias=None):
+    """`sparse_attention` of rows of different lengths: question b's T tokens are starts[b], ... of keys[b].
+
+    They see what lies before starts[b], and of the T those of their own run of `branch` tokens that are not
+    behind them. starts: (B,) int64; the rest as there.
+    """
+    B, T, H, D = query.shape
+    N, G = keys.shape[1:3]
+    t = torch.arange(T, device=query.device)[:, None]                                       # (T, 1)
+    own = torch.arange(N, device=query.device) - starts[:, None, None]                      # (B, 1, N)
+    mask = (own < 0) | (own <= t) & (own // branch == t // branch)                          # (B, T, N)
+    k, v, added = keys, values, None
+    if index is not None and index.size(1):
+        visible = torch.arange(index.size(1), device=query.device) < slots[:, None]         # (B, S)
+        place = starts[:, None] + t[:, 0] % branch                                          # (B, T)
+        mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
+        k = torch.cat([memory_keys[index].to(k.dtype), k], 1)
+        v = torch.cat([memory_values[index].to(v.dtype), v], 1)
+        if bias is not None:
+            added = F.pad(bias.to(query.dtype), (0, N))[:, None]
+            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
+    rows = query.view(B, T, G, H // G, D).transpose(1, 2).flatten(2, 3)                     # (B, G, T * R, D)
+    mask = mask[:, None].repeat_interleave(H // G, 2) if T > 1 else mask[:, None]
+    found = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return found.view(B, G, T, H // G, D).transpose(1, 2).reshape(B, T, H, D)

@@ -1,0 +1,73 @@
+"""On a pretended CUDA device: the CPU's answers, and what the host waits for. tests/pretend_cuda.py"""
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_cuda import PretendCuda
+
+import msa_kernel
+from documents import Document
+from interleave import InterleaveConfig, answer_questions
+from memory_bank import Bank
+from memory_parallel import ParallelMemory, Ranks
+from prompts import load_checkpoint
+from sync import encode_texts, sync
+from tasks import make_memory
+
+DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
+# Questions of two hops, side by side: three rounds, in the first two a document is named, then nothing; an
+# answer of four tokens, and its end. A step waits once for what was picked.
+ROUNDS, NAMES, PICKS = 3, 2, 3 + 2 + 5
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(msa_kernel, "KERNEL", "torch")
+    with PretendCuda() as cuda:
+        yield cuda
+
+
+@pytest.mark.parametrize("where", ["memory", "bank"])
+@torch.no_grad()
+def test_demo(words, pretended, tmp_path, where):
+    """Questions would fail on a GPU, where a CPU tensor is met, be answered otherwise, or wait for the device
+    more than once for a token of all eight."""
+    texts, questions = make_memory(words(), "two_hop", 60, 8, 3)
+    asked = [question.text for question in questions]
+    config, found = InterleaveConfig(), {}
+    for device in map(torch.device, ("cpu", "cuda:0")):
+        model, tokenizer = load_checkpoint(DEMO, device)
+        ids = tokenizer.encode_batch(texts)
+        memory, _ = encode_texts(model, tokenizer, ids)
+        if where == "bank":
+            if device.type == "cpu":
+                documents = [Document(text, id=str(i)) for i, text in enumerate(texts)]
+                sync(model, tokenizer, tmp_path / "bank", documents, Ranks(device))
+            memory = ParallelMemory(Bank(tmp_path / "bank"), device, Ranks(device))
+            ids = memory.texts
+        pretended.reset()
+        answers = answer_questions(model, tokenizer, memory, ids, asked, config, 8)
+        found[device.type] = [(answer, [(r.named, r.appended) for r in rounds]) for answer, rounds in answers]
+    assert found["cuda"] == found["cpu"]
+    assert [answer for answer, _ in found["cpu"]] == [question.answer for question in questions]
+    # A token is picked, a document named, a round's ranking read: one wait each. A selection: one more for
+    # its size, or which documents to fetch; and without the kernels for whether all tokens route.
+    layers = len(model.config.memory_layers)
+    assert sum(pretended.waits.values()) == PICKS + NAMES + ROUNDS * (1 + 2 * layers), pretended.where
+    assert pretended.to_host < 10_000 and pretended.launches < 5_000
+    assert "host to device" not in pretended.waits
+
+
+@torch.no_grad()
+def test_it_pretends(pretended):
+    """What a GPU refuses or waits for would pass unseen."""
+    x = torch.arange(6.0).to("cuda:0")
+    assert x.device.type == "cuda" and pretended.waits == {"host to device": 1}
+    with pytest.raises(RuntimeError, match="are on the CPU"):
+        x + torch.ones(6)
+    assert (x + 1).sum().item() == 21 and pretended.waits["_local_scalar_dense"] == 1
+    assert len(x[x > 2]) == 3 and pretended.waits["a mask as an index"] == 1
+    assert x[3:].tolist() == [3, 4, 5] and pretended.waits["tolist"] == 1 and pretended.to_host == 12
+    pretended.reset()
+    assert torch.arange(3).to("cuda:0", non_blocking=True).add(1).cpu().equal(torch.arange(1, 4))
+    assert pretended.waits == {"device to host": 1} and pretended.launches == 1
