@@ -6,7 +6,8 @@
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
 # make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M; a run
 #              that was interrupted goes on where it was
-# make torture kill and damage memory banks, thousands of times
+# make torture kill and damage memory banks, and cut the power of what is saved, thousands of times
+# make fuzz    thousands of odd files, configurations and tokenizers: success, or one sentence
 # make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
 #              It installs nothing: the python that runs it needs torch, triton and numpy.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test scale ask ruler torture gpu lint clean
+.PHONY: demo test scale ask ruler torture fuzz gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -45,6 +46,10 @@ ruler: .venv/smollm2
 
 torture: .venv/installed
 	$(RUN) tests/torture.py
+	OMP_NUM_THREADS=1 $(RUN) tests/power_cuts.py
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py
 
 gpu:
 	$(PYTHON) tests/kernel_checks.py

@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import Cache
-from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    atomic_file,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    make_folder,
+    write_json,
+)
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, stack
 from scratch import start_equal
@@ -186,12 +195,14 @@ def script():
         model, tokenizer = MSA.from_pretrained(out, device), Tokenizer.load(out)
     else:
         check_prepared(config.data)
+        make_folder(out, probe=True)
         tokenizer = Tokenizer.load(config.data.out)
         model = make_model(config.model).to(device)
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))
         model.save_pretrained(out)
         tokenizer.save(out)
-        (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with atomic_file(out / "log.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     words, found = Words(), []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")
     for seed in map(int, config.seeds.split(",")):

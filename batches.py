@@ -224,10 +224,12 @@ class Server:
 def choose(logits, temperature, top_p):
     """Indices (n,) of `logits` (n, m): the largest at temperature 0, else samples from the top_p part of each
     row's distribution."""
-    if temperature == 0:
+    if temperature < 1e-6:  # nothing is divided by what may be 0 in float32
         return logits.argmax(-1)
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    left_out = probabilities.cumsum(-1) - probabilities >= top_p
+    left_out[:, 0] = False  # the largest one stays, however small top_p is
+    probabilities[left_out] = 0
     race = probabilities / torch.empty_like(probabilities).exponential_()  # each wins by its probability
     return order.gather(-1, race.argmax(-1, keepdim=True))[..., 0]
 

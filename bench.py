@@ -293,7 +293,7 @@ class RandomBank:
 
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
-            yield rows, to_numpy(self.keys[:len(rows)], "bfloat16")
+            yield rows, lambda _, rows=rows: to_numpy(self.keys[:len(rows)], "bfloat16")
 
     def content(self, position):
         self.reads += 1
@@ -582,7 +582,7 @@ def script():
     if args.what == "linear":
         bench_linear(bench, args.shape, args.longest, args.plot)
     if args.json:
-        path = Path(args.json)
+        path = Path(args.json).expanduser()
         if path.is_dir():
             path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
         write_json(path, dict(device=name, torch=torch.__version__, kernels=kernels, rows=bench.rows))

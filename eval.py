@@ -52,10 +52,12 @@ from common import (
     detect_device,
     keep_freed_memory,
     main,
+    make_folder,
+    read_text,
     return_freed_memory,
     write_json,
 )
-from documents import Document, read_documents
+from documents import Document, read_documents, tell_skipped
 from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
@@ -331,7 +333,7 @@ def plot(rows, path, beside=()):
 def read_rows(path):
     """What `--json` wrote. Raises UserError."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(read_text(path))
         [(row["memory_tokens"] + 0, row["exact_match"] + 0) for row in rows]  # numbers, or it raises
         return rows
     except OSError as error:
@@ -346,16 +348,18 @@ def read_rows(path):
 def load_set(config, model, tokenizer, say):
     """What --data names: (texts, counts, questions, split); memories hold the first `count` of the texts."""
     if config.documents:
-        count_tokens = lambda text: len(tokenizer.encode(text))
-        documents = list(read_documents(config.documents, count_tokens, model.config.max_document_tokens))
+        count_tokens, skipped = lambda text: len(tokenizer.encode(text)), {}
+        longest = model.config.max_document_tokens
+        documents = list(read_documents(config.documents, count_tokens, longest, skipped))
+        tell_skipped(skipped, say)
         texts, split = [document.text for document in documents], ""
-        questions = read_questions(config.data, documents)
+        questions = read_questions(config.data, documents, say)
     else:
         texts, questions = read_set(config.data, say)
         questions, split = choose_split(questions, config.split, config.data)
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
-        texts += read_texts(path)
+        texts += read_texts(path, say)
         counts.append(len(texts))
     return texts, counts, questions, split
 
@@ -420,7 +424,7 @@ def script():
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     for path in filter(None, (config.json, config.plot)):  # a wrong folder fails before the first question
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent, probe=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(folder, device, dtype)
     model.config.top_k = config.top_k or model.config.top_k

@@ -5,7 +5,6 @@
 It is converted once, into ~/.cache/nanomsa or $XDG_CACHE_HOME/nanomsa, and again when the file has changed.
 Llama and Qwen3 are supported; what the model would not compute is refused. Needs the package gguf.
 """
-import contextlib
 import hashlib
 import os
 import tempfile
@@ -18,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tqdm import tqdm
 
-from common import UserError, write_json
+from common import UserError, check_download, sync_handle, write_json
 
 # What GGUF calls the tensors of a layer, and what the Hub calls them
 BLOCK = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -43,11 +42,12 @@ def folder_of(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     header = np.fromfile(path, np.uint8, 1 << 20).tobytes()
+    check_download(header[:99], path, page=True)
     if not header.startswith(b"GGUF"):
         raise UserError(f"{path}: not a GGUF file; it begins with {header[:4]!r}, not with b'GGUF'")
     # This script is hashed too: what an older one has converted is not used.
     version = f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode() + Path(__file__).read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomsa"
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "nanomsa"
     target = cache / f"{path.stem}-{hashlib.blake2b(header + version, digest_size=8).hexdigest()}"
     if target.exists():
         return target
@@ -60,8 +60,11 @@ def folder_of(path):
         except Exception as error:  # of the libraries' many kinds
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{path}: cannot be converted, perhaps it is not whole ({reason})") from None
-        with contextlib.suppress(OSError):  # another process was first
+        try:
             os.rename(folder, target)
+        except OSError:
+            if not target.exists():  # else another process was first
+                raise
     return target
 
 
@@ -89,6 +92,8 @@ def convert(path, folder):
             weights[names[name]] = torch.from_numpy(weight).to(torch.bfloat16)
             bar.update()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with open(folder / "model.safetensors", "rb") as file:
+        sync_handle(file.fileno(), path)
 
 
 def read_config(path, fields, tensors):

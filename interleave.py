@@ -28,18 +28,21 @@ REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .03 a
 class InterleaveConfig:
     temperature: float = 0.0        # 0: greedy
     top_p: float = 1.0              # sample from the smallest set of tokens with this much probability
-    router_weight: float = 1.0      # of routing scores in naming; 0: the paper's generation, 1000: routing
-                                    # alone. MSA-4B names by generation, a chat backbone by its router
-    max_rounds: int = -1            # retrievals before the answer; 1: no interleave; 0: nothing is named;
-                                    # -1: 4, of a chat backbone 1 (2 at most, which share max_documents)
+    # of routing scores in naming; 0: the paper's generation, 1000: routing alone. MSA-4B names by generation,
+    # a chat backbone by its router
+    router_weight: float = 1.0
+    # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1 (2 at
+    # most, which share max_documents)
+    max_rounds: int = -1
     max_documents: int = 8          # documents named in one round
     max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
         for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", -1), ("max_documents", 1),
                           ("max_answer_tokens", 1)):
-            if not low <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+            if not low <= getattr(self, name) <= 1e6:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}, and at most "
+                                "1,000,000")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, make_folder, naming
 
 FORMAT = 2
 SEGMENT_BYTES = 256 << 20   # of a full segment: what a writer holds in memory, what merging rewrites
@@ -142,22 +142,12 @@ def add_sums(records):
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
-def sync_folder(folder):
-    """Make what was renamed in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_file(path, data):
     """Write `data` so that `path` holds all of it or what it held before, even after a power cut."""
     with atomic_file(path, "wb") as file:
         view = memoryview(data)
         while view:  # os.write, not file.write: tests/torture.py interrupts it
             view = view[os.write(file.fileno(), view[:1 << 26]):]
-    sync_folder(path.parent)
 
 
 def write_segment(folder, layout, records):
@@ -227,18 +217,19 @@ class Segment:
     def damaged(self, what):
         return UserError(f"{self.path}: damaged, {what}; {REPAIR}")
 
-    def bytes(self, at, size):
-        """`size` bytes of the file, from byte `at`."""
-        data = np.empty(size, np.uint8)
+    def bytes(self, at, size, buffer=None):
+        """`size` bytes of the file, from byte `at`: in a buffer, at least as large, or a new one."""
+        data = np.empty(size, np.uint8) if buffer is None else buffer[:size]
         view, done = memoryview(data), 0
         while done < size:
-            n = os.preadv(self.handle, [view[done:done + (1 << 30)]], at + done)
+            with naming(self.path):
+                n = os.preadv(self.handle, [view[done:done + (1 << 30)]], at + done)
             if n == 0:
                 raise self.damaged(f"it ends at byte {at + done:,}")
             done += n
         return data
 
-    def read(self, name, rows, layer=None):
+    def read(self, name, rows, layer=None, buffer=None):
         """Rows [start, stop) of a tensor, of one layer's where it has layers: not yet verified."""
         dtype, shape = self.shapes[name]
         begin = self.begins[name]
@@ -247,7 +238,7 @@ class Segment:
             shape = shape[1:]
         start, stop, _ = rows.indices(shape[0])
         size = row_bytes(dtype, shape)
-        data = self.bytes(begin + start * size, (stop - start) * size)
+        data = self.bytes(begin + start * size, (stop - start) * size, buffer)
         return data.view(dtype).reshape(stop - start, *shape[1:])
 
     @cached_property
@@ -273,16 +264,13 @@ class Segment:
             raise self.damaged(f"the content of document [{self.table['numbers'][row]}] has a wrong checksum")
         return parts[0], parts[1] if len(parts) > 1 else None
 
-    def routing_keys(self, layer, start=0, stop=None):
-        """Yields (first chunk, keys (at most TILE, G, D)) of the tiles of chunks [start, stop), verified."""
-        stop = self.entry["chunks"] if stop is None else stop
-        for tile in range(start // TILE, -(-stop // TILE)):
-            first = tile * TILE
-            keys = self.read("routing_keys", slice(first, first + TILE), layer)
-            if checksum(keys) != self.table["routing_sums"][layer, tile]:
-                raise self.damaged(f"its routing keys have a wrong checksum (layer {layer}, "
-                                   f"chunks from {first:,})")
-            yield first, keys
+    def tile(self, layer, tile, buffer=None):
+        """The routing keys (at most TILE, G, D) of a tile, verified."""
+        keys = self.read("routing_keys", slice(tile * TILE, (tile + 1) * TILE), layer, buffer)
+        if checksum(keys) != self.table["routing_sums"][layer, tile]:
+            raise self.damaged(f"its routing keys have a wrong checksum (layer {layer}, "
+                               f"chunks from {tile * TILE:,})")
+        return keys
 
     def load(self, rows):
         """Records of the documents of `rows` (M,) bool; verified, and all routing keys with them."""
@@ -299,6 +287,11 @@ class Segment:
                     where = f"layer {layer[0]}, chunks from {last * TILE:,}"
                 raise self.damaged(f"a checksum is wrong ({name}, {where})")
         return pick(records, rows)
+
+
+def as_slice(rows):
+    """Numbers that follow each other as a slice, which makes no copy; others as they are."""
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def row_bytes(dtype, shape):
@@ -485,12 +478,16 @@ class Bank:
         return plan
 
     def routing_keys(self, layer, plan):
-        """Yields (rows, keys (n, G, D)), tile by tile: the verified routing keys of a `plan`."""
+        """Yields (rows, read), tile by tile, of a `plan`: read(buffer) returns the verified keys (n, G, D) of
+        these rows. Tiles may be read side by side, in threads, each with a buffer of uint8 or None."""
         for segment, source, rows in plan:
-            for first, keys in segment.routing_keys(layer, int(source[0]), int(source[-1]) + 1):
-                low, high = np.searchsorted(source, [first, first + len(keys)])
+            for tile in range(source[0] // TILE, source[-1] // TILE + 1):
+                low, high = np.searchsorted(source, [tile * TILE, (tile + 1) * TILE])
                 if low < high:
-                    yield rows[low:high], keys[source[low:high] - first]
+                    places = as_slice(source[low:high] - tile * TILE)
+                    read = lambda buffer=None, segment=segment, tile=tile, places=places: (
+                        segment.tile(layer, tile, buffer)[places])
+                    yield as_slice(rows[low:high]), read
 
     def verify(self, progress=None):
         """Check every sum; raises UserError for the first that is wrong. progress: called with bytes read."""
@@ -505,7 +502,8 @@ class Bank:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the writer's lock, which dies with the process. Raises UserError when another process holds it."""
+    """Hold the writer's lock, which dies with the process. Raises UserError when another process holds it, or
+    where there are no locks: two writers would undo each other's changes."""
     import fcntl  # not on Windows
     path = Path(folder) / "lock"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -514,12 +512,14 @@ def locked(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+                raise UserError(f"{path}: its file system has no locks ({error.strerror}), which keep two "
+                                "writers apart; put the bank on another one, such as a local one") from None
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{folder}: another process is writing to this bank ({holder}); "
                             "wait until it is done, or ask without --documents") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
+        with naming(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()}".encode(), 0)
         yield
     finally:
         os.close(handle)
@@ -540,8 +540,7 @@ class Writer:
             elif not self.is_free():
                 raise UserError(f"{self.folder}: exists and is not a memory bank, or one that has lost its "
                                 "manifest.json; give another --memory")
-            (self.folder / "segments").mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder.parent)
+            make_folder(self.folder / "segments")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
             if self.layout and not manifest.exists():

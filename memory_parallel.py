@@ -15,6 +15,8 @@ without a process group.
 import contextlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -26,6 +28,7 @@ from common import UserError, end_process_group, start_process_group, to_device
 from memory import Selection
 from routing import document_queries, document_slots, quantize, select_documents
 
+READERS = min(8, os.cpu_count() or 1)  # threads that open a bank
 KEPT = 1 << 28  # bytes of selected documents' content that stay on the device
 
 
@@ -75,11 +78,11 @@ class Ranks:
     def __init__(self, device, timeout=60):
         """timeout: seconds that a collective waits for the slowest rank."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.timeout = device, timeout
+        self.device, self.timeout = device, min(timeout, 1e7)  # longer ones are no timedelta
         self.steps = self.turns = 0  # collectives and calls of `wait` until now
         if self.world > 1:
-            self.store = start_process_group(device, timeout)
-            self.store.set_timeout(timedelta(seconds=timeout))
+            self.store = start_process_group(device, self.timeout)
+            self.store.set_timeout(timedelta(seconds=self.timeout))
 
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come.
@@ -152,9 +155,13 @@ class Ranks:
         return json.loads(self.store.get(key))
 
     def wait(self, what):
-        """Wait for rank 0, however long it takes."""
+        """Wait for all ranks, however long it takes."""
+        if self.world == 1:
+            return
         self.turns += 1
-        self.tell(f"{what}/{self.turns}", None)
+        turn = [f"{what}/{self.turns}/{rank}" for rank in range(self.world)]
+        self.store.set(turn[self.rank], "")
+        self.store.wait(turn, timedelta(days=365))
 
     def gather_objects(self, x):
         """Every rank's x, anything that can be pickled between processes that trust each other, as a list."""
@@ -188,25 +195,46 @@ class Block:
         self.ends = memory_bank.ends_of(bank.chunks[positions])
         self.offsets = torch.from_numpy(self.ends).to(device)
         self.numbers_on_device = torch.from_numpy(self.numbers).to(device)
-        self.routing_keys, self.scales, self.content = [], [], None  # the first two by routing layer
-        shape = self.ends[-1], bank.layout.routing_heads, bank.layout.routing_dim
-        plan, int8 = bank.plan(positions), routing_keys == "int8"
-        for layer in range(bank.layout.routing_layers):
-            keys = torch.empty(shape, dtype=getattr(torch, routing_keys))
-            scales = torch.empty(shape[0]) if int8 else None
-            for rows, tile in bank.routing_keys(layer, plan):
-                if int8:
-                    keys[rows], scales[rows] = quantize(to_tensor(tile))
-                else:
-                    keys[rows] = to_tensor(tile)
-                if progress:
-                    progress(tile.nbytes)
-            self.routing_keys.append(keys.to(device))
-            self.scales.append(scales.to(device) if int8 else None)
+        self.content = None
+        self.load_routing_keys(bank, positions, device, routing_keys, progress)
         if host:
             content, scales = zip(*(bank.content(position) for position in positions))
             scales = None if scales[0] is None else torch.from_numpy(np.concatenate(scales))
             self.content = to_tensor(np.concatenate(content)), scales
+
+    def load_routing_keys(self, bank, positions, device, kind, progress):
+        """Threads read tiles, verify them, bring them to the device and quantise them there."""
+        shape = self.ends[-1], bank.layout.routing_heads, bank.layout.routing_dim
+        plan = bank.plan(positions)
+        int8, layers, local = kind == "int8", range(bank.layout.routing_layers), threading.local()
+        self.routing_keys = [torch.empty(shape, dtype=getattr(torch, kind), device=device) for _ in layers]
+        self.scales = [torch.empty(shape[0], device=device) if int8 else None for _ in layers]
+        size = memory_bank.TILE * 2 * int(np.prod(shape[1:]))
+
+        def buffer():
+            """Of this thread; of pinned memory one for each tile, which goes back when its copy is done."""
+            if device.type == "cuda":
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+            if not hasattr(local, "buffer"):
+                local.buffer = np.empty(size, np.uint8)
+            return local.buffer
+
+        def load(layer, rows, read):
+            tile = to_tensor(read(buffer()))
+            x = tile.to(device, non_blocking=True)
+            if int8:
+                self.routing_keys[layer][rows], self.scales[layer][rows] = quantize(x)
+            else:
+                self.routing_keys[layer][rows] = x
+            return tile.nbytes
+
+        jobs = [(layer, *job) for layer in layers for job in bank.routing_keys(layer, plan)]
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for loaded in pool.map(load, *zip(*jobs)):
+                if progress:
+                    progress(loaded)
+        torch.set_num_threads(threads)  # what a thread sets holds for those that begin later
 
     def keep(self, bank):
         """Let the documents go that are no longer in the bank, or have another text there."""
@@ -242,6 +270,7 @@ class ParallelMemory:
         self.routing_keys, self.host = routing_keys, content == "host"
         self.bank, self.blocks = ranks.same(bank), []
         self.load(np.arange(len(self.bank)))
+        ranks.wait("opened")  # a rank with a slower disk may take minutes more
 
     def __len__(self):
         return len(self.bank)
@@ -367,9 +396,9 @@ class ParallelMemory:
 
     def bring(self, readers, positions):
         """The content of these documents on the device, as it is stored: pairs of (chunks, L, 2, G, D) and
-        the scales of int8 (chunks, L, 2). Every rank brings its own. None: one chunk of zeros."""
+        the scales of int8 (chunks, L, 2). Every rank brings its own. None: an empty one."""
         layout = self.bank.layout
-        ends = [0, 1] if positions is None else memory_bank.ends_of(self.bank.chunks[positions])
+        ends = [0, 0] if positions is None else memory_bank.ends_of(self.bank.chunks[positions])
         int8, pinned = layout.content == "int8", dict(pin_memory=self.device.type == "cuda")
         shape = int(ends[-1]), len(readers), 2
         dtype = torch.int8 if int8 else torch.bfloat16

@@ -35,7 +35,7 @@ class PaperConfig:
     num_key_value_heads: int = 2        # G; divides H
     head_dim: int = 32                  # D; even
     rope_theta: float = 10000.0         # RoPE base
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6          # what RMSNorm adds to the mean square
     tie_word_embeddings: bool = True    # the output matrix is the embedding
     qk_norm: bool = False               # RMSNorm on queries and keys per head, as in Qwen3
     chunk_size: int = 64                # tokens pooled into one memory slot

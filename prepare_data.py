@@ -23,8 +23,8 @@ number is another's, are answered by prompts.NOT_FOUND. Of a folder without quer
 what a sentence says is asked of the rest of its document.
 Documents about which a test is asked stay out, with all that have the same title.
 """
+import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import tempfile
@@ -37,10 +37,30 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_base
-from common import UserError, command_line, main, write_json
+from common import (
+    UserError,
+    command_line,
+    main,
+    make_folder,
+    naming,
+    read_json,
+    read_rows,
+    sync_folder,
+    sync_handle,
+    write_json,
+)
 from documents import read_documents, tell_skipped
 from prompts import NOT_FOUND
-from question_sets import SetQuestion, bm25_search, read_impossible, read_set, read_texts
+from question_sets import (
+    SetQuestion,
+    bm25_search,
+    pieces_of,
+    place_of,
+    read_impossible,
+    read_set,
+    read_texts,
+    tell_odd,
+)
 from tasks import Question, Words, make_pool
 from tokenizer import named_encoding, train_encoding
 
@@ -89,26 +109,17 @@ class DataConfig:
 
 def read_questions(path, documents):
     """Questions of a .jsonl file about `documents`. Raises UserError that names the line."""
-    places = {}
-    for i, document in enumerate(documents):
-        places.setdefault(document.source, []).append(i)
-    questions = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    pieces, questions = pieces_of(documents), {}
+    wanted = 'an object with "question", "answer" (text) and "documents" (a list)'
+    for number, row in read_rows(path, wanted):
         try:
-            row = json.loads(line)
             text, answer, names = row["question"], row["answer"], row["documents"]
             pooled = row.get("pooled", False)
             if not (isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
                     and text and answer):
                 raise TypeError
             hops = [hop if isinstance(hop, list) else [hop] for hop in names]
-            gold = tuple(tuple(find_document(str(name), places, documents) for name in hop) for hop in hops)
+            gold = tuple(tuple(place_of(str(name), pieces, documents) for name in hop) for hop in hops)
             question = Question(text, gold, answer, pooled)
             if not gold or not all(gold):
                 raise UserError("'documents' is empty, or a list in it is; name a document in each")
@@ -116,29 +127,17 @@ def read_questions(path, documents):
                 raise UserError("'documents' names a document twice; name it where it is first needed")
             if type(pooled) is not bool or (pooled and len(question.documents) != 1):
                 raise UserError(f"'pooled' is {pooled!r}; true or false, and true only with one document")
-            questions.append(question)
+            questions[question] = questions.get(question, 0) + 1
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}:{number}: not an object with "question", "answer" (text) and '
-                            '"documents" (a list)') from None
+            raise UserError(f"{path}:{number}: not {wanted}") from None
+    again = sum(questions.values()) - len(questions)  # one of two could train, the other validate
+    tell_odd(path, {"skipped: asked again": again}, print)
     if len(questions) < 2:
         raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train "
                         "on and one to validate with")
-    return questions
-
-
-def find_document(name, places, documents):
-    """The index of the document "file" or "file:line". places: the indices of each file's documents."""
-    source, _, line = name.rpartition(":")
-    if not line.isdigit():
-        source, line = name, ""
-    candidates = [i for i in places.get(source, [])
-                  if not line or documents[i].first_line <= int(line) <= documents[i].last_line]
-    if len(candidates) != 1:
-        raise UserError(f"'{name}' names {len(candidates)} documents of the folder; give a file below it, "
-                        "and \"file:line\" where a long file was split")
-    return candidates[0]
+    return [*questions]
 
 
 def own_pool(documents, questions, config, rng):
@@ -167,8 +166,11 @@ class RaggedWriter:
         self.offsets.append(self.offsets[-1] + len(row))
 
     def close(self):
-        self.file.close()
-        np.frombuffer(self.offsets, dtype=np.int64).tofile(f"{self.path}.offsets")
+        with self.file, open(f"{self.path}.offsets", "wb") as offsets:
+            offsets.write(self.offsets.tobytes())
+            for file in (self.file, offsets):
+                file.flush()
+                sync_handle(file.fileno(), self.path)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -188,7 +190,8 @@ class Ragged:
             raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
         self.values = np.zeros(0, dtype)
         if size:  # nothing cannot be mapped
-            self.values = np.memmap(f"{path}.bin", dtype, "r")
+            with naming(f"{path}.bin"):
+                self.values = np.memmap(f"{path}.bin", dtype, "r")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -272,14 +275,15 @@ class Pools:
 
 def read_about(folder):
     """The description of prepared data. Raises UserError when there is none."""
-    try:
-        about = json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
-        return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"])}
-    except FileNotFoundError:
+    path = Path(folder) / "about.json"
+    if not path.exists():
         raise UserError(f"{folder}: no prepared data here; run python prepare_data.py with the same "
-                        "configuration") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}/about.json: malformed; run python prepare_data.py again") from None
+                        "configuration")
+    try:
+        about = read_json(path, "an object")
+        return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"])}
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{path}: malformed; run python prepare_data.py again") from None
 
 
 def check_prepared(config):
@@ -634,24 +638,58 @@ def endless(items, rng):
         yield from (items[i] for i in rng.permutation(len(items)))
 
 
+MAKING = ".prepare-"  # how the names of folders begin in which data is made
+CODERS = ("tokenizer.json", "tokenizer.tiktoken")  # of which an encoding writes one
+
+
+@contextlib.contextmanager
+def replacing(out):
+    """A new folder in the folder `out`, whose entries take the place of those of their names in the end.
+
+    Nothing of `out` goes before that, whether it is a link, a mount point or the working directory; what it
+    held goes when all has come. Raises UserError where `out` holds what is not prepared data.
+    """
+    held = {path.name for path in out.iterdir()} - {"lost+found"} if out.exists() else set()
+    ours = "about.json" in held or any(name.startswith(MAKING) for name in held)
+    if held and not ours:
+        raise UserError(f"{out}: exists and is not prepared data; give another --out")
+    given, out = out, make_folder(out)
+    new, old = (Path(tempfile.mkdtemp(prefix=MAKING, dir=out)) for _ in range(2))
+    moved = []
+    try:
+        with naming(given):
+            yield new
+            names = [path.name for path in new.iterdir() if path.name != "about.json"]
+            for name in ("about.json", *names, *CODERS):  # without about.json nobody reads the rest
+                if (out / name).exists():
+                    (out / name).rename(old / name)
+                    moved.append((old / name, out / name))
+            for name in (*names, "about.json"):
+                (new / name).rename(out / name)
+                moved.append((out / name, new / name))
+            moved = []
+            sync_folder(out)
+            for folder in out.glob(f"{MAKING}*"):  # those of runs that were killed, too
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for source, target in reversed(moved):  # it has failed in the middle
+            source.rename(target)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not held:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
+
+
 def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
-    if out.exists() and not (out / "about.json").exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists and is not prepared data; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # appears whole or not at all
-    try:
+    with replacing(out) as building:
         write = write_sets if config.data else write_own if config.documents else write_synthetic
         tokenizer = write(config, building)
         tokenizer.save(building)
         about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)}
         write_json(building / "about.json", about)
-        shutil.rmtree(out, ignore_errors=True)
-        building.chmod(0o755)  # mkdtemp made it private
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     pools = Pools(out / "train", tokenizer.vocab_size)
     tokens = len(pools.documents.values)
     print(f"{out}: {len(pools):,} training pools, {len(pools.documents):,} documents of "

@@ -31,8 +31,8 @@ from jinja2 import TemplateError  # torch brings it
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from checkpoint import find, read_json
-from common import UserError, atomic_file
+from checkpoint import find
+from common import UserError, atomic_file, read_json, read_text
 from model import MSA
 from tokenizer import HubEncoding, Tokenizer
 
@@ -206,7 +206,7 @@ def read_template(folder, about):
     path, template = folder / "chat_template.jinja", about.get("chat_template")
     try:
         if path.exists():
-            template = path.read_text(encoding="utf-8")
+            template = read_text(path)
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
         if template is None:

@@ -8,11 +8,12 @@
 A document's title is the first line of its text. Questions come by split (train, test and others).
 """
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, numbered, read_rows, read_text
 from documents import read_jsonl
 
 
@@ -31,16 +32,16 @@ def titled(title, text):
 def read_set(path, say=print):
     """A folder in BEIR's layout or SQuAD's .json file: (texts, {split: list of SetQuestion}).
 
-    say: told in one line what of the judgements could not be used. Raises UserError.
+    say: told in one line of each file what of it could not be used. Raises UserError.
     """
     return read_beir(path, say) if Path(path).is_dir() else read_squad(path)
 
 
-def read_texts(path):
+def read_texts(path, say=print):
     """The texts of a set's documents alone; the set needs no questions. Raises UserError."""
     if not Path(path).is_dir():
         return read_squad(path)[0]
-    return [text for _, text in read_corpus(path)]
+    return [*read_corpus(path, say).values()]
 
 
 def choose_split(questions, split, path):
@@ -63,58 +64,59 @@ def read_beir(folder, say=print):
 
     Raises UserError that names the file and line.
     """
-    corpus = read_corpus(folder)
-    place = {id: i for i, (id, _) in enumerate(corpus)}
-    if len(place) < len(corpus):
-        raise UserError(f"{folder}/corpus.jsonl: two documents have the same _id; ids must differ")
-    asked = {}
-    for number, row in read_rows(Path(folder) / "queries.jsonl"):
+    corpus, path = read_corpus(folder, say), Path(folder) / "queries.jsonl"
+    place, asked, odd = {id: i for i, id in enumerate(corpus)}, {}, Counter()
+    for number, row in read_rows(path):
         if not isinstance(row.get("_id"), str):
-            raise UserError(f'{folder}/queries.jsonl:{number}: a question needs an "_id", a string')
-        asked[row["_id"]] = question_of(row, "text", f"{folder}/queries.jsonl:{number}")
+            raise UserError(f'{path}:{number}: a question needs an "_id", a string')
+        text = row.get("text", 0)
+        if text is None or isinstance(text, str) and not text.strip():
+            odd["skipped: empty text"] += 1
+        elif row["_id"] in asked:
+            odd["skipped: an _id that was there before"] += 1
+        else:
+            asked[row["_id"]] = question_of(row, "text", f"{path}:{number}")
+    tell_odd(path, odd, say)
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
-    return [text for _, text in corpus], {path.stem: read_qrels(path, asked, place, say) for path in splits}
+    return [*corpus.values()], {path.stem: read_qrels(path, asked, place, say) for path in splits}
+
+
+def tell_odd(path, odd, say):
+    """Say what is odd in a file, and how often, if anything is."""
+    if any(odd.values()):
+        say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
 
 
 def read_impossible(folder):
     """A folder's impossible.jsonl, {split: pairs (question, place of the document that does not answer it)};
     {} without one. A line: {"text": "...", "document": an _id of the corpus, "split": "train"}."""
     path, found = Path(folder) / "impossible.jsonl", {}
-    place = {id: i for i, (id, _) in enumerate(read_corpus(folder))} if path.is_file() else {}
+    place = {id: i for i, id in enumerate(read_corpus(folder, lambda _: None))} if path.is_file() else {}
     for number, row in read_rows(path) if place else ():
-        if row.get("document") not in place:
+        if not isinstance(row.get("document"), str) or row["document"] not in place:
             raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
         question = question_of(row, "text", f"{path}:{number}")
-        found.setdefault(row.get("split"), []).append((question.text, place[row["document"]]))
+        found.setdefault(str(row.get("split")), []).append((question.text, place[row["document"]]))
     return found
 
 
-def read_corpus(folder):
-    """Pairs (id, text) of a folder's corpus.jsonl, titles included."""
-    path = Path(folder) / "corpus.jsonl"
+def read_corpus(folder, say=print):
+    """A folder's corpus.jsonl, id -> text, titles included."""
+    path, corpus, odd = Path(folder) / "corpus.jsonl", {}, Counter()
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a set in BEIR's layout: "
                         "corpus.jsonl, queries.jsonl, qrels/test.tsv")
-    # a document without a title is read with its id in the title's place
-    return [(id, titled(title if title != id else "", text)) for id, title, text in read_jsonl(path)]
-
-
-def read_rows(path):
-    """Yields (line number, object) of a .jsonl file. Raises UserError."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a file of one question a line") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object in UTF-8")
-        yield number, row
+    for id, title, text in read_jsonl(path):
+        if not (title + text).strip():
+            odd["skipped: empty text"] += 1
+        elif id in corpus:
+            odd["skipped: an _id that was there before"] += 1
+        else:
+            corpus[id] = titled(title, text)
+    tell_odd(path, odd, say)
+    if not corpus:
+        raise UserError(f"{path}: no document in it")
+    return corpus
 
 
 def question_of(row, name, where):
@@ -136,18 +138,15 @@ def read_qrels(path, asked, place, say=print):
     gets one line that counts them. Raises UserError for a line that is not a judgement at all.
     """
     gold, odd = {}, Counter()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered(read_text(path)):
+        line = line.rstrip()
         columns = line.split("\t") if "\t" in line else line.split()
         if not columns:
             continue
         try:
             score = float(columns[3] if len(columns) == 4 else columns[2])
         except (ValueError, IndexError):
-            if number == 1:
+            if number == 1 and not (columns[0] in asked and columns[-2:][0] in place):
                 continue  # the names of the columns
             raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
                             "with tabs between") from None
@@ -159,8 +158,7 @@ def read_qrels(path, asked, place, say=print):
             odd["skipped: unknown question or document"] += 1
         elif score > 0:
             gold.setdefault(query, {})[place[document]] = None  # a dict: in order, each once
-    if odd.total():
-        say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
+    tell_odd(path, odd, say)
     return [asked[query]._replace(gold=tuple(indices)) for query, indices in gold.items()]
 
 
@@ -175,7 +173,7 @@ def read_squad(path):
     """
     texts, questions = [], {"train": [], "test": []}
     try:
-        articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
             split = questions["test" if i % 4 == 3 else "train"]
             for paragraph in article["paragraphs"]:
@@ -192,40 +190,59 @@ def read_squad(path):
     return texts, questions
 
 
-def read_questions(path, documents):
+def read_questions(path, documents, say=print):
     """One's own questions about Documents: a list of SetQuestion.
 
     A line of the file: {"question": "...", "answers": ["..."], "documents": ["notes.md:12"]}; answers and
     documents may be missing, but nothing answers a question without answers whose documents are []. A
     document is a file or id and, where it was split, a line. Raises UserError.
     """
-    questions, pieces = [], {}
-    for place, document in enumerate(documents):
-        pieces.setdefault(document.id.rpartition("#")[0], []).append(place)
-    for number, row in read_rows(Path(path)):
+    questions, pieces, again = {}, pieces_of(documents), 0
+    for number, row in read_rows(path):
         where, gold = f"{path}:{number}", row.get("documents") or []
         if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
             raise UserError(f'{where}: "documents" is {gold!r}; it must be a list of strings')
-        found = dict.fromkeys(place_of(name, pieces, documents, where) for name in gold)
+        try:
+            found = dict.fromkeys(place_of(name, pieces, documents, True) for name in gold)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)._replace(gold=tuple(found))
         nothing = row.get("documents") == [] and not question.answers
-        questions.append(question._replace(nothing=nothing))
+        again += question in questions
+        questions[question._replace(nothing=nothing)] = None
     if not questions:
         raise UserError(f"{path}: no question in it")
-    return questions
+    tell_odd(path, {"skipped: asked again": again}, say)
+    return [*questions]
 
 
-def place_of(name, pieces, documents, where):
-    """The place of the one document that is meant by "notes.md" or "notes.md:12"; pieces: places by file."""
+def same(name):
+    """A name in the spelling that `documents.name_of` gives to a file's."""
+    return unicodedata.normalize("NFC", name)
+
+
+def pieces_of(documents):
+    """The places of each file's or id's Documents."""
+    pieces = {}
+    for place, document in enumerate(documents):
+        pieces.setdefault(same(document.id.rpartition("#")[0]), []).append(place)
+    return pieces
+
+
+def place_of(name, pieces, documents, first=False):
+    """The place of the one document that is meant by "notes.md" or "notes.md:12"; first: of a long line that
+    is several documents the first one. Raises UserError."""
+    name = same(name)
     file, _, line = name.rpartition(":")
-    if name in pieces:
-        places = pieces[name]
-    else:
-        places = [place for place in pieces.get(file, ()) if line.isdigit()
-                  and documents[place].first_line <= int(line) <= documents[place].last_line][:1]
+    places = pieces.get(name)
+    if places is None:
+        line = int(line) if line.isdecimal() and len(line) < 10 else 0
+        places = [place for place in pieces.get(file, ())
+                  if documents[place].first_line <= line <= documents[place].last_line]
+        places = places[:1] if first else places
     if len(places) != 1:
-        raise UserError(f"{where}: {name!r} names {len(places)} documents, not one; give a file below "
-                        '--documents, or an id, and a line of it if the file was split: "notes.md:12"')
+        raise UserError(f"{name!r} names {len(places)} documents, not one; give a file below --documents, or "
+                        'an id, and a line of it if the file was split: "notes.md:12"')
     return places[0]
 
 

@@ -13,6 +13,7 @@ Hugging Face Hub.
 """
 import itertools
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,14 +24,24 @@ import tyro
 from tqdm import tqdm
 
 from checkpoint import SMOLLM2, find, packaged
-from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    command_line,
+    detect_device,
+    encoding_of,
+    keep_freed_memory,
+    main,
+    printable,
+    read_rows,
+    write_json,
+)
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, answer_questions, interleave
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
 from prompts import load_checkpoint
-from question_sets import question_of, read_rows
+from question_sets import question_of
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
@@ -54,6 +65,7 @@ class SampleConfig:
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds
     verify: bool = False                  # check every sum of the bank
+    remove: bool = False                  # more than half of the bank may go where --documents lacks it
     compact: bool = False                 # rewrite the bank without its deleted documents
     content: Literal["bfloat16", "int8"] = "bfloat16"       # how a new bank stores keys and values
     content_in: Literal["disk", "host"] = "disk"            # where they are: read when needed, or held in RAM
@@ -167,8 +179,11 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
             texts = lambda: [document.spelled() for document in read({})]
             bank_routers(model, tokenizer, config.memory, texts, ranks)
         size = documents_size(config.documents)
-        done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped)
-        tell_skipped(skipped, say)
+        try:
+            done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped,
+                        config.remove)
+        finally:
+            tell_skipped(skipped, say)
         say(f"{config.memory}: {done} on {on}")
     if not model.trained_routers:
         bank_routers(model, tokenizer, config.memory, None, ranks)
@@ -222,9 +237,8 @@ def script():
         memory = open_bank(model, tokenizer, config, ranks, count_tokens, say, on)
         if memory is None:
             return ranks.end()
-
         texts = memory.texts
-        where = lambda position: memory.bank.document(position)[1]
+        where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
     else:
         skipped = {}
         documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
@@ -237,26 +251,43 @@ def script():
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
     about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
+
+    def ask(question):
+        if config.memory:
+            memory.refresh()  # it may have changed since the last question
+        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
+
     if config.questions:
         rows = ask_all(*about, texts, where, questions, config, reaches)
         if ranks.rank == 0:
             write_json(config.json, rows)
         say(f"{config.json}: {len(rows):,} answers")
-        return ranks.end()
-    for question in [config.question] if config.question else typed_questions(ranks):
-        if config.memory:
-            memory.refresh()  # it may have changed since the last question
-        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
+    elif config.question:
+        ask(config.question)
+    else:
+        for question in typed_questions(ranks):
+            try:
+                ask(question)
+            except UserError as error:  # what is in RAM is not lost for one question
+                if ranks.world > 1:
+                    raise
+                say(f"error: {printable(str(error))}")
     ranks.end()
 
 
 def typed_questions(ranks):
     """Yields on every rank what is typed at rank 0's terminal, until its end."""
+    if ranks.rank == 0 and hasattr(sys.stdin, "reconfigure"):
+        typed = {} if sys.stdin.isatty() else dict(encoding=encoding_of(sys.stdin.buffer.peek(), "stdin"))
+        sys.stdin.reconfigure(errors="replace", **typed)
     for turn in itertools.count():
         question = ""
         try:
             while ranks.rank == 0 and not question:
                 question = input("question> ").strip()
+                if "\ufffd" in question or "\0" in question:
+                    print(f"not a text: {question!a}; ask again")
+                    question = ""
         except (EOFError, KeyboardInterrupt):
             print()
             question = None

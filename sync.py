@@ -71,7 +71,6 @@ def bank_routers(model, tokenizer, folder, texts, ranks):
         if held:
             raise UserError(f"{path}: missing; {memory_bank.REPAIR}")
         make_routers(model, tokenizer, texts())
-        path.parent.mkdir(parents=True, exist_ok=True)
         routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}
         memory_bank.write_file(path, safetensors.torch.save(routers))
     ranks.wait("routers")
@@ -146,14 +145,12 @@ class Changes:
     def missing(self, skipped):
         """The numbers of the documents that have not come; asked at the end of the stream.
 
-        skipped: names of files that could not be read. What the bank holds of them, name#0, name#1 and so on,
-        stays: a file that cannot be read now is not a deleted one.
+        skipped: names of files that could not be read, or of links to folders. What the bank holds of them
+        stays: what cannot be read now is not deleted.
         """
-        for name in skipped:
-            for i in itertools.count():
-                position = self.position_of(hash64(f"{name}#{i}"))
-                if position is None:
-                    break
+        kept = tuple(f"{name}{behind}" for name in skipped for behind in ":/")
+        for position in np.flatnonzero(~self.seen) if kept else ():
+            if self.bank.document(position)[1].startswith(kept):
                 self.seen[position] = True
                 self.counts["kept unread"] += 1
         self.counts["removed"] = int((~self.seen).sum())
@@ -165,15 +162,16 @@ def given_twice(what, value):
 
 
 @torch.no_grad()
-def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0, skipped=()):
+def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0, skipped=(), remove=False):
     """Bring the bank `folder` in line with a stream of Documents. Collective: every rank has the same stream.
 
     New documents are added, changed ones encoded again under their old number, those that do not come are
     removed. A bank that is not there is made. Documents are the same when their `id` is, unchanged when text
-    and place are too. The ranks share the encoding. What is done is committed when a segment is full or a
-    minute has passed, and is not done again after an interruption. size: bytes of all texts, for progress;
-    skipped: names of files that the stream could not read by its end, whose documents stay as they are.
-    Returns a sentence that says what was done. Raises UserError, among others for ids or numbers given twice.
+    and place are too. The ranks share the encoding. What is done is committed when a segment is full, when a
+    minute has passed or the stream fails, and is not done again. size: bytes of all texts, for progress;
+    skipped: names of files that the stream could not read by its end, whose documents stay as they are;
+    remove: whether more than half of the bank may go. Returns a sentence that says what was done. Raises
+    UserError, among others for ids or numbers given twice.
     """
     first = ranks.rank == 0
     began = committed = time.monotonic()
@@ -199,18 +197,31 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
         stream = itertools.chain(groups(documents, ENCODE_TOKENS * ranks.world), [[]])  # an empty one at last
         progress = dict(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1)
         with tqdm(**progress, disable=not first) as bar:
-            for group in stream:
-                due, held = changes.compare(group)
+            group = True
+            while group:
+                failed = None
+                try:
+                    group = next(stream)
+                    due, held = changes.compare(group)
+                except (UserError, OSError) as error:  # what is encoded is kept
+                    failed, group, due, held = error, [], [], []
                 full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
                 late = time.monotonic() - committed > COMMIT_SECONDS
                 work = hash64(*(f"{number} {id_hash} {digest}" for number, _, id_hash, digest in due)) >> 1
-                reports = ranks.gather(torch.tensor([full or late, len(group), work], device=ranks.device))
+                reports = ranks.gather(torch.tensor([full or late, failed is not None, len(group), work],
+                                                    device=ranks.device))
                 if (reports[:, 1:] != reports[0, 1:]).any():
-                    raise UserError("the ranks read different documents; "
-                                    "--documents must be the same for all of them")
-                if reports[:, 0].any() or not group:
-                    commit(replaced + ([] if group else changes.missing(skipped)))
+                    failed = failed or UserError("the ranks read different documents; "
+                                                 "--documents must be the same for all of them")
+                missing = [] if group or failed else changes.missing(skipped)
+                if 2 * len(missing) > len(bank) and not remove:
+                    failed = UserError(f"{folder}: {len(missing):,} of its {len(bank):,} documents are not "
+                                       "in --documents; if they shall go, give --remove (new ones are added)")
+                if reports[:, :2].any() or failed or not group:
+                    commit(replaced + ([] if failed else missing))
                     replaced, committed = [], time.monotonic()
+                if failed:
+                    raise failed
                 replaced += held  # with what is encoded now, in one change
                 share = sorted(due[ranks.rank::ranks.world], key=lambda entry: entry[0])
                 if share:
@@ -240,15 +251,20 @@ def encode_records(model, tokenizer, due, layout):
 
 def groups(documents, size):
     """Lists of documents of about `size` tokens each, four characters to a token."""
-    group, total = [], 0
-    for document in documents:
-        group.append(document)
-        total += len(document.text) // 4 + 1
-        if total >= size:
-            yield group
-            group, total = [], 0
+    group, total, failed = [], 0, None
+    try:
+        for document in documents:
+            group.append(document)
+            total += len(document.text) // 4 + 1
+            if total >= size:
+                yield group
+                group, total = [], 0
+    except (UserError, OSError) as error:  # what came before it comes first
+        failed = error
     if group:
         yield group
+    if failed:
+        raise failed
 
 
 def describe(bank):

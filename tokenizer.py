@@ -28,7 +28,7 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 
-from common import UserError, atomic_file, write_json
+from common import UserError, atomic_file, check_download, read_text, write_json
 
 SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
 
@@ -55,8 +55,9 @@ class HubEncoding:
         self.name = self.path.absolute().parent.name
         self.own = {}
         with self.refusing("malformed tokenizer.json"):
-            self.data = self.path.read_bytes()
-            self.library = library = tokenizers.Tokenizer.from_buffer(self.data)
+            self.data, text = self.path.read_bytes(), read_text(self.path)
+            check_download(self.data[:99], self.path, page=True)
+            self.library = library = tokenizers.Tokenizer.from_str(text)
             self.ids = library.get_vocab(with_added_tokens=True)
             self.names = {i: name for name, i in self.ids.items()}
             self.n_vocab = max(self.names) + 1
@@ -69,7 +70,7 @@ class HubEncoding:
                 library.model.dropout = None  # a text is the same tokens every time
             # Some vocabularies spell special tokens as words. A text may become none but the unknown one.
             special = [token for token in library.get_added_tokens_decoder().values() if token.special]
-            model = json.loads(self.data)["model"]
+            model = json.loads(text)["model"]
             unknown = {model.get("unk_id"), self.ids.get(model.get("unk_token"))}
             self.reserved = {self.ids[token.content] for token in special} - unknown
             # Special tokens of a template are parsed by other names, which no text can know.
@@ -86,6 +87,8 @@ class HubEncoding:
         """Whatever the library raises becomes a UserError that names the file. A panic is no Exception."""
         try:
             yield
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}; give a tokenizer.json") from None
         except BaseException as error:
@@ -263,7 +266,7 @@ class Tokenizer:
         """Read what `save` wrote. Raises UserError when a file is missing or malformed."""
         folder = Path(folder)
         try:
-            about = json.loads((folder / "tokenizer_msa.json").read_text(encoding="utf-8"))
+            about = json.loads(read_text(folder / "tokenizer_msa.json"))
             special = about["special_tokens"]
             if about.get("ranks") == "tokenizer.json":
                 encoding = HubEncoding(folder / "tokenizer.json")
@@ -272,7 +275,7 @@ class Tokenizer:
                 if about.get("fingerprint") != tokenizer.fingerprint():
                     raise ValueError("its tokenizer.json is not the one that was saved")
                 return tokenizer
-            lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+            lines = read_text(folder / "tokenizer.tiktoken").split("\n")
             pairs = (line.split() for line in lines if line)
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             ids = {*ranks.values(), *special.values()}
@@ -283,7 +286,9 @@ class Tokenizer:
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no tokenizer here; "
                             "give a folder that train.py or prepare_data.py wrote") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
 
 

@@ -40,6 +40,7 @@ from common import (
     end_process_group,
     keep_freed_memory,
     main,
+    make_folder,
     start_process_group,
 )
 from low_rank import add_factors
@@ -520,7 +521,7 @@ def train(config, device, dtype, rank, world, say):
     if config.resume:
         step, position, rows = resume(model, optimizer, tokenizer, config, world, say)
     unseen = not any((row["step"], row["split"]) == (step, "validation") for row in rows)
-    out.mkdir(parents=True, exist_ok=True)  # an unusable folder is better known before the first step
+    make_folder(out, probe=True)  # an unusable folder is better known before the first step
     # What --overwrite replaces stays until there is something to put in its place
     log = Log(out / "log.jsonl" if rank == 0 else None, rows, patient=config.overwrite and not config.resume)
 
@@ -585,6 +586,7 @@ def train(config, device, dtype, rank, world, say):
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
         if due(step) or stop:  # before the evaluation, which might fail
+            log.sync()
             save(model, optimizer, tokenizer, config, step, position, rank, world)
             log.begin()
         if due(step):

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import check_shapes, open_weights, read_json, write_tensors
-from common import UserError, atomic_file, write_json
+from checkpoint import check_shapes, open_weights, other_names, write_tensors
+from common import UserError, atomic_file, naming, read_json, read_text, sync_handle, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their weight; beside them `step`, (1,)
 
@@ -31,7 +31,8 @@ def write_state(folder, model, optimizer, about, rank=0, shards=1):
     shards: ranks that the model is shared out to, all of which call this; else rank 0 alone does. Each tensor
     goes to the disk by itself: nothing is held twice."""
     folder, step = Path(folder), about["step"]
-    files = [f"{step:08d}-{i}-of-{shards}.safetensors" for i in range(shards)]
+    other = other_names(folder / "about.json", f"{step:08d}-")  # those of a run that is replaced stay as yet
+    files = [f"{step:08d}-{i}-of-{shards}{other}.safetensors" for i in range(shards)]
     tensors = dict(model.trained())
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -121,25 +122,31 @@ class Log:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
             self.file = open(self.path, "a", encoding="utf-8")
 
+    def sync(self):
+        """Wait until the rows are on the disk: what --resume reads beside a state must be there with it."""
+        if self.file:
+            sync_handle(self.file.fileno(), self.path)
+
     def add(self, row):
         """Keep a row, a dict, and write it. A tracker is called here: `wandb.log(row)`, or trackio's."""
         if not self.patient:
             self.begin()
         self.rows.append(row)
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            with naming(self.path):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
 
 
 def read_log(path, step):
     """The rows of log.jsonl up to a step. Raises UserError where some of them are missing; what was being
     written when the run ended may be."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
         rows = [row for row in map(json.loads, filter(None, lines[:-1])) if row["step"] <= step]
         if [row["step"] for row in rows if row["split"] == "train"] != [*range(1, step + 1)]:
             raise ValueError(f"not one row for each of {step} steps")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: does not hold the rows of the steps before ({type(error).__name__}: "
                         f"{error}); start anew with --overwrite, or put it back") from None
     return rows

@@ -1,5 +1,6 @@
 """The scripts as a user calls them: what works, and what one clear sentence must answer."""
 import dataclasses
+import inspect
 import io
 import json
 import re
@@ -92,7 +93,7 @@ MISTAKES = [
     # configuration files
     (train, "none.toml", "error: none.toml: no such configuration file"),
     (train, "broken.toml", "error: broken.toml: not valid TOML: "),
-    (train, "latin.toml", "error: latin.toml: not valid TOML: "),
+    (train, "latin.toml", "error: latin.toml: not UTF-8 .byte 9.; convert it"),
     (train, "unknown.toml", "error: unknown.toml: unknown key 'model.hiden_size'; known here: .*hidden_size"),
     (train, "string.toml", "error: string.toml: max_steps = '5' is of type str; it must be of type int"),
     (train, "float.toml", "error: float.toml: max_steps = 5.5 is of type float; it must be of type int"),
@@ -272,11 +273,32 @@ def test_help(run, script, config, positional):
         expected = name.upper() if name in positional else f"--{name}"
         assert re.search(rf"(?<![\w-]){re.escape(expected)}(?![\w-])", result.out), expected
     assert f"python {script.__name__}.py" in result.out
-    source = open(script.__file__, encoding="utf-8").read()
-    comments = re.findall(r"^    \w+: .*= .*?  +# (.*)$", source, flags=re.M)
     text = " ".join(re.sub("[\u2500-\u257f|]", " ", result.out).split())
-    missing = [comment for comment in comments if " ".join(comment.split())[:30] not in text]
-    assert len(comments) > 6 and not missing
+    explained = {*explanations(config())}
+    missing = [comment for comment in explained if " ".join(comment.split()) not in text]
+    assert len(explained) > 6 and not missing
+    assert result.out.startswith(f"usage: {script.__name__}.py {'[FILE.toml] ' * (script is not sample)}[-h]")
+
+
+def explanations(config):
+    """The whole comments of a configuration's fields, behind them or above; every field must have one."""
+    lines = open(inspect.getsourcefile(type(config)), encoding="utf-8").read().split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"class {type(config).__name__}"))
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(getattr(config, field.name)):
+            yield from explanations(getattr(config, field.name))
+            continue
+        found = [i for i, line in enumerate(lines[first:], first) if line.startswith(f"    {field.name}: ")]
+        if not found:
+            continue  # it is inherited
+        at, comment = found[0], ""
+        if "  # " in lines[at]:
+            yield lines[at].rpartition("  # ")[2]
+            continue
+        while lines[at - 1].startswith("    # "):
+            at, comment = at - 1, f"{lines[at - 1][6:]} {comment}"
+        assert comment, f"--{field.name} is not explained"
+        yield comment
 
 
 def test_sample(run, here):

@@ -1,6 +1,7 @@
 """A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,48 @@ def test_pools_of_sets(prepared, backbone):
                 assert answer == (about[-5:-1] if gold else NOT_FOUND) and (question[0] == "O") == bool(gold)
         assert kinds == {"Of", "Who"}
     assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
+
+
+def test_cloze():
+    """A question made of a text would be about a sentence that is still there, or have another answer than
+    the one that the rest gives."""
+    text = ("Mill\nThe mill was built by Ann Lee in 1834. In the year 1834 it ground 250 sacks, so that Ann "
+            "Lee grew rich. By 1850 nobody wanted 250 sacks. Nothing else is known.")
+    sentences, asked = prepare_data.re.split(r"(?<=\.) ", text.partition("\n")[2]), set()
+    for seed in range(40):
+        rest, questions = prepare_data.cloze(text, np.random.default_rng(seed))
+        title, _, left = rest.partition("\n")
+        gone, = [sentence for sentence in sentences if sentence not in left]
+        assert title == "Mill" and left == " ".join(sentence for sentence in sentences if sentence != gone)
+        for question, answer in questions:
+            wh = {"1834": "what year", "250": "how many", "Ann Lee": "who or what"}[answer]
+            assert answer in left and question == f"Mill: {gone.replace(answer, wh, 1).rstrip('.')}?"
+            asked.add(answer)
+    assert asked == {"1834", "250", "Ann Lee"}
+    alone = "Mill\nThe mill was built by Ann Lee. Nothing else is known of it."
+    assert prepare_data.cloze(alone, np.random.default_rng(0)) == (alone, [])
+
+
+def test_misled(places, backbone):
+    """A question would be told to have no answer although it still has one, or one of two documents be
+    meant."""
+    pytest.importorskip("bm25s")
+    rng, seen = np.random.default_rng(3), set()
+    own = prepare_data.QuestionSet(places, ChatTokenizer(backbone), 400, rng)
+    gold = next(iter(own.about))
+    title = own.texts[gold[0]].partition("\n")[0]
+    own.names = [(title, "Oslo"), ("else", "Rome"), ("else", "Paris"), ("else", "Town"), ("else", "Ann Lee")]
+    question, = own.about[gold][0]
+    question = replace(question, text="Who sold the mill of Rome in 1850?")
+    for _ in range(40):
+        made, = own.misled(question, rng)
+        assert made.gold == () and made.answer == NOT_FOUND
+        name, year = made.text.removeprefix("Who sold the mill of ").rstrip("?").split(" in ")
+        assert (name == "Rome") != (year == "1850") and len(year) == 4
+        seen.add(name)
+    assert seen == {"Rome", "Paris", "Ann Lee"}  # not of the same title, and not what the passage speaks of
+    assert own.misled(replace(question, text="Who sold it?"), rng) == []
+    assert own.misled(replace(question, gold=((0, 1),)), rng) == []
 
 
 def test_collate_chat(backbone):

@@ -406,13 +406,13 @@ def test_own_questions(run, own, tokenizer):
     (ALPHA | {"documents": [3]}, "'3' names 0 documents"),
     (ALPHA | {"documents": []}, "'documents' is empty"),
     (ALPHA | {"documents": ["a.txt", []]}, "'documents' is empty, or"),
-    (ALPHA | {"documents": [[["a.txt"]]]}, r"'\['a.txt'\]' names 0 documents"),
+    (ALPHA | {"documents": [[["a.txt"]]]}, r"\"\['a.txt'\]\" names 0 documents"),
     (ALPHA | {"documents": ["a.txt", ["sub/b.md:1", "a.txt"]]}, "'documents' names a document twice"),
     (ALPHA | {"documents": [["a.txt", "sub/b.md:1"]], "pooled": True},
      "'pooled' is True; .*only with one document"),
     (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names 0 documents"),
     (ALPHA | {"documents": ["a.txt:7"]}, "'a.txt:7' names 0 documents"),
-    (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents .*\"file:line\""),
+    (ALPHA | {"documents": ["sub/b.md"]}, "'sub/b.md' names 2 documents, .*\"notes.md:12\""),
     (BETA | {"pooled": True}, "'pooled' is True; true or false, and true only with one document"),
     (ALPHA | {"pooled": 1}, "'pooled' is 1; true or false"),
     (ALPHA | {"pooled": 0}, "'pooled' is 0; true or false"),
@@ -428,8 +428,8 @@ def test_malformed_questions(own, line, message):
 
 
 @pytest.mark.parametrize("write,message", [
-    (lambda path: None, "cannot be read"),
-    (lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
+    (lambda path: None, "No such file or directory; expected a file of one object a line"),
+    (lambda path: path.write_bytes(b"\xff\xfe"), "holds 0 questions; at least 2"),
     (lambda path: path.write_text(""), "holds 0 questions; at least 2"),
     (lambda path: write_lines(path, [ALPHA]), "holds 1 questions; at least 2"),
 ])

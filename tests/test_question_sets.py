@@ -82,11 +82,11 @@ def test_odd_judgements(tmp_path, text, gold, message):
     ("queries.jsonl", '\n[]\n', "queries.jsonl:2: not a JSON object"),
     ("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n', "queries.jsonl:1: not a JSON object"),
     ("queries.jsonl", '{"_id": "a", "text": "b", "answers": "c"}\n', "queries.jsonl:1: \"answers\" is 'c'"),
-    ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
-     "two documents have the same _id"),
+    ("corpus.jsonl", '{"_id": "a", "text": ""}\n', "corpus.jsonl: no document in it"),
     ("qrels/test.tsv", HEAD + "q0\td1\tbest\n", "test.tsv:2: 'q0.*is not a question's id"),
     ("qrels/test.tsv", HEAD + "q0\td1\t--1\n", "test.tsv:2"),
     ("qrels/test.tsv", b"head\n\xff", "test.tsv: not UTF-8"),
+    ("qrels/test.tsv", "q0\td1\tbest\n", "test.tsv:1: 'q0.*is not a question's id"),
     ("qrels/test.tsv", HEAD + "q0\n", "test.tsv:2")])
 def test_bad_sets(tmp_path, file, text, message):
     """A damaged set would end in a traceback that does not name the line."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import common
-import documents
 import sample
 from common import detect_device
 from interleave import Round
@@ -178,7 +177,7 @@ def test_batches_fit_the_device(checkpoint, monkeypatch):
 def test_the_demo_stays_float32():
     """The answers of a shipped checkpoint would depend on the CPU."""
     assert sample.MSA.read_config("checkpoints/demo")[0].hidden_size < 512
-    assert documents.HEAD_BYTES % 4 == 0  # a cut character would hide how a file is encoded
+    assert common.HEAD_BYTES % 4 == 0  # a cut character would hide how a file is encoded
 
 
 def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch):

@@ -66,8 +66,8 @@ def contents(bank):
     shape = layout.routing_layers, ends[-1], layout.routing_heads, layout.routing_dim
     keys = np.full(shape, 9999, np.uint16)
     for layer in range(layout.routing_layers):
-        for rows, part in bank.routing_keys(layer, plan):
-            keys[layer, rows] = part
+        for rows, read in bank.routing_keys(layer, plan):
+            keys[layer, rows] = read()
     for position in positions:
         text, source = bank.document(position)
         content, scales = bank.content(position)
