@@ -4,6 +4,8 @@
 # make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
 #              that was interrupted goes on where it was
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
+# make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M; a run
+#              that was interrupted goes on where it was
 # make torture kill and damage memory banks, and cut the power of what is saved, thousands of times
 # make fuzz    thousands of odd files, configurations and tokenizers: success, or one sentence
 # make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
@@ -14,7 +16,7 @@ TORCHRUN = $(RUN) -m torch.distributed.run --nproc_per_node=2
 RESULTS ?= results
 SCALE ?= $(or $(TMPDIR),/tmp)/nanomsa-scale
 
-.PHONY: demo test scale ask torture fuzz gpu lint clean
+.PHONY: demo test scale ask ruler torture fuzz gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: out/demo/two_hop.json
@@ -37,6 +39,10 @@ scale: .venv/installed
 ask: .venv/smollm2
 	$(RUN) sample.py --memory out/ask --documents texts --max-documents 3 --trace "Who built the lighthouse?"
 	$(RUN) sample.py --memory out/ask --max-documents 3 "When was the north pier rebuilt?"
+
+ruler: .venv/smollm2
+	$(RUN) ruler.py --json out/ruler-smollm2.json
+	$(RUN) ruler.py --checkpoint checkpoints/demo --lengths 32k,128k,512k,1m,10m --json out/ruler-demo.json
 
 torture: .venv/installed
 	$(RUN) tests/torture.py

@@ -139,10 +139,15 @@ def interleave(model, tokenizer, memory, texts, question, config):
 
 def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
     """The same for many questions, `batch` at a time: yields (place of the question, Round or piece)."""
+    loops = (loop_of(model, tokenizer, memory, texts, question, config) for question in questions)
+    yield from run(model, tokenizer, loops, config, batch, memory)
+
+
+def loop_of(model, tokenizer, memory, texts, question, config):
+    """The loop of one question, for `run`: what `interleave` takes."""
     config = replace(config, max_rounds=rounds_of(model, config))
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
-    loops = (loop(model, tokenizer, memory, texts, question, config) for question in questions)
-    yield from run(model, tokenizer, loops, config, batch, memory)
+    return loop(model, tokenizer, memory, texts, question, config)
 
 
 @torch.no_grad()
@@ -213,8 +218,9 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     if config.max_rounds and memory is not None:
         tokens, routes = tokenizer.question(question)
         rounds = yield Find(tokens, memory, routes, len(tokenizer.head), config.max_rounds)
-    rounds = yield from look_again(model, tokenizer, rounds, texts, number_of, question, config.router_weight,
-                                   config.max_documents)
+    if len(rounds) > 1 or config.max_documents < model.config.second_look:  # else all are named
+        rounds = yield from look_again(model, tokenizer, rounds, texts, number_of, question,
+                                       config.router_weight, config.max_documents)
     for ranked in rounds:
         named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
         numbers, found = list(map(number_of, named)), found + named
@@ -269,8 +275,13 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
 
 def answer_questions(model, tokenizer, memory, texts, questions, config, batch):
     """`interleave_many` to its end: (answer, rounds) of every question."""
-    answers = [("", []) for _ in questions]
-    for place, event in interleave_many(model, tokenizer, memory, texts, questions, config, batch):
+    return gather(interleave_many(model, tokenizer, memory, texts, questions, config, batch), len(questions))
+
+
+def gather(events, count):
+    """(answer, rounds) of `count` questions, of all their events."""
+    answers = [("", [])] * count
+    for place, event in events:
         answer, rounds = answers[place]
         answers[place] = (answer + event, rounds) if isinstance(event, str) else (answer, [*rounds, event])
     return answers

@@ -200,31 +200,30 @@ def hide(needles, sentences, rng):
 
 
 class Haystack:
-    """The documents of a haystack, as many as asked for; a longer one begins as a shorter one does.
+    """The documents of a haystack, lists of sentences, as many as asked for; more begin as fewer do.
 
-    sentences: a list of sentences for every document; distinct: how many of them differ, None for all. Where
-    there is too little text, it is repeated.
+    Where there is too little text, it is repeated.
     """
 
     def __init__(self, task, draw, folder=""):
         """task: a Task, of which haystack, key and value count; draw: a Draw; folder: of --essays."""
-        self.task, self.draw, self.sentences, self.distinct = task, draw, [], None
+        self.task, self.draw, self.sentences = task, draw, []
         if task.haystack == "essays":
-            self.passages = essay_passages(folder, "test")
-            self.passages = [self.passages[i] for i in draw.rng.permutation(len(self.passages))]
+            found = essay_passages(folder, "test")
+            if not found:
+                raise UserError(f"--essays {folder}: no source of it is for tests; give more files")
+            self.passages = [found[i] for i in draw.rng.permutation(len(found))]
 
     def grow(self, count):
-        """Have `count` documents."""
+        """Have at least `count` documents."""
         for i in range(len(self.sentences), count):
             if self.task.haystack == "noise":
                 self.sentences.append([NOISE])
-                self.distinct = 1
             elif self.task.haystack == "needles":
                 key, value = self.draw.key(self.task.key), self.draw.value(self.task.value)
                 self.sentences.append([NEEDLE.format(self.task.value, key, value)])
             else:
                 self.sentences.append(self.passages[i % len(self.passages)])
-                self.distinct = min(i + 1, len(self.passages))
 
     def hide(self, needle, place, rng):
         """The document that stands in place of document `place` and says the needle."""

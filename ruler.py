@@ -25,11 +25,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from checkpoint import find
 from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
-from interleave import InterleaveConfig, answer_from_text, answer_question, rounds_of
+from interleave import InterleaveConfig, answers_from_texts, gather, loop_of, rounds_of, run
 from model import MSA, Memory
 from needles import RULER, Draw, Haystack, draw_question
 from prompts import load_checkpoint
@@ -50,8 +49,9 @@ class RulerConfig:
     lengths: str = "32k,128k,512k,1m"  # tokens of memory, comma-separated, k or m behind a number
     questions: int = 100              # of each task, the same at every length
     seed: int = 1                     # of documents and questions
+    batch: int = 8                    # questions that are asked side by side
     essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
-    json: str = ""                    # write the rows to this file; those that are there are not measured again
+    json: str = ""                    # write the rows here; those that are there are not measured again
     answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
@@ -62,8 +62,9 @@ class RulerConfig:
         for flag, given, known in (("tasks", self.tasks, RULER), ("methods", self.methods, METHODS)):
             if not {*given.split(",")} <= {*known}:
                 raise UserError(f"--{flag} {given}: not some of {', '.join(known)}, with commas between")
-        if self.questions < 1 or self.seed < 0:
-            raise UserError(f"--questions is {self.questions}, --seed {self.seed}; at least 1 and at least 0")
+        for name, low in dict(questions=1, batch=1, seed=0).items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
 
 
 class Asked(NamedTuple):
@@ -83,6 +84,33 @@ def lay_out(needles, haystack, within, rng):
     gold = set(places[:len(needles.answers)])
     places, texts = zip(*sorted(zip(places, texts)))
     return Asked(needles.text, needles.answers, list(texts), list(places), gold)
+
+
+def haystack_of(name):
+    """What a task has in common with those that have the same haystack."""
+    task = RULER[name]
+    return ["needles", task.key, task.value] if task.haystack == "needles" else [task.haystack]
+
+
+def lay_out_tasks(names, words, tokenizer, lengths, config):
+    """(texts, numbers, ends, counts) of `grow`, and by their names the lists of Asked, of tasks with the same
+    haystack. Raises UserError for one that is too short."""
+    rng = lambda name, *rest: np.random.default_rng([config.seed, list(RULER).index(name), *rest])
+    first = next(name for name in RULER if haystack_of(name) == haystack_of(names[0]))
+    draw, needles, hidden = Draw(words, "test", rng(first, 1)), {}, {}
+    for name in names:
+        own = Draw(words, "test", rng(name))
+        needles[name] = [draw_question(RULER[name], own) for _ in range(config.questions)]
+        draw.used |= own.used
+    haystack = Haystack(RULER[first], draw, config.essays)
+    grown = grow(haystack, tokenizer, lengths, config.seed)
+    within = grown[-1][0]
+    if within < 8:
+        raise UserError(f"--lengths: {lengths[0]:,} tokens hold {within} documents; begin with more")
+    for name in names:
+        places = rng(name, 2)
+        hidden[name] = [lay_out(question, haystack, within, places) for question in needles[name]]
+    return *grown, hidden
 
 
 def grow(haystack, tokenizer, lengths, seed):
@@ -124,7 +152,7 @@ def replaced(memory, places, own):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Methods: each is ask(i, question) -> (answer, places found, places named, rounds)
+# Methods: each is ask(questions) -> [(answer, places found, places named, rounds)]
 
 def wording(model, text):
     """RULER's question, for a tiny model without the words that it does not know."""
@@ -133,12 +161,13 @@ def wording(model, text):
 
 def text_asker(model, tokenizer, config, find):
     """Answers from the texts of the documents that find(question) returns, triples (number, place, text)."""
-    def ask(i, question):
-        found = sorted(find(question))
-        appended = [(number, tokenizer.encode(text)) for number, _, text in found]
-        answer = answer_from_text(model, tokenizer, wording(model, question.text), appended, config.interleave)
-        places = [place for _, place, _ in found]
-        return answer, places, places, 0
+    def ask(questions):
+        found = [sorted(find(question)) for question in questions]
+        asked = [(wording(model, question.text), [(n, tokenizer.encode(text)) for n, _, text in documents])
+                 for question, documents in zip(questions, found)]
+        answers = answers_from_texts(model, tokenizer, asked, config.interleave, config.batch)
+        places = [[place for _, place, _ in documents] for documents in found]
+        return [(answer, shown, shown, 0) for answer, shown in zip(answers, places)]
     return ask
 
 
@@ -153,7 +182,8 @@ def bm25_finder(model, texts, numbers, questions, most):
     at hand count; a haystack's document in whose place a needle stands does not."""
     own = [(i, place, text) for i, question in enumerate(questions)
            for place, text in zip(question.places, question.texts)]
-    search, which = bm25_search(texts + [text for *_, text in own]), {q.text: i for i, q in enumerate(questions)}
+    which = {question.text: i for i, question in enumerate(questions)}
+    search = bm25_search(texts + [text for *_, text in own])
 
     def find(question):
         count = most if model.config.prompts != "nanomsa" else len(question.gold)
@@ -168,40 +198,41 @@ def bm25_finder(model, texts, numbers, questions, most):
     return find
 
 
-def memory_asker(model, tokenizer, memory, encoded, numbers, owned, questions, config):
-    """The model with its memory. memory, encoded: of the haystack, in the order of numbers, token ids with
-    it; owned: for every question the Memory of its documents."""
+def memory_asker(model, tokenizer, memory, encoded, numbers, config):
+    """The model with its memory. memory, encoded: of the haystack, in the order of numbers; token ids."""
     order = np.argsort(numbers).tolist()
     rank = np.argsort(order).tolist()  # place in the haystack -> place in the memory
+    place_of = dict(zip(memory.numbers, order))
 
-    def ask(i, question):
-        at = {rank[place]: text for place, text in zip(question.places, question.texts)}
-        asked, texts = replaced(memory, sorted(at), owned[i]), list(encoded)
-        for place, text in at.items():
-            texts[place] = tokenizer.encode(text)
-        answer, rounds = answer_question(model, tokenizer, asked, texts, wording(model, question.text),
-                                         config.interleave)
-        place_of = dict(zip(asked.numbers, order))
-        found = [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]]
-        named = [place_of[n] for r in rounds for n in r.named]
-        return answer, found, named, sum(bool(r.named) for r in rounds)
+    def loop(question):
+        own = sorted(own_documents(question, numbers, question.places))
+        new, texts = tokenizer.encode_batch([text for *_, text in own]), list(encoded)
+        for (_, place, _), text in zip(own, new):
+            texts[rank[place]] = text
+        owned, _ = encode_texts(model, tokenizer, new, [number for number, *_ in own])
+        asked = replaced(memory, [rank[place] for _, place, _ in own], owned)
+        return loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
+
+    def ask(questions):
+        events = run(model, tokenizer, map(loop, questions), config.interleave, config.batch)
+        return [(answer, [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]],
+                 [place_of[n] for r in rounds for n in r.named], sum(bool(r.named) for r in rounds))
+                for answer, rounds in gather(events, len(questions))]
     return ask
 
 
-def ask_all(ask, questions, label):
-    """The measures of a row, means in per cent, and what was answered."""
-    scores, seconds, said = [], [], []
-    for i, question in enumerate(tqdm(questions, label, unit="question", leave=False, delay=1)):
-        began = time.perf_counter()
-        answer, found, named, rounds = ask(i, question)
-        seconds.append(time.perf_counter() - began)
+def ask_all(ask, questions):
+    """The measures of a row, means, shares in per cent, and what was answered."""
+    began, scores, said = time.perf_counter(), [], []
+    for question, (answer, found, named, rounds) in zip(questions, ask(questions)):
         share = lambda places: 100 * len(question.gold & {*places}) / len(question.gold)
         right = [value.lower() in answer.lower() for value in question.answers]
         scores.append((share(found), share(named), 100 * np.mean(right), rounds))
         said.append((question.text, question.answers, answer))
+    seconds = (time.perf_counter() - began) / len(questions)
     names = ("recall_at_k", "named", "score", "rounds")
     row = {name: round(float(x), 3) for name, x in zip(names, np.mean(scores, 0))}
-    return row | dict(seconds_per_question=round(float(np.mean(seconds)), 4)), said
+    return row | dict(seconds_per_question=round(seconds, 4)), said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,29 +241,18 @@ def evaluate(model, tokenizer, config, done, say):
     """Yields rows. done: a function that says whether a row with these (task, method, length) is there."""
     lengths, words, tasks = parse_lengths(config.lengths), Words(), config.tasks.split(",")
     methods = config.methods.split(",")
-    shared = {}  # tasks by their haystack
+    trained, shared = model.trained_routers, {}  # tasks by their haystack
     for name in tasks:
-        task = RULER[name]
-        kind = (task.haystack, task.key, task.value) if task.haystack == "needles" else (task.haystack,)
-        shared.setdefault(kind, []).append(name)
+        shared.setdefault(" ".join(haystack_of(name)), []).append(name)
     for kind, names in shared.items():
         wanted = [(name, method, length) for name in names for method in methods
                   for length in (lengths if method in ("bm25", "memory") else [0])
                   if not done(name, method, length)]
         if not wanted:
             continue
-        draws = {name: Draw(words, "test", np.random.default_rng([config.seed, list(RULER).index(name)]))
-                 for name in names}
-        asked = {name: [draw_question(RULER[name], draw) for _ in range(config.questions)]
-                 for name, draw in draws.items()}
-        haystack = Haystack(RULER[names[0]], draws[names[0]], config.essays)
-        texts, numbers, ends, counts = grow(haystack, tokenizer, lengths, config.seed)
-        if counts[0] < 8:
-            raise UserError(f"--lengths: {lengths[0]:,} tokens hold {counts[0]} documents; begin with more")
-        asked = {name: [lay_out(needles, haystack, counts[0], draw.rng) for needles in asked[name]]
-                 for name, draw in draws.items()}
+        texts, numbers, ends, counts, asked = lay_out_tasks(names, words, tokenizer, lengths, config)
         encoded, speed, seconds = None, 0, 0
-        say(f"{kind[0]}: {len(texts):,} documents, {min(haystack.distinct or len(texts), len(texts)):,} of them different, "
+        say(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
             questions, at = asked[name], lengths.index(length) if length else 0
@@ -248,36 +268,29 @@ def evaluate(model, tokenizer, config, done, say):
             else:
                 if encoded is None:
                     began = time.perf_counter()
+                    if not trained:  # a backbone: its routers are made of the haystack
+                        make_routers(model, tokenizer, texts)
                     encoded, memory, speed = encode_haystack(model, tokenizer, texts, numbers)
                     seconds = time.perf_counter() - began
-                    say(f"encoded {speed:,.0f} tokens/s, {seconds:,.0f} s with routers", flush=True)
+                    say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
                 order = np.argsort(numbers)
                 held = np.flatnonzero(order < count)
-                owned = [encode_own(model, tokenizer, question, numbers) for question in questions]
                 ask = memory_asker(model, tokenizer, memory.subset(held), [encoded[i] for i in order[held]],
-                                   numbers[:count], owned, questions, config)
-            measured, said = ask_all(ask, questions, f"{name}, {method}, {count:,} documents")
+                                   numbers[:count], config)
+            measured, said = ask_all(ask, questions)
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,
                        documents=count if length else 0,
-                       distinct=min(count, haystack.distinct or count) if length else 0, **measured,
+                       distinct=len({*texts[:count]}) if length else 0, **measured,
                        encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
             say(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
                 f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
             yield row, said
-
-
-def encode_own(model, tokenizer, question, numbers):
-    """The Memory of a question's own documents."""
-    own = sorted(own_documents(question, numbers, question.places))
-    texts = tokenizer.encode_batch([text for *_, text in own])
-    return encode_texts(model, tokenizer, texts, [number for number, *_ in own])[0]
+            seconds = 0  # the haystack's are counted once
 
 
 def encode_haystack(model, tokenizer, texts, numbers):
-    """(token ids of texts, Memory, tokens/s) of a haystack; a backbone's routers are made of it first."""
-    if not model.trained_routers:
-        make_routers(model, tokenizer, texts)
+    """(token ids of texts, Memory in the order of numbers, tokens/s) of a haystack."""
     encoded, order = tokenizer.encode_batch(texts), np.argsort(numbers)
     memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order], range(len(order)))
     return encoded, memory, speed
@@ -326,6 +339,7 @@ def script():
     print(f"{config.checkpoint} on {device} ({reason})")
     print(f"{'task':<11} {'method':<7} {'tokens':>10} {f'rec@{model.config.top_k}':>7} {'named':>6} "
           f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")
+    began = time.perf_counter()
     with torch.no_grad():
         for row, said in evaluate(model, tokenizer, config, lambda *key: key in done, print):
             rows.append(row | about)
@@ -337,6 +351,8 @@ def script():
                         file.write(json.dumps([row["task"], row["method"], row["length"], question, wanted,
                                                answer]) + "\n")
     print("\n".join(averages(rows)))
+    encoding = sum(row["encode_seconds"] for row in rows[len(done):])
+    print(f"{time.perf_counter() - began:,.0f} s, of which {encoding:,.0f} s went into encoding haystacks")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_chat(backbone, sizes, shared):  # noqa: F811
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(40)
-    model.config.second_look, model.config.top_k = 3, 5
+    model.config.second_look, model.config.top_k = 5, 5
     texts = [tokenizer.encode(f"The {word} of the town is " + "very " * i + f"old, {7 * i}.")
              for i, word in enumerate("mill inn well gate wall moat tower".split())]
     memory, _ = encode_texts(model, tokenizer, texts)
