@@ -79,6 +79,22 @@ def test_formulas(backbone):
 
 
 @torch.no_grad()
+def test_words_that_no_document_has(backbone):
+    """In lists of numbers, of which all documents share the digits, the words of a question that stand in
+    none of them would outweigh those that do."""
+    model, common = MSA.from_pretrained(backbone, chunk_size=4), list(range(10, 16))
+    documents = [[*common, 20 + i % 2, 30 + i] for i in range(24)]
+    routers.fit_routers(model, documents, [[1, *common, 40], [2, 21, 50]])
+    weigh = lambda count: max(np.log(25 / (count + 0.5)), 0) / np.log(25)
+    mean = sum(weigh(count) ** 0.5 for count in (24,) * 6 + (12, 1)) / 8  # of a document's tokens
+    found = model.model.token_weights
+    assert weigh(0) ** 0.5 > 2 * mean > weigh(12) ** 0.5
+    for token, expected in ((10, weigh(24) ** 0.5), (20, weigh(12) ** 0.5), (31, weigh(1) ** 0.5),
+                            (99, 2 * mean)):
+        assert found[token] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
 def test_it_finds(backbone):
     """A question would not find the document whose words it has; or the routers not survive a bank's file."""
     model = MSA.from_pretrained(backbone)
