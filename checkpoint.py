@@ -484,6 +484,9 @@ def check_config(config, names):
         if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
             allowed = "positive" if type(value) is float else "at least 1"
             raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")
+        most = 1000 if name == "num_hidden_layers" else (1 << 31) - 1
+        if type(value) is int and value > most:
+            raise UserError(f"model.{name} is {value}; it must be at most {most:,}")
     if config.num_hidden_layers < 2:
         raise UserError("model.num_hidden_layers is 1; it must be at least 2, the upper half reads")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -288,7 +288,7 @@ class Tokenizer:
                             "give a folder that train.py or prepare_data.py wrote") from None
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"{folder}: malformed tokenizer files: {error}") from None
 
 

@@ -144,7 +144,8 @@ def read_log(path, step):
     try:
         lines = read_text(path).split("\n")
         rows = [row for row in map(json.loads, filter(None, lines[:-1])) if row["step"] <= step]
-        if [row["step"] for row in rows if row["split"] == "train"] != [*range(1, step + 1)]:
+        steps = [row["step"] for row in rows if row["split"] == "train"]
+        if len(steps) != step or steps != [*range(1, len(steps) + 1)]:
             raise ValueError(f"not one row for each of {step} steps")
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: does not hold the rows of the steps before ({type(error).__name__}: "

@@ -39,7 +39,7 @@ from model import MSA, ModelConfig
 from prompts import ChatTokenizer, load_checkpoint
 from tokenizer import train_encoding
 
-SECONDS, BYTES, BATCH = 20, 2 << 30, 100
+SECONDS, BYTES, BATCH = 60, 2 << 30, 100
 ODD = [None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1 << 31, 1 << 63, 1 << 80, float("inf"), float("nan"), "",
        " ", "x", "~", "0", "-1", "\0", "\ud800", "\ufeff", "\u2028", "é" * 300, "a" * 5000, [], {}, [[]],
        [None], {"": 0}, [1, "a"], "[" * 2000, "../..", "/", "\x1b[2J", "a\nb", "{{ x }}", "1e400", [0] * 1000]
