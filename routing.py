@@ -15,7 +15,19 @@ from __future__ import annotations  # `tl.constexpr` stays a word where triton i
 import torch
 import torch.nn.functional as F
 
-from msa_kernel import FLOATS, PRECISION, check, jit, owners, power_of_two, ranges, tl, triton, use_triton
+from msa_kernel import (
+    FLOATS,
+    INTERPRETED,
+    PRECISION,
+    check,
+    jit,
+    owners,
+    power_of_two,
+    ranges,
+    tl,
+    triton,
+    use_triton,
+)
 
 ROUTE_TILE = 2048  # chunks that the reference scores at a time: B * T * ROUTE_TILE * 4 bytes at most
 
@@ -318,7 +330,7 @@ class Route(torch.autograd.Function):
         token = torch.empty(B, C, dtype=torch.int32, device=device) if winners else best
         if not int8:
             query = query.to(routing_keys.dtype)
-        elif query.is_cuda:  # the interpreter has no bfloat16
+        elif not INTERPRETED:  # the interpreter has no bfloat16
             query = query.bfloat16()
         tiles = Route.tiles(T, W, routing_keys.element_size())
         route_chunks[B, triton.cdiv(C, tiles["BLOCK_C"])](
@@ -355,9 +367,10 @@ class Route(torch.autograd.Function):
     def tiles(T, W, size):
         """The largest that do not spill (tests/compile_kernels.py); 8 to 32 KB of keys are on their way."""
         block_t = power_of_two(T, high=64)
-        block_w = 64 if size == 2 or size == 1 and block_t < 64 else 32
+        block_w = 32 if size == 4 else 64
+        stages = 3 if size == 4 or size == 2 and block_t == 32 else 4
         return dict(BLOCK_T=block_t, BLOCK_C=64 if size == 4 else 128, BLOCK_W=min(block_w, power_of_two(W)),
-                    num_warps=8, num_stages=3 if size == 4 else 4)
+                    num_warps=8, num_stages=stages)
 
 
 def top_documents(scores, k):

@@ -85,7 +85,7 @@ def launch_all(H, G, D, dtype):
     query, mask = torch.randn(B, T, G * D, requires_grad=True), torch.ones(B, T, dtype=torch.bool)
     R.route(query, mask, new(C, G, D), offsets).sum().backward()
     with torch.no_grad():
-        for t in (16, T):
+        for t in (1, 16, 32, T):
             R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), new(C, G, D), offsets)
             R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(),
                     torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))

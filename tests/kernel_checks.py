@@ -39,6 +39,9 @@ ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEAD
           (23, 50, [3, 67, 0], 60, False, HEADS[3]), (6, 3, None, 0, False, HEADS[1]),
           (2, 70, [40, 33, 32], 0, False, HEADS[4])]
 
+# parts of a question's keys, tokens of a branch, memory, bias: rows of a cache
+ROWS = [(1, 5, False, False), (2, 1, True, False), (4, 2, True, True)]
+
 
 def random(*shape, seed, dtype, device):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
@@ -163,6 +166,33 @@ def check_attention(case, dtype, device="cpu"):
                    lambda *xs: [attention_by_hand(*xs, *chosen)], inputs)
 
 
+def check_rows(case, dtype, device="cpu"):
+    """Three questions of different lengths, whose rows lie in any order; five tokens each, in branches."""
+    parts, branch, memory, biased = case
+    rows, starts, slots, T, N, H, G, D, prefix = [3, 0, 1], [0, 69, 30], [3, 70, 0], 5, 90, 6, 2, 24, 3
+    shapes = [(3, T, H, D), (4, N, G, D), (4, N, G, D), (90, G, D), (90, G, D)]
+    inputs = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
+    index = torch.randint(90, (3, 70), generator=torch.Generator().manual_seed(6))
+    bias = torch.randn(3, 70, generator=torch.Generator().manual_seed(7)) if biased else None
+    query, keys, values, memory_keys, memory_values = (x.double().cpu() for x in inputs)
+    expected = []
+    for b, (row, start) in enumerate(zip(rows, starts)):
+        for t in range(T):
+            sees = memory and start + t % branch >= prefix
+            chunks = index[b, :slots[b]].tolist() if sees else []
+            seen = [n for n in range(start + t + 1) if n < start or (n - start) // branch == t // branch]
+            expected.append(reference.attend(
+                query[b, t], [*memory_keys[chunks], *keys[row, seen]],
+                [*memory_values[chunks], *values[row, seen]],
+                bias[b, :len(chunks)].tolist() if biased else []))
+    on_device = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+    about = map(on_device, (torch.tensor(rows), torch.tensor(starts), 74, branch))
+    chosen = map(on_device, (*inputs[3:], index, torch.tensor(slots), prefix, bias) if memory
+                 else (None, None, None, None, 0, None))
+    found = K.attend_split(*inputs[:3], *about, *chosen, parts=parts)
+    return error(found, torch.stack(expected).view(found.shape)), 0.0
+
+
 def judged(name, case, dtype, int8=False):
     """(whether a check is passed on a GPU, a line about it)."""
     check, options = globals()[name], dict(int8=True) if int8 else {}
@@ -181,7 +211,8 @@ def script():
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device here; `make test` runs the same cases in Triton's interpreter")
     jobs = [(check.__name__, case, dtype)
-            for check, cases in ((check_pool, POOL), (check_route, ROUTE), (check_attention, ATTEND))
+            for check, cases in ((check_pool, POOL), (check_route, ROUTE), (check_attention, ATTEND),
+                                 (check_rows, ROWS))
             for case in cases for dtype in TOLERANCE]
     jobs += [("check_route", case, torch.float32, True) for case in ROUTE]
     # Most of the time goes into compiling: several processes share it

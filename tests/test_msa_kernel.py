@@ -457,44 +457,11 @@ def test_attention_kernel(case, dtype, kernels):
     within(kernel_checks.check_attention(case, dtype), dtype)
 
 
-@pytest.mark.parametrize("parts,branch,memory,bias", [
-    (1, 5, False, False), (3, 1, True, False), (8, 2, True, True)])
-@torch.no_grad()
-def test_attention_of_rows(parts, branch, memory, bias, kernels):
+@pytest.mark.parametrize("case", kernel_checks.ROWS)
+def test_attention_of_rows(case, kernels):
     """Rows of different lengths would see what lies behind them, another row, another branch, or another
     question's slots; a part of the keys would be lost, or one that nobody sees be counted."""
-    B, T, R, N, H, G, D, prefix = 3, 5, 4, 90, 6, 2, 24, 3
-    query = random(B, T, H, D, seed=1).float()
-    keys, values = (random(R, N, G, D, seed=seed).float() for seed in (2, 3))
-    rows, starts = torch.tensor([3, 0, 1]), torch.tensor([0, 69, 30])
-    stored = [random(90, G, D, seed=seed).float() for seed in (4, 5)]
-    index = torch.randint(90, (B, 70), generator=torch.Generator().manual_seed(6))
-    slots = torch.tensor([3, 70, 0])
-    added = random(B, 70, seed=7).float() if bias else None
-    chosen = (*stored, index, slots, prefix, added) if memory else ()
-    expected = torch.zeros(B, T, H, D, dtype=torch.double)
-    for b, (row, start) in enumerate(zip(rows.tolist(), starts.tolist())):
-        for t in range(T):
-            seen = [n for n in range(start + t + 1)
-                    if n < start or (n - start) // branch == t // branch]
-            k, v, more = keys[row, seen], values[row, seen], torch.zeros(len(seen))
-            if memory and start + t % branch >= prefix:
-                own = index[b, :slots[b]]
-                k, v = torch.cat([stored[0][own], k]), torch.cat([stored[1][own], v])
-                more = torch.cat([added[b, :slots[b]] if bias else torch.zeros(len(own)), more])
-            for h in range(H):
-                logits = k[:, h // 3].double() @ query[b, t, h].double() / D ** 0.5 + more.double()
-                expected[b, t, h] = logits.softmax(0) @ v[:, h // 3].double()
-    about = (rows, starts, 74, branch)
-    filled = chosen or (None,) * 4 + (0, None)
-    found = msa_kernel.attend_split(query, keys, values, *about, *filled, parts=parts)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
-    found = msa_kernel.attend_rows(query[:2], keys, values, None, starts[:2], 74, branch)
-    again = msa_kernel.attend_rows(query[:2], keys, values, torch.tensor([0, 1]), starts[:2], 74, branch)
-    assert found.equal(again)
-    msa_kernel.KERNEL = "torch"
-    found = msa_kernel.attend_rows(query, keys, values, *about, *chosen)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+    within(kernel_checks.check_rows(case, torch.float32), torch.float32)
 
 
 def test_kernels_of_zero_are_zero(kernels):
