@@ -12,9 +12,9 @@ stand in place of as many documents of the haystack, within the shortest length.
     bm25      --max-documents that BM25 finds; of a tiny model, which reads no more, as many as answer
     memory    what the model finds and names in its memory; --max-rounds 1: without interleave
 
-recall@k: of the documents that answer, the share among the first k of a round's ranking; of bm25, of what it
-shows. named: the share that was named, and so read. score: RULER's, the share of the values that the answer
-contains. rounds: those that named something. Values are in per cent.
+recall@k: the share of the documents that answer among the first k of a round's ranking; of the other methods,
+among those that they show. named: the share that was named, and so read. score: RULER's, the share of the
+values that the answer contains. These are per cent. rounds: how many named something, on average.
 """
 import json
 import time
