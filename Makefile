@@ -37,8 +37,8 @@ scale: .venv/installed
 		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
 
 ask: .venv/smollm2
-	$(RUN) sample.py --memory out/ask --documents texts --max-documents 3 --trace "Who built the lighthouse?"
-	$(RUN) sample.py --memory out/ask --max-documents 3 "When was the north pier rebuilt?"
+	$(RUN) sample.py --memory out/ask --documents texts --trace "Who built the lighthouse?"
+	$(RUN) sample.py --memory out/ask "When was the north pier rebuilt?"
 
 ruler: .venv/smollm2
 	$(RUN) ruler.py --json out/ruler-smollm2.json

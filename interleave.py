@@ -34,15 +34,17 @@ class InterleaveConfig:
     # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1 (2 at
     # most, which share max_documents)
     max_rounds: int = -1
-    max_documents: int = 8          # documents named in one round
+    max_documents: int = -1         # named in one round; -1: 8, of a chat backbone that looks twice 3
     max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
-        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", -1), ("max_documents", 1),
+        for name, low in (("temperature", 0), ("router_weight", 0), ("max_rounds", -1), ("max_documents", -1),
                           ("max_answer_tokens", 1)):
             if not low <= getattr(self, name) <= 1e6:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}, and at most "
                                 "1,000,000")
+        if self.max_documents == 0:
+            raise UserError("max_documents is 0; it must be at least 1, or -1")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
@@ -145,7 +147,9 @@ def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
 
 def loop_of(model, tokenizer, memory, texts, question, config):
     """The loop of one question, for `run`: what `interleave` takes."""
-    config = replace(config, max_rounds=rounds_of(model, config))
+    # More text costs a small backbone's answers more than it brings
+    most = config.max_documents if config.max_documents > 0 else 3 if model.config.second_look else 8
+    config = replace(config, max_rounds=rounds_of(model, config), max_documents=most)
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
     return loop(model, tokenizer, memory, texts, question, config)
 

@@ -55,7 +55,8 @@ class RulerConfig:
     answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
-    interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
+    interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(
+        default_factory=lambda: InterleaveConfig(max_documents=8))  # four of them may answer
 
     def __post_init__(self):
         parse_lengths(self.lengths)

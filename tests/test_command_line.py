@@ -142,7 +142,7 @@ MISTAKES = [
     (sample, "--checkpoint good --documents docs --top-p 0 q",
      "top_p is 0.0; it must be above 0 and at most 1"),
     (sample, "--checkpoint good --documents docs --max-documents 0 q",
-     "max_documents is 0; it must be at least 1"),
+     "max_documents is 0; it must be at least 1, or -1"),
     (sample, "--checkpoint good --documents docs --max-document-tokens -1 q",
      "max_document_tokens is -1; it must be at least 1, or 0"),
     (sample, "--checkpoint good --documents docs --max-rounds two q", "--max-rounds: .*'two'"),

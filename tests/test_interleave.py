@@ -36,7 +36,7 @@ class Scripted:
         self.tokenizer, self.rounds, self.answer, self.strength = tokenizer, rounds, list(answer), strength
         self.selected = [[selection(range(5), [0.5] * 5)]] if selected is None else selected
         self.size = tokenizer.vocab_size + padding
-        self.config = SimpleNamespace(top_k=5, router_temperature=0.125, vocab_size=self.size,
+        self.config = SimpleNamespace(top_k=5, second_look=0, router_temperature=0.125, vocab_size=self.size,
                                       prompts="nanomsa")
         self.device, self.prompts, self.read_so_far = torch.device("cpu"), [], 0
 
