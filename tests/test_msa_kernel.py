@@ -1,8 +1,5 @@
 """Pooling, routing and sparse attention against tests/reference.py and against values worked out by hand."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import kernel_checks
@@ -545,15 +542,11 @@ def test_dispatch(monkeypatch):
         msa_kernel.use_triton(x)
 
 
-def test_kernels_compile():
+def test_kernels_compile(pytestconfig):
     """A kernel would not compile for an A100 or an H100, spill registers,
     or ask for more shared memory than there is."""
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    both = [subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", arch, "--json"], env=environment,
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for arch in ("80", "90")]
-    for process in both:
+    for process in pytestconfig.compiling:  # since the tests began: conftest.py
         out, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         rows = json.loads(out)
