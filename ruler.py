@@ -56,7 +56,7 @@ class RulerConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(
-        default_factory=lambda: InterleaveConfig(max_documents=8))  # four of them may answer
+        default_factory=lambda: InterleaveConfig(max_documents=4))  # as many as may answer
 
     def __post_init__(self):
         parse_lengths(self.lengths)
