@@ -34,7 +34,7 @@ class InterleaveConfig:
     # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1 (2 at
     # most, which share max_documents)
     max_rounds: int = -1
-    max_documents: int = -1         # named in one round; -1: 8, of a chat backbone that looks twice 3
+    max_documents: int = -1         # named in one round; -1: 8, of a chat backbone that looks twice 2
     max_answer_tokens: int = 64     # longer answers are cut
 
     def __post_init__(self):
@@ -148,7 +148,7 @@ def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
 def loop_of(model, tokenizer, memory, texts, question, config):
     """The loop of one question, for `run`: what `interleave` takes."""
     # More text costs a small backbone's answers more than it brings
-    most = config.max_documents if config.max_documents > 0 else 3 if model.config.second_look else 8
+    most = config.max_documents if config.max_documents > 0 else 2 if model.config.second_look else 8
     config = replace(config, max_rounds=rounds_of(model, config), max_documents=most)
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
     return loop(model, tokenizer, memory, texts, question, config)
