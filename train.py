@@ -93,6 +93,9 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.rank and not self.init_from:
             raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
+        if self.pools_together > 1 and not self.rank:
+            raise UserError(f"pools_together is {self.pools_together}: of changes to a chat backbone; "
+                            "give it with --rank, or use --accumulate")
         if self.rank and self.shard == "on":
             raise UserError(f"rank is {self.rank}: what is trained is small; leave --shard out")
         if not 0 <= self.routing_dropout < 1:

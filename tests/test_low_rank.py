@@ -361,6 +361,8 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     assert not model.config.attend_memory
     refused = run(train, *flags[:-2], "--out", tmp_path / "x", "--model.top-k", 3)
     assert refused.code == 2 and "model.top_k is 3, but --init-from" in refused.error
+    refused = run(train, "--pools-together", 2, "--out", tmp_path / "x")
+    assert refused.code == 2 and "pools_together is 2: of changes to a chat backbone" in refused.err
     refused = run(train, "--rank", 2, "--out", tmp_path / "x")
     assert refused.code == 2 and "give it with --init-from" in refused.error
 
