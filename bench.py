@@ -29,7 +29,8 @@ Multiplying and adding are 2 operations; W = G * D:
               GPUs of 80 GB, term by term; the formulas: costs.plan. Its settings are flags here, too
     linear    not part of `all`: one training step, and one question, of MSA beside full attention by the
               same model over the same documents, 2K tokens and doubling while a step takes under two
-              minutes: time, and memory beside weights and gradients; fitted exponents, crossing, ratios
+              minutes, on a GPU five seconds: time, and memory beside weights and gradients; fitted exponents,
+              crossing, ratios
 
 On a CPU the reference does the work, and has no peer but itself. `memory` and `load` need Linux.
 """

@@ -78,8 +78,11 @@ def pool_of(config):
         documents = data.needles + data.chains * data.hops + data.properties + data.noise
         questions = data.needles + data.chains + data.properties
     rows, batches = [QUESTION + ANSWER] * questions + [QUESTION + longest + ANSWER] * questions, []
-    if config.rank:  # a chat backbone reads a few documents once, in front of all questions
-        return [], [(questions, QUESTION + ANSWER, 4 * longest, questions * ANSWER)]
+    if config.rank:  # a chat backbone reads a few documents in front of all questions, once or, of several
+        shown, rows = 4 * longest, questions * config.pools_together  # pools together, with each of them
+        if config.pools_together > 1:
+            return [], [(rows, shown + QUESTION + ANSWER, 0, rows * ANSWER)]
+        return [], [(rows, QUESTION + ANSWER, shown, rows * ANSWER)]
     while rows:
         width = rows[-1]
         count = min(max(1, BATCH_TOKENS // width), rows.count(width))

@@ -511,6 +511,19 @@ def attend_backward_keys(
         tl.store(d_values_ptr + to, d_values, mask=inside)
 
 
+def check_memory(B, G, D, memory_keys, memory_values, index, slots, bias):
+    """`check` of a memory and of what B questions selected; returns (index, slots, bias), contiguous."""
+    for name, x in (("memory_keys", memory_keys), ("memory_values", memory_values)):
+        check(name, x, (len(memory_keys), G, D))
+    index, slots = index.contiguous(), slots.contiguous()
+    check("index", index, (B, index.size(-1)), (torch.int64,))
+    check("slots", slots, (B,), (torch.int64,))
+    if bias is not None:
+        bias = bias.contiguous()
+        check("bias", bias, index.shape, (torch.float32,))
+    return index, slots, bias
+
+
 class Attend(torch.autograd.Function):
     """Launches of the attention kernels."""
 
@@ -526,14 +539,7 @@ class Attend(torch.autograd.Function):
         check("values", values, (B, N, G, D), (query.dtype,))
         memory = index is not None
         if memory:
-            for name, x in (("memory_keys", memory_keys), ("memory_values", memory_values)):
-                check(name, x, (len(memory_keys), G, D))
-            index, slots = index.contiguous(), slots.contiguous()
-            check("index", index, (B, index.size(-1)), (torch.int64,))
-            check("slots", slots, (B,), (torch.int64,))
-        if bias is not None:
-            bias = bias.contiguous()
-            check("bias", bias, index.shape, (torch.float32,))
+            index, slots, bias = check_memory(B, G, D, memory_keys, memory_values, index, slots, bias)
         S = index.size(1) if memory else 0
         tensors = (query, keys, values, memory_keys, memory_values, index, slots, bias)
         tensors = [query if x is None else x for x in tensors]  # in the place of None: what is not read
@@ -680,16 +686,9 @@ def attend_split(query, keys, values, rows, starts, longest, branch, memory_keys
     if rows is not None:
         check("rows", rows, (B,), (torch.int64,))
     if memory:
-        for name, x in (("memory_keys", memory_keys), ("memory_values", memory_values)):
-            check(name, x, (len(memory_keys), G, D))
-        index, slots = index.contiguous(), slots.contiguous()
-        check("index", index, (B, index.size(1)), (torch.int64,))
-        check("slots", slots, (B,), (torch.int64,))
+        index, slots, bias = check_memory(B, G, D, memory_keys, memory_values, index, slots, bias)
     else:
         bias = None
-    if bias is not None:
-        bias = bias.contiguous()
-        check("bias", bias, index.shape, (torch.float32,))
     S, tiles = index.size(1) if memory else 0, Attend.tiles(T * H // G, D, query.element_size())
     programs = triton.cdiv(T * H // G, tiles["BLOCK_R"]) * B * G
     parts = parts or max(1, min(264 // programs, (S + longest) // 128))

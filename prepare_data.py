@@ -345,15 +345,19 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
                 segments = segments + [segments[-1] + 1] * len(text)
             appended = appended + hop
         samples.append((prompt, answer, [], appended, segments))
-    samples.sort(key=length)
-    batches, batch = [], []
-    for sample in reversed(samples):  # longest first: the first of a batch sets its width
-        if batch and (len(batch) + 1) * length(batch[0]) > batch_tokens:
-            batches.append(stack(batch, tokenizer, len(texts)))
-            batch = []
-        batch.append(sample)
-    batches.append(stack(batch, tokenizer, len(texts)))
+    batches = [stack(batch, tokenizer, len(texts)) for batch in in_batches(samples, length, batch_tokens)]
     return [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches
+
+
+def in_batches(samples, length, batch_tokens):
+    """Samples in lists of similar length(sample), the longest first, of at most `batch_tokens` tokens,
+    padding included: the first of a list sets its width."""
+    batches = [[]]
+    for sample in reversed(sorted(samples, key=length)):
+        if batches[-1] and (len(batches[-1]) + 1) * length(batches[-1][0]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
 
 
 def stack(samples, tokenizer, documents):
@@ -400,12 +404,7 @@ def collate_chat(pools, tokenizer, number_limit, rng):
         return [], [], [stack_chat(chat_samples(pools[0], tokenizer, number_limit, rng))]
     samples = [sample for pool in pools for sample in chat_samples(pool, tokenizer, number_limit, rng)]
     length = lambda sample: len(sample[0]) + len(sample[1])
-    batches = [[]]
-    for sample in sorted(samples, key=length, reverse=True):  # the first of a batch sets its width
-        if batches[-1] and (len(batches[-1]) + 1) * length(batches[-1][0]) > CHAT_TOKENS:
-            batches.append([])
-        batches[-1].append(sample)
-    return [], [], [stack_chat(batch, shares=False) for batch in batches]
+    return [], [], [stack_chat(batch, shares=False) for batch in in_batches(samples, length, CHAT_TOKENS)]
 
 
 def chat_samples(pool, tokenizer, number_limit, rng):

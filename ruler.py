@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from checkpoint import find
-from common import UserError, command_line, detect_device, keep_freed_memory, main, write_json
+from common import UserError, command_line, detect_device, keep_freed_memory, main, read_text, write_json
 from interleave import InterleaveConfig, answers_from_texts, gather, loop_of, rounds_of, run
 from model import MSA, Memory
 from needles import RULER, Draw, Haystack, draw_question
@@ -310,10 +310,10 @@ def averages(rows):
     return [f"{'':17}{'mean':>7}" + "".join(f"{task:>12}" for task in RULER), *lines]
 
 
-def read_rows(path, about):
+def rows_before(path, about):
     """The rows of a file of --json, which must be about the same. Raises UserError."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
+        rows = json.loads(read_text(path)) if Path(path).exists() else []
         other = [row for row in rows if about.items() - row.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
@@ -335,7 +335,7 @@ def script():
     about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
                  seed=config.seed, top_k=model.config.top_k, max_rounds=rounds_of(model, config.interleave),
                  max_documents=config.interleave.max_documents, dtype=str(dtype), device=str(device))
-    rows = read_rows(config.json, about) if config.json else []
+    rows = rows_before(config.json, about) if config.json else []
     done = {(row["task"], row["method"], row["length"]) for row in rows}
     print(f"{config.checkpoint} on {device} ({reason})")
     print(f"{'task':<11} {'method':<7} {'tokens':>10} {f'rec@{model.config.top_k}':>7} {'named':>6} "

@@ -112,10 +112,15 @@ def sources_of(answer, question, texts):
     return sorted((n for n in held if 2 * held[n] >= most), key=lambda n: -held[n])
 
 
+def place_of(memory, number):
+    """The place in a memory of the document with this number."""
+    return int(np.searchsorted(memory.numbers, number))
+
+
 def show(model, tokenizer, memory, texts, where, question, config, reaches, say=print):
     """Stream one answer to the terminal, then its sources; or say that there is none, where the best score is
     not above what chance reaches. where(position): where a document comes from."""
-    place = lambda number: int(np.searchsorted(memory.numbers, number))
+    place = lambda number: place_of(memory, number)
     appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
@@ -146,7 +151,7 @@ def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
     """The numbers of the documents that an answer rests on; ranked: the first round's, the best first."""
     if model.config.prompts != "chat":  # it names what it wants
         return appended
-    text_of = lambda n: tokenizer.decode(texts[int(np.searchsorted(memory.numbers, n))])
+    text_of = lambda n: tokenizer.decode(texts[place_of(memory, n)])
     return sources_of(answer, question, {n: text_of(n) for n in ranked if n in appended})
 
 
@@ -161,9 +166,8 @@ def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
         documents = cited(model, tokenizer, memory, texts, question, answer, appended, [n for n, _ in routed])
         if routed and routed[0][1] <= reaches:
             answer, documents = None, []
-        place = lambda number: where(int(np.searchsorted(memory.numbers, number)))
-        rows.append(dict(question=question, answer=answer,
-                         documents=[dict(number=n, source=place(n)) for n in documents]))
+        sources = [dict(number=n, source=where(place_of(memory, n))) for n in documents]
+        rows.append(dict(question=question, answer=answer, documents=sources))
     return rows
 
 

@@ -125,3 +125,14 @@ def test_linear(capsys, tmp_path):
     costs.plot(rows, "small", tmp_path / "linear.png")
     assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
     assert len(linear(MSA(SMALL), 0, 256, 1e9, 128)) == 5 == len(linear(MSA(SMALL), 100, 256, 1, 128))
+
+
+def test_pools_together():
+    """The bytes of a step would be those of one pool, whose questions share their documents, where those of
+    several are read each with its own."""
+    config = TrainConfig(init_from="backbone", rank=4)
+    config.data.questions_per_pool, config.data.max_document_tokens, config.data.data = 5, 100, "set"
+    (_, ((rows, tokens, shared, predicted),)) = costs.pool_of(config)
+    assert (rows, shared) == (5, 400)
+    config.pools_together = 3
+    assert costs.pool_of(config) == ([], [(15, 400 + tokens, 0, 3 * predicted)])
