@@ -311,20 +311,21 @@ class Pretrained:
         return self.model.embed_tokens.weight.device
 
     @classmethod
-    def from_pretrained(cls, name, device="cpu", dtype=torch.float32, **changes):
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32, merged=True, **changes):
         """The model of a checkpoint folder, or of "owner/name" on the Hugging Face Hub, in evaluation mode.
 
         Reads what `save_pretrained` wrote, Llama and Qwen3 backbones, and MSA-4B. A backbone without
         routers gets those of `init_routers`. A folder whose config.json names a `base` holds low-rank changes
-        alone, which become part of that checkpoint's weights. Every tensor is read straight into the device
-        and dtype: there is no second copy. changes: fields of the configuration that replace the
-        checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
+        alone, which become part of that checkpoint's weights; they stay apart, to be trained further, where
+        not `merged`. Every tensor is read straight into the device and dtype: there is no second copy.
+        changes: fields of the configuration that replace the checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
         whether the checkpoint had any, and `stored_dtype`, of its embedding.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
         if "base" in others:
-            return cls.from_base(folder, merge(stored, changes, "from_pretrained"), others, device, dtype)
+            config = merge(stored, changes, "from_pretrained")
+            return cls.from_base(folder, config, others, device, dtype, merged)
         with torch.device("meta"):
             model = cls(merge(stored, changes, "from_pretrained"))
         config, model.others, weights = model.config, others, Weights(folder)
@@ -345,9 +346,9 @@ class Pretrained:
         return model.eval()
 
     @classmethod
-    def from_base(cls, folder, config, others, device, dtype):
+    def from_base(cls, folder, config, others, device, dtype, merged):
         """`from_pretrained` of a folder that holds the low-rank changes of another checkpoint, its base."""
-        weights, name = Weights(folder), others.pop("base")
+        weights, name = Weights(folder), others["base"]
         try:
             model = cls.from_pretrained(find_base(name), device, dtype, **asdict(config))
         except UserError as error:
@@ -358,8 +359,10 @@ class Pretrained:
         add_factors(model, max(ranks, default=1))
         model.load_tensors({factor: weights.read(factor, device, torch.float32) for factor in weights.shapes},
                            weights.main)
-        merge_factors(model)
         model.others = others
+        if merged:
+            merge_factors(model)
+            del others["base"]
         return model
 
     @classmethod

@@ -416,7 +416,8 @@ def chat_samples(pool, tokenizer, number_limit, rng):
     leaders = [(gold, "\n" in answer) for _, answer, gold in asked if gold]
     (gold, in_parts), samples = leaders[rng.integers(len(leaders))], []
     if in_parts:
-        gold = rng.permutation(gold)[:rng.integers(1, len(gold) + 1)].tolist()
+        count = len(gold) if rng.random() < 0.5 else int(rng.integers(1, len(gold) + 1))
+        gold = rng.permutation(gold)[:count].tolist()
     for shows in (rng.random() >= WITHOUT_GOLD, True):  # nothing may be left of a message without gold
         others = [i for i in rng.permutation(len(texts)).tolist() if i not in gold]
         count = int(rng.integers(1, MOST_SHOWN + 1))

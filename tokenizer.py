@@ -246,7 +246,10 @@ class Tokenizer:
 
     def extends(self, other):
         """Whether all tokens of another Tokenizer have the same ids here: its model can go on with this."""
-        return self.base() == other.base() and other.special_tokens.items() <= self.special_tokens.items()
+        own, others = self.base(), other.base()
+        if isinstance(self.encoding, HubEncoding) and isinstance(other.encoding, HubEncoding):
+            own, others = json.loads(own[1]), json.loads(others[1])  # a file may be the same with other spaces
+        return own == others and other.special_tokens.items() <= self.special_tokens.items()
 
     def save(self, folder):
         """Write tokenizer_msa.json, and tokenizer.tiktoken (mergeable ranks) or tokenizer.json unchanged."""

@@ -43,7 +43,7 @@ from common import (
     make_folder,
     start_process_group,
 )
-from low_rank import add_factors
+from low_rank import add_factors, factors
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
 from prompts import load_tokenizer
@@ -115,8 +115,8 @@ def learning_rate(step, config):
 def start_from(config, folder, tokenizer, device, dtype):
     """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
     its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
-    whiten_routers. With a rank it stays a chat backbone in `dtype`, and what is trained are low-rank changes.
-    Raises UserError where it cannot be."""
+    whiten_routers. With a rank it stays a chat backbone in `dtype`, and what is trained are low-rank changes:
+    those that it has, or new ones. Raises UserError where it cannot be."""
     loaded = MSA.read_config(folder)[0]
     if config.rank and loaded.prompts != "chat":
         raise UserError(f"rank is {config.rank}, of changes to a chat backbone, which --init-from "
@@ -124,17 +124,23 @@ def start_from(config, folder, tokenizer, device, dtype):
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
     changes = settings(config, loaded, ("second_look",) if config.rank else free)
-    if backbone and not config.rank:
+    if config.rank:
+        changes["second_look"] = changes["second_look"] or loaded.second_look
+    elif backbone:
         changes |= dict(attend_memory=True, prompts="nanomsa")
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
                         f"--encoding {config.init_from}")
-    model = MSA.from_pretrained(folder, device, dtype, **changes)
-    if config.rank:
+    model = MSA.from_pretrained(folder, device, dtype, merged=not config.rank, **changes)
+    ranks = {len(tensor) for name, tensor in factors(model).items() if name.endswith(".down")}
+    if ranks - {config.rank}:
+        raise UserError(f"rank is {config.rank}, but the changes of --init-from {config.init_from}, which go "
+                        f"on, have {max(ranks)}; give --rank {max(ranks)}")
+    if config.rank and not ranks:
         model.others["base"] = config.init_from
         add_factors(model, config.rank)
-    else:
+    if not config.rank:
         model.resize_vocabulary(tokenizer.vocab_size)
     return model.train()
 

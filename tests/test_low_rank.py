@@ -295,6 +295,12 @@ def test_delta(backbone, tmp_path):
     found.save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(MSA.from_pretrained(tmp_path / "whole").read(tokens).logits,
                                found.read(tokens).logits)
+    apart = MSA.from_pretrained(tmp_path / "delta", merged=False)  # to train further: saved, it is the same
+    torch.testing.assert_close(apart.read(tokens).logits, found.read(tokens).logits, atol=1e-5, rtol=1e-5)
+    apart.save_pretrained(tmp_path / "again")
+    for name, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(tensor, stored[name])
+    assert apart.others["base"] == str(backbone) and factors(apart).keys() == stored.keys()
     second = changed(tmp_path / "delta", rank=1)
     second.others["base"] = str(tmp_path / "delta")
     second.save_pretrained(tmp_path / "second")
@@ -359,6 +365,13 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     model = MSA.from_pretrained(tmp_path / "whole")
     assert model.config.prompts == "chat" and model.config.second_look == 3
     assert not model.config.attend_memory
+    on = [flag for flag in flags if flag not in ("--model.second-look", 3)] + ["--init-from", tmp_path / "whole"]
+    further = run(train, *on, "--out", tmp_path / "further", "--max-steps", 1)
+    assert further.code == 0, further.err
+    about = json.loads((tmp_path / "further" / "config.json").read_text())
+    assert about["base"] == str(backbone) and about["msa_config"]["second_look"] == 3
+    refused = run(train, *on, "--rank", 4, "--out", tmp_path / "x")
+    assert refused.code == 2 and "rank is 4, but the changes of --init-from" in refused.error
     refused = run(train, *flags[:-2], "--out", tmp_path / "x", "--model.top-k", 3)
     assert refused.code == 2 and "model.top_k is 3, but --init-from" in refused.error
     refused = run(train, "--pools-together", 2, "--out", tmp_path / "x")

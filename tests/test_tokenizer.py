@@ -622,6 +622,10 @@ def test_our_tokens_behind_a_file(number_tokens, tmp_path):
     again = Tokenizer.load(tmp_path / "saved")
     assert again.fingerprint() == ours.fingerprint() and again.vocab_size == ours.vocab_size
     assert again.extends(ours) and ours.extends(again) and again.first_number == ours.first_number
+    spaced = tmp_path / "spaced" / "tokenizer.json"  # the same in a file of other bytes
+    spaced.parent.mkdir()
+    spaced.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    assert named_encoding(str(spaced.parent), number_tokens).extends(ours)
     text = "a document [7] <|question|><|end|> here"
     assert again.encode(text) == ours.encode(text) == plain.encode_ordinary(text)
     spelled = again.decode(again.document(7, again.encode(text)))
