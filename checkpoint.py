@@ -316,10 +316,11 @@ class Pretrained:
 
         Reads what `save_pretrained` wrote, Llama and Qwen3 backbones, and MSA-4B. A backbone without
         routers gets those of `init_routers`. A folder whose config.json names a `base` holds low-rank changes
-        alone, which become part of that checkpoint's weights; they stay apart, to be trained further, where
-        not `merged`. Every tensor is read straight into the device and dtype: there is no second copy.
-        changes: fields of the configuration that replace the checkpoint's. Raises UserError for what is missing, damaged or not supported. Sets `trained_routers`,
-        whether the checkpoint had any, and `stored_dtype`, of its embedding.
+        alone, which become part of that checkpoint's weights, or, not `merged`, stay apart to be trained
+        further. Every tensor is read straight into the device and dtype: there is no second copy. changes:
+        fields of the configuration that replace the checkpoint's. Raises UserError for what is missing,
+        damaged or not supported. Sets `trained_routers`, whether the checkpoint had any, and `stored_dtype`,
+        of its embedding.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)

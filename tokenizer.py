@@ -248,7 +248,7 @@ class Tokenizer:
         """Whether all tokens of another Tokenizer have the same ids here: its model can go on with this."""
         own, others = self.base(), other.base()
         if isinstance(self.encoding, HubEncoding) and isinstance(other.encoding, HubEncoding):
-            own, others = json.loads(own[1]), json.loads(others[1])  # a file may be the same with other spaces
+            own, others = json.loads(own[1]), json.loads(others[1])  # whatever spaces a file has
         return own == others and other.special_tokens.items() <= self.special_tokens.items()
 
     def save(self, folder):

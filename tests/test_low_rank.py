@@ -365,7 +365,8 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     model = MSA.from_pretrained(tmp_path / "whole")
     assert model.config.prompts == "chat" and model.config.second_look == 3
     assert not model.config.attend_memory
-    on = [flag for flag in flags if flag not in ("--model.second-look", 3)] + ["--init-from", tmp_path / "whole"]
+    on = [flag for flag in flags if flag not in ("--model.second-look", 3)]
+    on += ["--init-from", tmp_path / "whole"]
     further = run(train, *on, "--out", tmp_path / "further", "--max-steps", 1)
     assert further.code == 0, further.err
     about = json.loads((tmp_path / "further" / "config.json").read_text())
