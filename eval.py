@@ -352,7 +352,7 @@ def load_set(config, model, tokenizer, say):
         longest = model.config.max_document_tokens
         documents = list(read_documents(config.documents, count_tokens, longest, skipped))
         tell_skipped(skipped, say)
-        texts, split = [document.text for document in documents], ""
+        texts, split = [document.spelled() for document in documents], ""
         questions = read_questions(config.data, documents, say)
     else:
         texts, questions = read_set(config.data, say)

@@ -17,11 +17,12 @@ one hop of several documents: one round names them all. With "pooled": true the 
 pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
-are taken. A pool is a passage, some questions about it, and passages that BM25 finds for them in its place;
-the questions of impossible.jsonl, which their passage does not answer, and questions in which a name or
-number is another's, are answered by prompts.NOT_FOUND. Of a folder without queries.jsonl questions are made:
-what a sentence says is asked of the rest of its document.
-Documents about which a test is asked stay out, with all that have the same title.
+are taken; for a chat backbone it may also be a FILE.jsonl of your own questions about --documents, or a
+folder of your own documents. A pool is a passage, some questions about it, and passages that BM25 finds for
+them in its place; the questions of impossible.jsonl, which their passage does not answer, and questions in
+which a name or number is another's, are answered by prompts.NOT_FOUND. Where a SET has no questions they are
+made: what a sentence says is asked of the rest of its document. Documents about which a test is asked stay
+out, with all that have the same title.
 """
 import contextlib
 import dataclasses
@@ -98,10 +99,16 @@ class DataConfig:
             raise UserError(f"alike is {self.alike}; it must be between 0 and 1")
         if self.needles + self.chains + self.properties == 0:
             raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
-        if bool(self.documents) != bool(self.questions):
+        if self.data:
+            own = any(path.endswith(".jsonl") for path in self.data.split(","))
+            if own != bool(self.documents) or self.questions:
+                raise UserError("data and documents go together where data has a .jsonl file of questions "
+                                "about them, and only there; questions is for neither")
+            if own and self.encoding == "train":
+                raise UserError("data has questions of your own, which are for a chat backbone; give its "
+                                "checkpoint, such as --encoding checkpoints/smollm2")
+        elif bool(self.documents) != bool(self.questions):
             raise UserError("documents and questions go together: a folder, and a .jsonl file about it")
-        if self.documents and self.data:
-            raise UserError("documents and data are both given; leave one of them out")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -495,9 +502,7 @@ def write_own(config, folder):
     limit = config.max_document_tokens
     roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
     tokenizer = make_encoding(config, (document.spelled() for document in roughly))
-    skipped, count_tokens = {}, lambda text: len(tokenizer.encode(text))
-    documents = list(read_documents(config.documents, count_tokens, limit, skipped))
-    tell_skipped(skipped, print)
+    documents = own_documents(config.documents, tokenizer, limit)
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
@@ -525,33 +530,55 @@ HELD_OUT = 0.05         # share of the documents about which validation asks
 def cloze(text, rng):
     """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
     numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
-    title, end, body = text.rpartition("\n")
-    sentences = re.split(r"(?<=[.!?]) +(?=[A-Z])", body)
-    for i in rng.permutation(len(sentences)).tolist():
-        rest, found = " ".join(sentences[:i] + sentences[i + 1:]), []
-        for span in NAME.finditer(sentences[i]):
+    title, end, body = text.partition("\n") if "\n" in text else ("", "", text)
+    starts = [0, *(space.end() for space in re.finditer(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", body)), len(body)]
+    for i in rng.permutation(len(starts) - 1).tolist():
+        sentence, found = body[starts[i]:starts[i + 1]].strip(), []
+        rest = (body[:starts[i]] + body[starts[i + 1]:]).rstrip()
+        for span in NAME.finditer(sentence):
             answer = span[0].rstrip(".,")
             if re.search(rf"\b{re.escape(answer)}\b", rest) and answer not in title:
                 asked = "who or what" if answer[0].isalpha() else "how many"
                 if re.fullmatch(r"1\d\d\d|20\d\d", answer):
                     asked = "what year"
-                said = sentences[i][:span.start()] + asked + sentences[i][span.start() + len(answer):]
-                found.append((f"{title}: {said.rstrip('.')}?" if title else f"{said.rstrip('.')}?", answer))
+                said = sentence[:span.start()] + asked + sentence[span.start() + len(answer):]
+                said = " ".join(said.rstrip(".").split())
+                found.append((f"{title}: {said}?" if title else f"{said}?", answer))
         if found:
             return title + end + rest, found
     return text, []
 
 
+def own_documents(path, tokenizer, limit):
+    """The Documents of a folder or .jsonl file, cut at `limit` tokens; says what was skipped."""
+    skipped, count_tokens = {}, lambda text: len(tokenizer.encode(text))
+    documents = list(read_documents(path, count_tokens, limit, skipped))
+    tell_skipped(skipped, print)
+    return documents
+
+
+def read_training_set(path, documents, tokenizer, limit, rng):
+    """(texts, {split: list of SetQuestion}) of a SET; documents: what a .jsonl file of it asks about."""
+    if str(path).endswith(".jsonl"):
+        found = own_documents(documents, tokenizer, limit)
+        asked = [SetQuestion(q.text, tuple(q.documents), (q.answer,)) for q in read_questions(path, found)]
+        return [document.spelled() for document in found], {"train": asked}
+    if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
+        return read_set(path)
+    if (Path(path) / "corpus.jsonl").exists():
+        texts = read_texts(path)
+    else:
+        texts = [document.spelled() for document in own_documents(path, tokenizer, limit)]
+    texts, asked = zip(*(cloze(text, rng) for text in texts))
+    return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
+                             for question, answer in found]}
+
+
 class QuestionSet:
     """What training takes of a set: texts that may be shown, and questions by what they are about."""
 
-    def __init__(self, path, tokenizer, limit, rng):
-        if Path(path).is_dir() and not (Path(path) / "queries.jsonl").exists():
-            texts, asked = zip(*(cloze(text, rng) for text in read_texts(path)))
-            questions = {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
-                                   for question, answer in found]}
-        else:
-            texts, questions = read_set(path)
+    def __init__(self, path, tokenizer, limit, rng, documents=""):
+        texts, questions = read_training_set(path, documents, tokenizer, limit, rng)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
         tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
@@ -610,8 +637,12 @@ def write_sets(config, folder):
     paths = [path for path in config.data.split(",") if path]
     tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_texts(path)))
     rng = np.random.default_rng(config.seed)
-    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng) for path in paths}
+    sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
+            for path in paths}
     held = {path: {i for i in sorted(own.usable) if rng.random() < HELD_OUT} for path, own in sets.items()}
+    for path, own in sets.items():
+        if own.about and not any(held[path] & {*gold} for gold in own.about):  # of few documents
+            held[path] |= {min(own.about)[0]}
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
         trains, turns = split == "train", {}
         writer = PoolWriter(folder / split, tokenizer)

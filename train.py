@@ -5,7 +5,7 @@
     python train.py config/demo.toml --max-steps 500 --out out/short     # every setting is a flag
     python train.py config/demo.toml --resume                            # go on where it stopped, exactly
     torchrun --nproc_per_node=2 train.py config/demo.toml                # one pool per rank and step
-    python train.py config/notes.toml --init-from out/smollm2            # a backbone's weights
+    python train.py config/notes.toml                                    # low-rank, from checkpoints/smollm2
     python train.py config/smollm2.toml                                  # a chat backbone learns to read
     torchrun --nproc_per_node=8 train.py config/qwen3-4b.toml            # weights shared out to eight GPUs
 

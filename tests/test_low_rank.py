@@ -122,6 +122,10 @@ def test_cloze():
     assert asked == {"1834", "250", "Ann Lee"}
     alone = "Mill\nThe mill was built by Ann Lee. Nothing else is known of it."
     assert prepare_data.cloze(alone, np.random.default_rng(0)) == (alone, [])
+    lines = "Mill\n\nThe mill\nof Ann Lee.\nIt is old. As Ann Lee said.\n\n- flour, for Ann Lee. That is all."
+    made = {prepare_data.cloze(lines, np.random.default_rng(seed))[1][0] for seed in range(40)}
+    assert made == {(f"Mill: {text}?", "Ann Lee") for text in
+                    ("The mill of who or what", "As who or what said", "- flour, for who or what")}
 
 
 def test_misled(places, backbone):
@@ -332,6 +336,39 @@ def test_delta_mistakes(backbone, tmp_path, monkeypatch):
     small.save_pretrained(package / "a.gguf")
     with pytest.raises(UserError, match="model.layers.2.* is missing"):
         MSA.from_pretrained(tmp_path)
+
+
+def test_own_notes(backbone, run, tmp_path):
+    """Questions about own notes would be asked of another note, or notes without any be refused."""
+    pytest.importorskip("bm25s")
+    notes, asked, decode = tmp_path / "notes", tmp_path / "q.jsonl", ChatTokenizer(backbone).decode
+    notes.mkdir()
+    for name, year in (("mill", 1871), ("inn", 1902), ("well", 1755)):
+        (notes / f"{name}.txt").write_text(f"The {name} is of {year}. Since {year} the roof of the {name} "
+                                           "leaks. It is nice.")
+    asked.write_text("".join(json.dumps({"question": f"How old is the {name}?", "answer": year, "documents":
+                                         [f"{name}.txt"]}) + "\n"
+                             for name, year in (("mill", "1871"), ("inn", "1902"))))
+    flags = ["--encoding", backbone, "--out", tmp_path / "data", "--documents-per-pool", 2, "--pools", 8]
+    both = run(prepare_data, "--data", f"{asked},{notes}", "--documents", notes, *flags)
+    assert both.code == 0, both.err
+    pools, found = Pools(tmp_path / "data" / "train", 261), set()
+    for i in range(len(pools)):
+        documents, questions = pools[i]
+        for question, answer, gold, _ in questions:
+            shown = [decode(documents[d].tolist()) for hop in gold for d in hop]
+            answer, question = decode(answer.tolist()), decode(question.tolist())
+            assert (answer == NOT_FOUND) == (not shown) and all(answer in text for text in shown)
+            found.add(" ".join(question.split()[:3]))
+    assert {"How old is", "Since what year"} & found == {"How old is", "Since what year"}, found
+    alone = run(prepare_data, "--data", notes, *flags)
+    assert alone.code == 0 and "training pools" in alone.out, alone.err
+    for given, message in ((["--data", asked], "data and documents go together"),
+                           (["--data", notes, "--documents", notes], "data and documents go together"),
+                           (["--data", asked, "--documents", notes, "--encoding", "train"],
+                            "give its checkpoint, such as --encoding checkpoints/smollm2")):
+        refused = run(prepare_data, *flags, *given)
+        assert refused.code == 2 and message in refused.error
 
 
 # ------------------------------------------------------------------------------------------------------------
