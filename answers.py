@@ -3,16 +3,19 @@
     none      the question alone
     oracle    its gold documents, however many
     bm25      the first k documents that BM25 finds
+    routing   recall alone, before the second look, where a model has learned to look twice
     memory    the first k documents that the model finds in its memory: by routing, in one round or two, and
-              by a second look where it has learned one
+              by that second look
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
-that has gold documents; answers, which take longer, on some. Answers are compared as SQuAD compares them.
+that has gold documents; answers and second looks, which take longer, on some. Answers are compared as SQuAD
+compares them.
 """
 import contextlib
 import re
 import string
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 
 import numpy as np
@@ -22,11 +25,12 @@ from batches import Find
 from common import UserError, atomic_file
 from interleave import answers_from_texts, look_again, rounds_of, run
 
-METHODS = ("none", "oracle", "bm25", "memory")
+METHODS = ("none", "oracle", "bm25", "routing", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
 RECALLS = (*(f"recall_at_{n}" for n in AT), f"all_gold_at_{AT[-1]}")
 SCORES = ("exact_match", "f1", "contained", "empty")
 RESAMPLES = 1000    # of the bootstrap
+SHOWN = 8           # passages of a long document that the oracle shows, from its beginning on
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -75,9 +79,9 @@ def interval(differences, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Finding and reading
 
-def loop_ranked(model, tokenizer, memory, texts, question, config):
+def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     """A loop: the positions of the documents that the model finds for a question, best first, and the best
-    score of its first round; texts: token ids by position.
+    score of its first round; texts: token ids by position; look: at how many it looks twice.
 
     Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first eight of the first
     round, then what the second one finds besides.
@@ -93,14 +97,14 @@ def loop_ranked(model, tokenizer, memory, texts, question, config):
         count = max(rounds_of(model, config), 1)
     rankings = yield Find(tokens, memory, routes, prefix_length, count)
     rounds = yield from look_again(model, tokenizer, rankings, texts, int, question, config.router_weight,
-                                   AT[-1])
+                                   AT[-1], look)
     best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
     yield [document for ranked in rounds for document, _ in ranked], best
 
 
-def ranked(model, tokenizer, memory, texts, questions, config, batch):
+def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
     """(positions, best score) of each question, as of `loop_ranked`."""
-    loops = (loop_ranked(model, tokenizer, memory, texts, question, config) for question in questions)
+    loops = (loop_ranked(model, tokenizer, memory, texts, question, config, look) for question in questions)
     return [found for _, found in sorted(run(model, tokenizer, loops, config, batch, memory))]
 
 
@@ -159,31 +163,40 @@ def choose(questions, count, seed):
     return [answerable[i] for i in sorted(order)]
 
 
-def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False):
+def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
-    finders: texts -> lists of documents, best first, of bm25 and memory; read: a `reader`; chosen: the
-    questions that are answered. What does not apply is None. Rows of memory hold what it has over bm25, with
-    intervals.
+    finders: texts -> lists of documents, best first, of bm25 and memory, perhaps of routing; read: a
+    `reader`; chosen: the questions that are answered, and, with routing, all that memory is asked. owner: where finders deal with passages, the document of each, increasing; k counts passages then, recall
+    documents, and the oracle shows SHOWN passages of each. What does not apply is None. Rows of memory hold
+    what it has over bm25, with intervals.
     """
     judged = [i for i, question in enumerate(questions) if question.gold]
     rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
+    documents_of = lambda places: [*dict.fromkeys(places if owner is None else [owner[i] for i in places])]
     for method, find in finders.items():
-        label = "" if quiet else f"{method} finds"
-        rankings[method], seconds[method] = find_all(find, questions, label, batch)
-        recalls[method] = np.array([score_ranking(rankings[method][i], questions[i].gold) for i in judged])
-    methods = METHODS if set(chosen) <= set(judged) else ("none", "bm25", "memory")
+        asked = range(len(questions))
+        if method == "memory" and "routing" in finders and chosen:
+            asked = chosen
+        found, seconds[method] = find_all(find, [questions[i] for i in asked],
+                                          "" if quiet else f"{method} finds", batch)
+        rankings[method] = dict(zip(asked, found))
+        recalls[method] = {i: score_ranking(documents_of(rankings[method][i]), questions[i].gold)
+                           for i in asked if questions[i].gold}
+    given = ("none", "oracle") if {*chosen} <= {*judged} else ("none",)
+    methods = [method for method in METHODS if method in finders or chosen and method in given]
     rows = []
     for k in ks if chosen else [None]:
         scores = {}
-        for method in methods if chosen else finders:
+        for method in methods:
             row = dict(method=method, k=k) | dict.fromkeys((*RECALLS, *SCORES, "seconds_per_question"))
-            if method in finders and judged:
-                row |= zip(RECALLS, recalls[method].mean(0).tolist())
-            if chosen:
+            if recalls.get(method):
+                row |= zip(RECALLS, np.mean([*recalls[method].values()], 0).tolist())
+                row["questions_of_recall"] = len(recalls[method])
+            if chosen and method != "routing":
                 answers, spent = [], []
                 for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch):
-                    given = {"none": lambda i: (), "oracle": lambda i: questions[i].gold}
+                    given = {"none": lambda i: (), "oracle": lambda i: shown(questions[i].gold, owner)}
                     documents = given.get(method, lambda i, method=method, k=k: rankings[method][i][:k])
                     for answer, took in read([(questions[i].text, documents(i)) for i in part]):
                         answers.append(answer)
@@ -193,14 +206,22 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False):
                 row |= zip(SCORES, scores[method].mean(0).tolist())
                 row["seconds_per_question"] = round(float(np.mean(spent)) + seconds[method], 5)
             rows.append(row)
-        if judged:
-            first = recalls["memory"][:, 0] - recalls["bm25"][:, 0]
+        if recalls["memory"]:
+            first = [recalls["memory"][i][0] - recalls["bm25"][i][0] for i in recalls["memory"]]
             rows[-1]["recall_at_1_over_bm25"] = interval(first, seed)
         if chosen:
             f1_column = SCORES.index("f1")
             difference = scores["memory"][:, f1_column] - scores["bm25"][:, f1_column]
             rows[-1]["f1_over_bm25"] = interval(difference, seed)
     return rows
+
+
+def shown(gold, owner):
+    """The places of what the oracle shows of gold documents; owner: as for `measure`."""
+    if owner is None:
+        return gold
+    places = (range(bisect_left(owner, document), bisect_right(owner, document)) for document in gold)
+    return [place for of_document in places for place in of_document[:SHOWN]]
 
 
 def table(rows):

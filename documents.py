@@ -282,6 +282,24 @@ def split_text(lines, headings, count_tokens, max_tokens):
     yield from (found for found in map(document, pieces) if found.text)
 
 
+LONG, PASSAGE = 1024, 512  # tokens: a longer document of a set is read in passages of at most so many
+
+
+def passages(texts, count_tokens):
+    """(passages, owner): the texts of a set, LONG ones split into passages with their title; owner: the place
+    of the text that each is of, increasing."""
+    found = []
+    for place, text in enumerate(texts):
+        title, end, _ = text.partition("\n")
+        headings = [(0, title)] if end and len(title) < PASSAGE else []
+        if len(text) <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a character
+            found.append((text, place))
+        else:
+            pieces = split_text(numbered(text), headings, count_tokens, PASSAGE)
+            found += [(piece.spelled(), place) for piece in pieces]
+    return [text for text, _ in found], [place for _, place in found]
+
+
 def split_line(line, fits):
     """One numbered line as several that fit, cut between words (a too long word inside)."""
     number, text = line

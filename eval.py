@@ -36,6 +36,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ from common import (
     return_freed_memory,
     write_json,
 )
-from documents import Document, read_documents, tell_skipped
+from documents import Document, passages, read_documents, tell_skipped
 from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
@@ -346,7 +347,8 @@ def read_rows(path):
 # Sets of questions
 
 def load_set(config, model, tokenizer, say):
-    """What --data names: (texts, counts, questions, split); memories hold the first `count` of the texts."""
+    """What --data names: (texts, owner, counts, questions, split); memories hold the first `count` of the
+    texts, which are documents or passages of them. owner: the document of each, which questions ask for."""
     if config.documents:
         count_tokens, skipped = lambda text: len(tokenizer.encode(text)), {}
         longest = model.config.max_document_tokens
@@ -361,7 +363,8 @@ def load_set(config, model, tokenizer, say):
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)
         counts.append(len(texts))
-    return texts, counts, questions, split
+    texts, owner = passages(texts, lambda text: len(tokenizer.encode(text)))
+    return texts, owner, np.searchsorted(owner, counts).tolist(), questions, split
 
 
 def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on):
@@ -382,9 +385,10 @@ def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
 
 def evaluate_set(model, tokenizer, config, ranks, say, on):
     """Yields the rows of the table of answers.py, for one size of memory after another."""
-    texts, counts, questions, split = load_set(config, model, tokenizer, say)
+    texts, owner, counts, questions, split = load_set(config, model, tokenizer, say)
     name, ks = Path(config.data).resolve().name, [int(k) for k in config.k.split(",")]
-    most = model.config.top_k = max(model.config.top_k, *AT, *ks)
+    parts = np.bincount(owner).max().item()  # of the longest document: of several only one may be found
+    most = model.config.top_k = max(model.config.top_k, *AT, *ks) * min(parts, 4)
     searches = [bm25_search(texts[:count]) for count in counts]
     encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
@@ -394,21 +398,24 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         by_words = lambda asked, search=search: [[place for place, _ in search(text, most)] for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
 
-        def by_memory(asked):
-            found = ranked(model, tokenizer, memory, encoded, asked, config.interleave, config.batch)
+        def by_memory(asked, look, memory=memory, best=best):
+            found = ranked(model, tokenizer, memory, encoded, asked, config.interleave, config.batch, look)
             best.update((text, score) for text, (_, score) in zip(asked, found))
-            return [documents for documents, _ in found]
-        say(f"{name} {split}: {count:,} documents, {tokens:,} tokens; {len(questions):,} questions, "
-            f"of which {len(chosen):,} are answered")
-        finders = dict(bm25=by_words, memory=by_memory)
+            return [places for places, _ in found]
+        documents = owner[count - 1] + 1
+        say(f"{name} {split}: {documents:,} documents" + f" in {count:,} passages" * (documents < count)
+            + f", {tokens:,} tokens; {len(questions):,} questions, of which {len(chosen):,} are answered")
+        finders = dict(bm25=by_words, memory=partial(by_memory, look=model.config.second_look))
+        if model.config.second_look:
+            finders["routing"] = partial(by_memory, look=0)
         measured = measure(questions, chosen, finders, read, ks, config.seed, config.batch,
-                           ranks.rank > 0)
+                           ranks.rank > 0, owner)
         say("\n".join(table(measured)), flush=True)
         shares = refused(questions, best, reaches)
         for share, what in zip(shares, ("have an answer", "nothing answers")):
             if share is not None:
                 say(f"refused of the questions that {what}: {share:.3f} (chance reaches {reaches:.3f})")
-        about = dict(set=name, split=split, memory_tokens=tokens, documents=count, questions=len(chosen),
+        about = dict(set=name, split=split, memory_tokens=tokens, documents=documents, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
                                   max_rounds=rounds_of(model, config.interleave),

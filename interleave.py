@@ -74,13 +74,13 @@ def reluctant(model, tokenizer, logits):
     return logits
 
 
-def second_look(model, tokenizer, question, ranked, texts, numbers, weight):
-    """A part of a loop: a ranking of which the first `second_look` documents are ordered anew, by how
-    unlikely NOT_FOUND is when the model reads one of them alone, log(1 - p) + weight * score / tau.
+def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look):
+    """A part of a loop: a ranking of which the first `look` documents are ordered anew, by how unlikely
+    NOT_FOUND is when the model reads one of them alone, log(1 - p) + weight * score / tau.
 
-    texts: ids by document; numbers: document -> number. Without `second_look` the ranking stays as it is.
+    texts: ids by document; numbers: document -> number.
     """
-    first, others = ranked[:model.config.second_look], ranked[model.config.second_look:]
+    first, others = ranked[:look], ranked[look:]
     if not first:
         return ranked
     prompts = [tokenizer.message(question, [(numbers(d), tokenizer.decode(texts[d]))]) for d, _ in first]
@@ -203,13 +203,13 @@ def interleave_own(model, tokenizer, memory, texts, question, config):
     yield from answer(tokenizer, {tokenizer.end}, config.max_answer_tokens)
 
 
-def look_again(model, tokenizer, rankings, texts, numbers, question, weight, count):
-    """A part of a loop: the rankings of rounds as a `second_look` orders them; all documents differ. The
-    rounds share `count`: every round but the last has no more than its part."""
+def look_again(model, tokenizer, rankings, texts, numbers, question, weight, count, look):
+    """A part of a loop: the rankings of rounds as a `second_look` at `look` documents orders them; all
+    documents differ. The rounds share `count`: every round but the last has no more than its part."""
     named, rounds = set(), []
     for ranked in rankings:
         left = [(document, score) for document, score in ranked if document not in named]
-        left = yield from second_look(model, tokenizer, question, left, texts, numbers, weight)
+        left = yield from second_look(model, tokenizer, question, left, texts, numbers, weight, look)
         rounds.append(left[:-(-count // len(rankings))] if len(rounds) + 1 < len(rankings) else left)
         named |= {document for document, _ in rounds[-1]}
     return rounds
@@ -224,7 +224,8 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
         rounds = yield Find(tokens, memory, routes, len(tokenizer.head), config.max_rounds)
     if len(rounds) > 1 or config.max_documents < model.config.second_look:  # else all are named
         rounds = yield from look_again(model, tokenizer, rounds, texts, number_of, question,
-                                       config.router_weight, config.max_documents)
+                                       config.router_weight, config.max_documents,
+                                       model.config.second_look)
     for ranked in rounds:
         named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
         numbers, found = list(map(number_of, named)), found + named

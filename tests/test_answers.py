@@ -157,6 +157,37 @@ def test_measure(scripted):
     assert "k 5: memory - bm25 in F1: +0.333" in lines[-1]
 
 
+def test_measure_of_passages(scripted):
+    """A passage would be taken for a document: other recalls, and an oracle that shows the wrong ones."""
+    read, seen = scripted
+    questions = [SetQuestion("q0 1 2", (1, 2), ("1 2",))]
+    finders = dict(bm25=lambda texts: [[0, 1, 2, 3, 4]], memory=lambda texts: [[3, 2, 4, 1, 0]])
+    rows = measure(questions, [0], finders, read, [2], seed=1, quiet=True, owner=[0, 1, 1, 1, 2])
+    found = {row["method"]: (row["recall_at_1"], row["recall_at_5"], row["all_gold_at_16"]) for row in rows}
+    assert found["bm25"] == (0, 1, 1) and found["memory"] == (0.5, 1, 1)
+    assert {tuple(documents) for _, documents in seen} == {(), (1, 2, 3, 4), (0, 1), (3, 2)}
+    assert answers.shown((0, 1), [0] * 20 + [1]) == [*range(8), 20]
+
+
+def test_measure_of_a_second_look(scripted):
+    """Second looks, which take seconds, would be taken at all questions, or recalls of some be those of all."""
+    questions, finders = rankings()
+    asked = {method: [] for method in ("routing", "memory")}
+
+    def noting(method, find=finders["memory"]):
+        return lambda texts: asked[method].extend(texts) or find(texts)
+    both = dict(bm25=finders["bm25"], memory=noting("memory"), routing=noting("routing"))
+    rows = measure(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True)
+    found = {row["method"]: row for row in rows}
+    assert [*found] == ["none", "oracle", "bm25", "routing", "memory"]
+    assert len(asked["routing"]) == 4 and asked["memory"] == [questions[i].text for i in (1, 3)]
+    assert found["routing"]["recall_at_1"] == 0.375 and found["memory"]["recall_at_1"] == 0.5
+    assert [found[name]["questions_of_recall"] for name in ("bm25", "routing", "memory")] == [4, 4, 2]
+    assert found["routing"]["f1"] is None
+    assert found["memory"]["recall_at_1_over_bm25"] == interval([0, 0.5], 1)
+    assert measure(questions, [], both, scripted[0], [1], 1, quiet=True)[-1]["questions_of_recall"] == 4
+
+
 def test_measure_without_answers_or_judgements(scripted):
     """A set without answers would print exact matches of 0, or one without judgements recalls of 0."""
     read, seen = scripted
@@ -181,7 +212,7 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    (found, best), = ranked(model, tokenizer, memory, texts, ["Which amber otter?"], InterleaveConfig(), 1)
+    (found, best), = ranked(model, tokenizer, memory, texts, ["Which amber otter?"], InterleaveConfig(), 1, 0)
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
     expected, scores = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
     assert best == pytest.approx(float(scores[0, 0]), abs=1e-6)
@@ -200,7 +231,7 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds)
     monkeypatch.setattr(answers, "AT", (1, most))
-    assert ranked(model, tokenizer, None, [], ["?"], config, 2) == [(expected, 0.9)]
+    assert ranked(model, tokenizer, None, [], ["?"], config, 2, 0) == [(expected, 0.9)]
 
 
 @torch.no_grad()

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from common import UserError
-from documents import Document, documents_size, read_documents, tell_skipped
+from documents import (
+    LONG,
+    PASSAGE,
+    Document,
+    documents_size,
+    passages,
+    read_documents,
+    tell_skipped,
+)
 
 
 def count_words(text):
@@ -361,3 +369,20 @@ def test_titles_count(tmp_path, most):
     assert all(count_words(d.spelled()) <= most and d.title for d in documents)
     assert title.startswith(documents[0].title) and documents[0].title.startswith("t0")
     assert " ".join(d.text for d in documents).split() == [f"w{i}" for i in range(60)]
+
+
+def test_passages():
+    """A long document of a set would be read as a whole, lose its title or a word, or pass for another."""
+    count = lambda text: len(text.split())
+    body = [f"w{i}" for i in range(3000)]
+    long = "The Mill\n" + "\n\n".join(" ".join(body[i:i + 100]) for i in range(0, 3000, 100))
+    bare = " ".join(body)  # one line, which is no title
+    texts = ["A\nshort one", long, "word " * LONG, bare, ""]
+    found, owner = passages(texts, count)
+    assert owner == sorted(owner) and {*owner} == {*range(5)} and owner[0] == 0
+    own = lambda place: [text for text, of in zip(found, owner) if of == place]
+    assert own(0) == texts[:1] and own(2) == texts[2:3] and own(4) == [""]
+    for place, head in ((1, ["The", "Mill"]), (3, [])):
+        assert len(own(place)) >= 6 and all(count(text) <= PASSAGE for text in own(place))
+        assert [word for text in own(place) for word in text.split()[len(head):]] == body
+        assert all(text.split()[:len(head)] == head for text in own(place))

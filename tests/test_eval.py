@@ -449,8 +449,8 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
         def answer_all(model, tokenizer, asked, config, batch):
             return [answer(tokenizer, *one) for one in asked]
 
-        def ranked(model, tokenizer, memory, texts, questions, config, batch):
-            assert model.config.top_k == 16
+        def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
+            assert model.config.top_k == (16 if len(memory) < 20 else 64)
             return [(list(range(len(memory)))[::-1], len(question) / 100) for question in questions]
         with monkeypatch.context() as patch:
             patch.setattr(answers, "answers_from_texts", answer_all)
@@ -491,6 +491,20 @@ def test_sets(evaluate_set, tokenizer, tmp_path):
     given = [numbers for _, numbers, _ in seen]
     assert {len(numbers) for numbers in given} == {0, 1, 3} and [7, 6, 5] in given and [5, 4, 3] in given
     assert {question for question, *_ in seen} < {f"Which item is {word}?" for word in words[::2]}
+
+
+def test_a_long_document(evaluate_set, tmp_path):
+    """A long document would be read as a whole, or its passages count as documents."""
+    data = write_set(tmp_path / "set", "amber teal otter".split())
+    body = "".join(f"The otter has {i} fish.\\n\\n" for i in range(2000))
+    with open(data / "corpus.jsonl", "a") as file:
+        file.write(f'{{"_id": "fish", "title": "Fish", "text": "{body}"}}\n')
+    rows, seen, out = evaluate_set("--data", data, "--questions", 2, "--k", 1)
+    assert "4 documents in " in out and {row["documents"] for row in rows} == {4}
+    memory = [texts for _, numbers, texts in seen if numbers and numbers[0] > 2]
+    assert memory and all(text.startswith("Fish\nThe otter has ") and len(text) < 4000 for text, in memory)
+    row, = [row for row in rows if row["method"] == "memory"]
+    assert (row["recall_at_1"], row["recall_at_5"]) == (0, 1)  # backwards: fish, otter, teal, amber
 
 
 def test_a_set_in_a_bank(evaluate_set, tmp_path):

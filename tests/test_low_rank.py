@@ -435,13 +435,12 @@ def test_second_look(backbone):
         assert log_p == pytest.approx(expected, abs=1e-3)
     ranked = [(2, 0.9), (0, 0.5), (3, 0.3), (1, 0.1)]
 
-    def look(weight, ranked=ranked):
+    def look(weight, ranked=ranked, most=3):
         """What this part of a loop returns."""
         def loop():
-            yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight))
+            yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight, most))
         return [event for _, event in serve([loop()], Server(model, 1, choose))][0]
-    assert look(0.0) == ranked == look(1.0)  # no second look
-    model.config.second_look = 3
+    assert look(0.0, most=0) == ranked == look(1.0, most=0)  # no second look
     log_p = dict(enumerate(found.tolist()))
     for weight in (0.0, 1e-5, 1000.0):
         key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
