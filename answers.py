@@ -167,7 +167,8 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
     finders: texts -> lists of documents, best first, of bm25 and memory, perhaps of routing; read: a
-    `reader`; chosen: the questions that are answered, and, with routing, all that memory is asked. owner: where finders deal with passages, the document of each, increasing; k counts passages then, recall
+    `reader`; chosen: the questions that are answered, and, with routing, all that memory is asked. owner:
+    where finders deal with passages, the document of each, increasing; k counts passages then, recall
     documents, and the oracle shows SHOWN passages of each. What does not apply is None. Rows of memory hold
     what it has over bm25, with intervals.
     """

@@ -170,7 +170,7 @@ def test_measure_of_passages(scripted):
 
 
 def test_measure_of_a_second_look(scripted):
-    """Second looks, which take seconds, would be taken at all questions, or recalls of some be those of all."""
+    """Second looks, which take seconds, would be taken at all questions, or recalls of some pass for all."""
     questions, finders = rankings()
     asked = {method: [] for method in ("routing", "memory")}
 
