@@ -80,6 +80,11 @@ MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max
              "chunk_reduce_method": ("max", "max"), "decouple_pooling_mode": ("mean", "mean")}
 
 
+# Which layers of a backbone route, pairs (the least, share of its depth): low ones find words. Four of them
+# find more than two, in twice the time and space; results/README.md has both
+EARLY = (0, 0), (1, 0.1), (0, 1 / 6), (0, 0.23)
+
+
 def read_config(folder):
     """config.json -> (values of ModelConfig by name, entries that are not the model's). Raises UserError."""
     path = Path(folder) / "config.json"
@@ -124,8 +129,10 @@ def read_config(folder):
     values = {name: found.pop(name) for name in PLAIN_FIELDS}
     if msa is None:  # a plain backbone: nobody has trained it to route, to read a memory or to name documents
         layers = values["num_hidden_layers"]
-        early = max(1, round(0.1 * layers)) if isinstance(layers, int) else 1
-        msa = {"attend_memory": False, "prompts": "chat", "routing_layers": f"0,{early}", "chunk_size": 32,
+        early = {0, 1} if not isinstance(layers, int) else {max(least, round(share * layers))
+                                                            for least, share in EARLY}
+        msa = {"attend_memory": False, "prompts": "chat",
+               "routing_layers": ",".join(map(str, sorted(early))), "chunk_size": 32,
                "query_reduction": "mean", "routing_dim": values["hidden_size"], "document_share": 0.2}
     elif kind == "msa" or "pooling_kernel_size" in msa:
         msa = authors_options(msa, path)
