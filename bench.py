@@ -540,6 +540,8 @@ def script():
     parser.add_argument("--gpus", type=int, default=8, help="to plan")
     parser.add_argument("--mfu", type=float, default=0.4, help="to plan: share of the peak that is reached")
     parser.add_argument("--shape", default="demo", choices=("demo", "smollm2"), help="of linear's model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of linear's products; on a GPU "
+                        "bfloat16, else float32")
     parser.add_argument("--shortest", type=int, default=2048, help="tokens, of linear")
     parser.add_argument("--longest", type=int, default=2 ** 20, help="tokens, of linear")
     parser.add_argument("--plot", default="", help="of linear: a .png file")
@@ -582,6 +584,7 @@ def script():
     if args.what == "load":
         bench_load(bench)
     if args.what == "linear":
+        bench.dtype = getattr(torch, args.dtype) if args.dtype else bench.dtype
         bench_linear(bench, args.shape, args.shortest, args.longest, args.plot)
     if args.json:
         path = Path(args.json).expanduser()
