@@ -517,14 +517,14 @@ def load_and_answer(folder, device):
 GPU_BYTES, PEAK = 80e9, 989e12  # of an H100: memory, bfloat16 operations a second
 
 
-def bench_linear(bench, shape, longest, path):
+def bench_linear(bench, shape, shortest, longest, path):
     """Training steps and questions against full attention: a table, and what it says."""
     torch.manual_seed(1)
     config = smollm2_config() if shape == "smollm2" else ModelConfig(**DEMO)
     model = MSA(config).to(bench.device)
     free = 0.8 * (torch.cuda.mem_get_info()[0] if bench.cuda else proc_bytes("meminfo", "MemAvailable"))
     with autocast(bench.device, bench.dtype):
-        bench.rows = linear(model, 5 if bench.cuda else 120, longest, free)
+        bench.rows = linear(model, 5 if bench.cuda else 120, longest, free, shortest)
     bench.rows += [dict(what="compared", text=line) for line in compare(bench.rows)]
     print("\n".join(row["text"] for row in bench.rows if row["what"] == "compared"))
     if path:
@@ -540,6 +540,9 @@ def script():
     parser.add_argument("--gpus", type=int, default=8, help="to plan")
     parser.add_argument("--mfu", type=float, default=0.4, help="to plan: share of the peak that is reached")
     parser.add_argument("--shape", default="demo", choices=("demo", "smollm2"), help="of linear's model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of linear's products; on a GPU "
+                        "bfloat16, else float32")
+    parser.add_argument("--shortest", type=int, default=2048, help="tokens, of linear")
     parser.add_argument("--longest", type=int, default=2 ** 20, help="tokens, of linear")
     parser.add_argument("--plot", default="", help="of linear: a .png file")
     parser.add_argument("--json", default="", help="write a file, or into a folder, named by the device")
@@ -581,7 +584,8 @@ def script():
     if args.what == "load":
         bench_load(bench)
     if args.what == "linear":
-        bench_linear(bench, args.shape, args.longest, args.plot)
+        bench.dtype = getattr(torch, args.dtype) if args.dtype else bench.dtype
+        bench_linear(bench, args.shape, args.shortest, args.longest, args.plot)
     if args.json:
         path = Path(args.json).expanduser()
         if path.is_dir():

@@ -4,9 +4,11 @@ import contextlib
 import functools
 import importlib.util
 import io
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,38 @@ def run_script(module, *args):
 @pytest.fixture(scope="session")
 def run():
     return run_script
+
+
+def on_ranks(count, function, *args, kill=None):
+    """Call function(rank, *args) in `count` processes that are forked, with the environment that torchrun
+    gives its own: nothing is imported again. kill: called with the processes. Returns what each returned,
+    None where it did not."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+
+    def call(rank):
+        places = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, MASTER_PORT=port)
+        os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "localhost"}
+        pipes[rank][1].send(function(rank, *args))
+
+    started = [context.Process(target=call, args=(rank,)) for rank in range(count)]
+    for process in started:
+        process.start()
+    if kill:
+        kill(started)
+    for process in started:
+        process.join(60)
+        assert process.exitcode is not None, "a rank waits for ever"
+    return [receive.recv() if receive.poll() else None for receive, _ in pipes]
+
+
+def run_as_rank(rank, module, *args):
+    """For `on_ranks`: a script's exit code, output and errors."""
+    result = run_script(module, *args)
+    return result.code, result.out, result.err
 
 
 @pytest.fixture(scope="session")

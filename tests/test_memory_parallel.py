@@ -2,13 +2,17 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rank_answers
 import torch
+import torch.distributed.nn  # before processes are forked: each would need seconds for it
+from conftest import on_ranks, run_as_rank
 from test_prompts import write
 
 import memory_bank
@@ -459,33 +463,27 @@ def test_interrupted_sync(loaded, tmp_path, encoded, monkeypatch):
     assert set(after) == {f"d{i}.txt:1-1" for i in range(11)} and after.items() > before.items()
 
 
-def test_killed_while_encoding(checkpoint, loaded, tmp_path):
+def sync_until_killed(rank, model, tokenizer, folder):
+    """Ends at the fourth call of encode."""
+    syncing.ENCODE_TOKENS, syncing.COMMIT_SECONDS = 10, -1
+    encode, calls = model.encode, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(*args)
+    model.encode = counted
+    sync(model, tokenizer, folder, documents_of(TEXTS), ALONE)
+
+
+def test_killed_while_encoding(loaded, tmp_path):
     """A bank whose encoding was killed, twice, would hold something else in the end than one that was not."""
     model, tokenizer = loaded
-    code = f"""
-import os, signal, sys
-import torch
-import sync
-from memory_parallel import Ranks
-from prompts import ChatTokenizer, load_checkpoint
-from tests.test_memory_parallel import TEXTS, documents_of
-model, tokenizer = load_checkpoint({str(checkpoint)!r}, torch.device("cpu"))
-sync.ENCODE_TOKENS = 10
-sync.COMMIT_SECONDS = -1
-encode, calls = model.encode, []
-def counted(*args):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(*args)
-model.encode = counted
-sync.sync(model, tokenizer, {str(tmp_path / "killed")!r}, documents_of(TEXTS), Ranks(torch.device("cpu")))
-"""
-    found = []
+    found, started = [], []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True,
-                              timeout=120, env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"})
-        assert done.returncode == -9, done.stderr
+        on_ranks(1, sync_until_killed, model, tokenizer, tmp_path / "killed", kill=started.extend)
+        assert started[-1].exitcode == -signal.SIGKILL
         found.append(len(Bank(tmp_path / "killed")))
     assert 0 < found[0] < found[1] < len(TEXTS)
     for name in ("killed", "whole"):
@@ -711,9 +709,9 @@ def test_ranks_answer_alike(asked):
             for answer, rounds in alone]
     for world, batch in ((2, 0), (4, 4)):
         out = folder / f"{world}.json"
-        done = torchrun(world, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json",
+        done = on_ranks(world, run_as_rank, rank_answers, demo, folder / "bank", folder / "questions.json",
                         out, "--batch", batch)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert [code for code, *_ in done] == [0] * world, done
         found = json.loads(out.read_text())
         assert found == told if not batch else names(found) == names(told)
     # and as one Memory answers: the same documents and texts
@@ -743,22 +741,34 @@ def test_ranks_answer_alike_in_shared_mode(loaded, tmp_path, changes):
                                          InterleaveConfig(max_rounds=4))
         told.append([answer, [[[list(pair) for pair in r.routed], r.named, r.appended] for r in rounds]])
     assert all(len(rounds) >= 1 + (changes == "chat") and rounds[0][0] for _, rounds in told)
-    done = torchrun(2, TESTS / "rank_answers.py", tmp_path / "model", tmp_path / "bank",
+    done = on_ranks(2, run_as_rank, rank_answers, tmp_path / "model", tmp_path / "bank",
                     tmp_path / "questions.json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert [code for code, *_ in done] == [0, 0], done
     assert json.loads((tmp_path / "out.json").read_text()) == told
 
 
-@pytest.mark.parametrize("trouble, message",
-                         [("--kill", "exitcode  : -9"),
-                          ("--stall", "rank 1 did not answer within --timeout 5.0 s")])
-def test_a_rank_in_trouble(asked, trouble, message, files_of):
-    """A rank that is dead or stuck would leave the others waiting for ever, without a word about which."""
+def test_a_dead_rank(asked, files_of):
+    """A rank that is dead would leave the others waiting for ever."""
     demo, folder = asked
     before = files_of(folder / "bank")
     done = torchrun(2, TESTS / "rank_answers.py", demo, folder / "bank", folder / "questions.json",
-                    folder / "none.json", "--timeout", 5, trouble, 1, timeout=60)
-    assert done.returncode == 1 and message in done.stderr, done.stderr[-3000:]
+                    folder / "none.json", "--timeout", 5, "--kill", 1, timeout=60)
+    assert done.returncode == 1 and "exitcode  : -9" in done.stderr, done.stderr[-3000:]
+    assert files_of(folder / "bank") == before and not (folder / "none.json").exists()
+
+
+def test_a_stuck_rank(asked, files_of):
+    """A rank that is stuck would leave the others waiting for ever, without a word about which."""
+    demo, folder = asked
+    before = files_of(folder / "bank")
+
+    def kill(started):
+        started[0].join(60)
+        started[1].kill()
+    (code, _, error), stuck = on_ranks(2, run_as_rank, rank_answers, demo, folder / "bank",
+                                       folder / "questions.json", folder / "none.json", "--timeout", 5,
+                                       "--stall", 1, kill=kill)
+    assert (code, stuck) == (2, None) and "rank 1 did not answer within --timeout 5.0 s" in error, error
     assert files_of(folder / "bank") == before and not (folder / "none.json").exists()
 
 

@@ -2,13 +2,11 @@
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import pickle
 import re
 import resource
 import signal
-import socket
 import time
 import tracemalloc
 
@@ -17,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.fsdp  # before processes are forked: each would need seconds for it
 import torch.distributed.nn
-from conftest import run_script
+from conftest import on_ranks, run_as_rank
 from safetensors.torch import load, load_file, save_file
 from test_prompts import write
 from torch.utils.flop_counter import FlopCounterMode
@@ -568,35 +566,12 @@ def test_position_decides(tiny, tokenizer):
     assert take(1)[1] != take(5)[1]          # with new numbers
 
 
-def as_rank(rank, count, port, report, flags):
-    """What a process of `ranks` does: train as one of `count` ranks; its exit code and output into a file."""
-    places = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "localhost"}
-    result = run_script(train, *flags)
-    report.write_text(json.dumps([result.code, result.out, result.err]))
-
-
 @pytest.fixture
-def ranks(tiny, draw, tmp_path):
-    """Train with these flags on several ranks, processes that are forked: (code, output, errors) of each."""
+def ranks(tiny, draw):
+    """Train with these flags on several ranks: (code, output, errors) of each."""
     def train_on(count, *flags, kill=None):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        reports = [tmp_path / f"rank-{rank}.json" for rank in range(count)]
-        for report in reports:
-            report.unlink(missing_ok=True)
-        started = [multiprocessing.get_context("fork").Process(
-            target=as_rank, args=(rank, count, port, report, (tiny / "tiny.toml", *flags)))
-            for rank, report in enumerate(reports)]
-        for process in started:
-            process.start()
-        if kill:
-            kill(started)
-        for process in started:
-            process.join(60)
-            assert process.exitcode is not None, "a rank waits for ever"
-        return [json.loads(report.read_text()) if report.exists() else [None, "", ""] for report in reports]
+        found = on_ranks(count, run_as_rank, train, tiny / "tiny.toml", *flags, kill=kill)
+        return [told or (None, "", "") for told in found]
     return train_on
 
 
