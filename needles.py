@@ -251,7 +251,7 @@ def draw_group(draw, haystack, rng):
 
     haystack: a call that returns a document's sentences. A document has up to five needles.
     """
-    count, of_keys, kind = int(rng.choice([1, 1, 1, 2, 3, 4, 4, 4])), "words", "numbers"
+    count, of_keys, kind = int(rng.choice([1, 1, 2, 3, 4, 4, 4, 4])), "words", "numbers"
     if count == 1:  # RULER asks for several numbers, never for several uuids
         of_keys, kind = rng.choice(["words", "words", "uuids"]), rng.choice(["numbers", "uuids"])
     most = 3 if kind == "numbers" else 2  # a needle of two uuids has 86 tokens
