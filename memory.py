@@ -181,6 +181,17 @@ def apply(function, *inputs, again):
     return function(*inputs)
 
 
+def compile_blocks(model):
+    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
+    out: it has its own kernels, and shapes that the data decide."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
+                                                for method in (attention.query, attention.key_value))
+
+
 def rank_documents(selections):
     """The one ranking of training curves, evaluation and naming: the mean over memory layers of a document's
     score.
