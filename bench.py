@@ -9,9 +9,10 @@ large tensor reads per second, rate what a large matrix product of the same type
 the operation and its peers, so that other work slows all alike. `floor/time` is 1 for a perfect kernel.
 Multiplying and adding are 2 operations; W = G * D:
 
-    route     bytes: C * W keys, read once. Operations: 2 * T * W * C. Peers: the authors' form (keys copied
-              to every query head, heads x tokens x chunks stored), and each head by itself, keys shared.
-              `same 16`: how many of the 16 documents the authors' form finds too, with float32 keys
+    route     bytes: C * W keys, read once. Operations: 2 * B * T * W * C. Peers: the authors' form (keys
+              copied to every query head, heads x tokens x chunks stored), and each head by itself, keys
+              shared. `same 16`: how many of the first question's 16 documents the authors' form finds too,
+              with float32 keys. On a CPU many questions of many tokens meet fewer chunks
     attend    bytes: queries, outputs, local keys and values, memory rows that were selected, each once.
               Operations: 4 * D for each head of a token and key that it sees; with gradients 14 * D, thrice
               the bytes. Peer, the reference: gather the rows, then scaled_dot_product_attention with a mask
@@ -137,33 +138,33 @@ def scores_per_head(queries, keys):
 
 
 @torch.no_grad()
-def bench_route(bench, chunks, tokens):
-    """One question against every chunk, each a document of its own, with fp32, bf16 and int8 keys."""
+def bench_route(bench, most, cases):
+    """B questions of T tokens (cases: pairs) against chunks that are documents of their own, at most `most`;
+    keys are fp32, bf16 and int8."""
     device = bench.device
-    offsets = torch.arange(chunks + 1, device=device)
-    print(f"route: {chunks:,} chunks x {G} heads x {D}, {H} query heads")
-    full = torch.empty(chunks, G, D, device=device)
+    print(f"route: {most:,} chunks x {G} heads x {D}, {H} query heads")
+    full = torch.empty(most, G, D, device=device)
     for part in full.split(2 ** 16):
         part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=-1))
-    for T in tokens:
-        queries = torch.randn(1, T, H, D, device=device)
-        mask = torch.ones(1, T, dtype=torch.bool, device=device)
+    for B, T in cases:
+        chunks = most if bench.cuda else min(most, 2 ** 24 // (B * T))
+        offsets, held = torch.arange(chunks + 1, device=device), full[:chunks]
+        queries = torch.randn(B, T, H, D, device=device)
+        mask = torch.ones(B, T, dtype=torch.bool, device=device)
         grouped, unit = R.group_queries(queries, G), F.normalize(queries[0], dim=-1)
-        scores = torch.cat([scores_as_published(unit, part) for part in full.split(2 ** 16)])
+        scores = torch.cat([scores_as_published(unit, part) for part in held.split(2 ** 16)])
         published = set(scores.topk(16).indices.tolist())
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            if dtype == torch.int8:
-                (keys, scales), peers = R.quantize(full), {}
-            else:
-                keys, scales = full.to(dtype), None
-                peers = {"authors": lambda: scores_as_published(unit.to(dtype), keys).topk(16),
-                         "per-head": lambda: scores_per_head(unit.to(dtype), keys).topk(16)}
+            keys, scales = R.quantize(held) if dtype == torch.int8 else (held.to(dtype), None)
+            peers = {"authors": lambda: scores_as_published(unit.to(dtype), keys).topk(16),
+                     "per-head": lambda: scores_per_head(unit.to(dtype), keys).topk(16)}
             run = lambda: R.select_documents([grouped], mask, [keys], offsets, 16, [scales])
             documents, _ = run()
             same = len(published & set(documents[0].tolist()))
             product = torch.bfloat16 if dtype == torch.int8 else dtype
-            bench.measure(f"route {str(dtype)[6:]}, {T} tokens", run, peers, keys.nbytes,
-                          2 * T * G * D * chunks, product, f"same 16: {same}")
+            bench.measure(f"route {str(dtype)[6:]}, {B} x {T} tokens, {chunks:,} chunks", run,
+                          peers if B == 1 and dtype != torch.int8 else {}, keys.nbytes,
+                          2 * B * T * G * D * chunks, product, f"same 16: {same}")
 
 
 # name, questions, tokens, past, with gradients
@@ -348,12 +349,13 @@ class BesideAnEmptyRank(Ranks):
 
     def gather(self, x):
         self.collectives += 1
-        none = x.new_tensor([float("-inf"), -1])[:, None, None].expand_as(x)  # scores, numbers
-        return torch.stack([x, none])
+        return torch.stack([x, torch.full_like(x, float("-inf"))])  # no score, and no number from 0 on
 
     def sum(self, x):
         self.collectives += 1
         return x
+
+    agree = sum
 
 
 def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
@@ -547,6 +549,9 @@ def script():
     parser.add_argument("--plot", default="", help="of linear: a .png file")
     parser.add_argument("--json", default="", help="write a file, or into a folder, named by the device")
     parser.add_argument("--chunks", type=int, default=0, help="to route; default 200,000, on a GPU 1,048,576")
+    numbers = lambda text: [int(number) for number in text.split(",")]
+    parser.add_argument("--questions", type=numbers, help="to route: 1,8,64")
+    parser.add_argument("--tokens", type=numbers, help="to route: 1,16,64,512; those of a question")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":
@@ -567,8 +572,10 @@ def script():
     bench = Bench(device)
     wanted = lambda name: args.what in (name, "all")
     if wanted("route"):
-        chunks, tokens = (2 ** 20, (1, 16, 64)) if bench.cuda else (200_000, (16,))
-        bench_route(bench, args.chunks or chunks, tokens)
+        chunks, questions = (2 ** 20, (1, 8, 64)) if bench.cuda else (200_000, (1,))
+        tokens = (1, 16, 64, 512) if bench.cuda else (16,)
+        questions, tokens = args.questions or questions, args.tokens or tokens
+        bench_route(bench, args.chunks or chunks, [(B, T) for B in questions for T in tokens])
     if wanted("attend"):
         bench_attend(bench, ATTEND)
     if wanted("pool"):

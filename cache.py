@@ -108,6 +108,7 @@ class Rows(Cache):
             self.taken, self.index, self.starts = rows, index[0], index[1].clone()
             self.selections = [Selection.join(parts) for parts in zip(*(self.selected[row] for row in rows))]
         self.own = torch.arange(tokens, device=self.starts.device)
+        self.at = self.starts[:, None] + self.own  # (B, T): where they are written, in all layers
         return self
 
     def advance(self, counts):
@@ -124,9 +125,9 @@ class Rows(Cache):
 
     def extended(self, layer, keys, values):
         """Writes these behind each row's; returns the space of all rows."""
-        at, spaces = self.starts[:, None] + self.own, (self.keys[layer], self.values[layer])
+        spaces = self.keys[layer], self.values[layer]
         for space, new in zip(spaces, (keys, values)):
-            space[self.index[:, None], at] = new
+            space[self.index[:, None], self.at] = new
         return spaces
 
     def attend(self, query, keys, values, *memory):

@@ -60,6 +60,7 @@ from common import (
 )
 from documents import Document, passages, read_documents, tell_skipped
 from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
+from memory import compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
@@ -93,6 +94,7 @@ class EvalConfig:
     plot: str = ""                    # draw them to this .png
     beside: str = ""                  # files of other runs' rows, with commas between; drawn with ours
     top_k: int = 0                    # documents that a layer selects; 0: its own; --data: at least 16
+    compile: bool = False             # blocks' products by torch.compile: fewer launches on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
@@ -434,6 +436,8 @@ def script():
         make_folder(Path(path).parent, probe=True)
     beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
     model, tokenizer = load_checkpoint(folder, device, dtype)
+    if config.compile:
+        compile_blocks(model)
     model.config.top_k = config.top_k or model.config.top_k
     held = config.memory and (Path(config.memory) / "manifest.json").exists()
     if held and model.trained_routers:  # better known before minutes of counting tokens

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common import to_device
 from msa_kernel import ranges
 from routing import document_queries, document_slots, mean_scores, quantize, route, top_documents
 
@@ -102,17 +103,18 @@ class Memory:
         return self.scales or [None] * len(self.routing_keys)
 
     @staticmethod
-    def in_order(parts, encoded, offsets, numbers):
+    def in_order(parts, encoded, offsets, numbers, device):
         """The Memory of documents that were encoded in another order: parts, what was made of batch after
-        batch, (keys, values, routing keys), lists of (C, G, D); encoded: documents' indices in that order."""
-        counts = offsets.diff()
-        encoded = torch.tensor(encoded, device=offsets.device)
+        batch, (keys, values, routing keys), lists of (C, G, D) on the device; encoded: documents' indices in
+        that order; offsets: on the host, where the order is worked out, so that nobody waits."""
+        counts, encoded = offsets.diff(), torch.tensor(encoded)
         rows = ranges(F.pad(counts[encoded].cumsum(0), (1, 0))[encoded.argsort()], counts)
         stored = [[torch.cat(xs) for xs in zip(*kind)] for kind in zip(*parts)]
         for x in [x for kind in stored for x in kind]:
-            assert len(x) == offsets[-1], "what was encoded is not what was given"
+            assert len(x) == len(rows), "what was encoded is not what was given"
+        rows = to_device(rows, device)
         keys, values, routing_keys = ([x[rows] for x in kind] for kind in stored)
-        return Memory(keys, values, routing_keys, offsets, numbers)
+        return Memory(keys, values, routing_keys, to_device(offsets, device), numbers)
 
     def subset(self, documents):
         """The memory of these documents only: a copy. documents: increasing indices, else ValueError."""
@@ -177,6 +179,17 @@ def apply(function, *inputs, again):
     if again:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
+
+
+def compile_blocks(model):
+    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
+    out: it has its own kernels, and shapes that the data decide."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
+                                                for method in (attention.query, attention.key_value))
 
 
 def rank_documents(selections):
@@ -249,15 +262,16 @@ class Tally:
         self.top1, self.asked = torch.zeros((), device=device), 0
 
     @torch.no_grad()
-    def add_tokens(self, batch, logits, token_losses):
-        """batch: as for `MSA.forward`; logits (N, V) and losses (N,) of its predicted tokens."""
-        answers, target = batch["answers"].long(), batch["target_mask"]
-        row = target.nonzero()[:, 0]                                                            # (N,)
-        wrong = torch.bincount(row, (logits.argmax(-1) != batch["tokens"][target]).float(), len(target))
-        self.losses += torch.bincount(answers[row], token_losses.float(), 2)
-        self.predicted += torch.bincount(answers[row], minlength=2)
-        self.samples += torch.bincount(answers, minlength=2)
-        self.right += torch.bincount(answers, (wrong == 0).float(), 2)
+    def add_tokens(self, batch, places, logits, token_losses):
+        """batch: as for `MSA.forward`; places: rows and columns (N,) of its predicted tokens, logits (N, V)
+        and losses (N,) of these. Sums by index, where bincount would wait for how many there are."""
+        answers, losses, row = batch["answers"].long(), token_losses.float(), places[0]
+        wrong = (logits.argmax(-1) != batch["tokens"][places]).float()
+        wrong = torch.zeros_like(answers, dtype=torch.float32).index_add_(0, row, wrong)
+        self.losses.index_add_(0, answers[row], losses)
+        self.predicted.index_add_(0, answers[row], torch.ones_like(losses))
+        self.samples.index_add_(0, answers, torch.ones_like(wrong))
+        self.right.index_add_(0, answers, (wrong == 0).float())
 
     @torch.no_grad()
     def add_rankings(self, selections, positive, appended, top_k):

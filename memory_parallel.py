@@ -412,7 +412,8 @@ class ParallelMemory:
                     scales[start:stop] = own_scales[:, readers]
         rows, scales = rows.to(self.device, non_blocking=True), scales.to(self.device, non_blocking=True)
         for x in (rows, scales) if int8 else (rows,):
-            self.ranks.sum(x)  # what other ranks own is zero here: the sum is exact
+            if x.numel():  # else all is on the devices already
+                self.ranks.sum(x)  # what other ranks own is zero here: the sum is exact
         counts = np.diff(ends).tolist()
         return list(zip(rows.split(counts), scales.split(counts)))
 

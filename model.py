@@ -273,7 +273,7 @@ class PaperMSA(Pretrained, nn.Module):
             encoded += batch
             if progress:
                 progress(int(lengths[batch].sum()))
-        return Memory.in_order(parts, encoded, offsets.to(self.device), numbers)
+        return Memory.in_order(parts, encoded, offsets, numbers, self.device)
 
     def encode_batch(self, tokens, lengths):
         """(M, L) padded documents -> keys and values of reading layers, routing keys of routing layers, all
@@ -381,25 +381,25 @@ class PaperMSA(Pretrained, nn.Module):
         lm = aux = torch.zeros((), device=self.device)
         tally = Tally(config.rankings, self.device)
         for batch in batches:
-            tokens, target, cache = batch["tokens"], batch["target_mask"], Cache()
+            tokens, cache = batch["tokens"], Cache()
+            row, column = batch["target_mask"].nonzero().unbind(1)  # (N,): places of predicted tokens
             if "shared" in batch:
-                self.read(batch["shared"], cache=cache, positions=torch.zeros_like(batch["shared"]).bool())
+                self.read(batch["shared"], cache=cache, positions=(row[:0], row[:0]))
             output = self.read(tokens, memory, batch["routing_mask"], cache.expand(len(tokens)),
-                               positions=F.pad(target[:, 1:], (0, 1)))
-            token_losses = F.cross_entropy(output.logits, tokens[target], reduction="none")         # (N,)
+                               positions=(row, column - 1))
+            token_losses = F.cross_entropy(output.logits, tokens[row, column], reduction="none")    # (N,)
             lm = lm + token_losses.sum()
-            tally.add_tokens(batch, output.logits, token_losses)
-            asks = batch["positive"].any(1)  # the others have read their documents
-            if not asks.any():
+            tally.add_tokens(batch, (row, column), output.logits, token_losses)
+            asks = batch["positive"].any(1).nonzero()[:, 0]  # the others have read their documents
+            if not len(asks):
                 continue
             positive, appended = batch["positive"][asks], batch["appended"][asks]
             selections = [selection.map(lambda x, asks=asks: x[asks]) for selection in output.selections]
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
             tally.add_rankings(selections, positive, appended, config.top_k)
-        chance = torch.zeros_like(lm) + min(1.0, config.top_k / max(len(numbers), 1))
-        return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1), chance=chance,
-                    **tally.means())
+        return dict(lm=lm / tally.predicted.sum().clamp(min=1), aux=aux / max(tally.asked, 1),
+                    chance=torch.full_like(lm, min(1, config.top_k / max(len(numbers), 1))), **tally.means())
 
 
 def contrastive_loss(scores, positive, excluded, temperature):

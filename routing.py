@@ -204,43 +204,47 @@ def route_chunks(
     query_ptr, mask_ptr,                        # (B, T, W) in the type of the products, (B, T) bool as int8
     keys_ptr, scales_ptr,                       # (C, W); (C,) fp32, with INT8 only
     best_ptr, token_ptr,                        # (B, C) fp32; (B, C) int32, with WINNERS only
-    T, C, W,
+    B, T, C, W,
     INT8: tl.constexpr, WINNERS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """Program (b, i): question b against the i-th BLOCK_C chunks.
+    """Program i: BLOCK_B questions, whose tokens are the rows of one tile, against BLOCK_C chunks.
 
-        for BLOCK_T tokens at a time:       once, where the question is no longer than BLOCK_T
-            for BLOCK_W of the width:       scores (BLOCK_T, BLOCK_C) += query tile @ keys tile^T
-            best (BLOCK_C,) = max(best, max over tokens of scores)
+        for BLOCK_T tokens of each at a time:   once, or BLOCK_B is 1
+            for BLOCK_W of the width:           scores (rows, BLOCK_C) += query tile @ keys tile^T
+            best (BLOCK_B, BLOCK_C) = max(best, max over a question's rows of scores)
 
-    b counts fastest, so that the questions of a batch find the tile in the L2 cache: memory is read once.
+    Programs of the same chunks follow each other and find them in the L2 cache: memory is read once.
     """
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    best = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    winner = tl.full([BLOCK_C], -1, tl.int32)
+    groups, row = tl.cdiv(B, BLOCK_B), tl.arange(0, BLOCK_B * BLOCK_T)
+    first = tl.program_id(0) % groups * BLOCK_B
+    c = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    best = tl.full([BLOCK_B, BLOCK_C], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK_B, BLOCK_C], -1, tl.int32)
     for start in range(0, T, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        scores = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        question, t = first + row // BLOCK_T, start + row % BLOCK_T
+        token, exists = question.to(tl.int64) * T + t, (question < B) & (t < T)
+        scores = tl.zeros([BLOCK_B * BLOCK_T, BLOCK_C], tl.float32)
         for w0 in range(0, W, BLOCK_W):
             w = w0 + tl.arange(0, BLOCK_W)
-            query = tl.load(query_ptr + (b * T + t)[:, None] * W + w[None, :],
-                            mask=(t < T)[:, None] & (w < W)[None, :], other=0.0)
+            query = tl.load(query_ptr + token[:, None] * W + w[None, :],
+                            mask=exists[:, None] & (w < W)[None, :], other=0.0)
             keys = tl.load(keys_ptr + c[:, None] * W + w[None, :],
                            mask=(c < C)[:, None] & (w < W)[None, :], other=0)
             scores = tl.dot(query, tl.trans(keys.to(query.dtype)), scores, input_precision=PRECISION)
-        routes = tl.load(mask_ptr + b * T + t, mask=t < T, other=0) != 0
-        scores = tl.where(routes[:, None], scores, float("-inf"))
-        top = tl.max(scores, 0)
+        routes = tl.load(mask_ptr + token, mask=exists, other=0) != 0
+        scores = tl.where(routes[:, None], scores, float("-inf")).reshape(BLOCK_B, BLOCK_T, BLOCK_C)
+        top = tl.max(scores, 1)
         if WINNERS:
-            winner = tl.where(top > best, start + tl.argmax(scores, 0), winner)
+            winner = tl.where(top > best, start + tl.argmax(scores, 1), winner)
         best = tl.maximum(best, top)
     if INT8:
-        best = best * tl.load(scales_ptr + c, mask=c < C, other=1.0)
-    tl.store(best_ptr + b * C + c, best, mask=c < C)
+        best = best * tl.load(scales_ptr + c, mask=c < C, other=1.0)[None, :]
+    b = first + tl.arange(0, BLOCK_B)
+    at, exists = b.to(tl.int64)[:, None] * C + c[None, :], (b < B)[:, None] & (c < C)[None, :]
+    tl.store(best_ptr + at, best, mask=exists)
     if WINNERS:
-        tl.store(token_ptr + b * C + c, winner, mask=c < C)
+        tl.store(token_ptr + at, winner, mask=exists)
 
 
 @jit
@@ -249,8 +253,8 @@ def route_documents(
     scores_ptr, document_token_ptr, document_chunk_ptr,  # (B, M) fp32; (B, M) int32, with WINNERS only
     C, M, WINNERS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """Program (b, i): for the first, second, ... chunk of BLOCK_M documents: score = max(score, best)."""
-    b, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Program (i, b): for the first, second, ... chunk of BLOCK_M documents: score = max(score, best)."""
+    m, b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1).to(tl.int64)
     start = tl.load(offsets_ptr + m, mask=m < M, other=0)
     end = tl.load(offsets_ptr + m + 1, mask=m < M, other=0)
     score, chunk = tl.full([BLOCK_M], float("-inf"), tl.float32), start
@@ -332,15 +336,16 @@ class Route(torch.autograd.Function):
             query = query.to(routing_keys.dtype)
         elif not INTERPRETED:  # the interpreter has no bfloat16
             query = query.bfloat16()
-        tiles = Route.tiles(T, W, routing_keys.element_size())
-        route_chunks[B, triton.cdiv(C, tiles["BLOCK_C"])](
-            query, mask.view(torch.int8), routing_keys, scales if int8 else best, best, token, T, C, W, int8,
-            winners, PRECISION, **tiles)
+        tiles = Route.tiles(B, T, W, routing_keys.element_size())
+        programs = triton.cdiv(B, tiles["BLOCK_B"]) * triton.cdiv(C, tiles["BLOCK_C"])
+        route_chunks[programs,](
+            query, mask.view(torch.int8), routing_keys, scales if int8 else best, best, token, B, T, C, W,
+            int8, winners, PRECISION, **tiles)
         scores = best
         if M < C or winners:  # else one chunk each: nothing is left to do
             scores = torch.empty(B, M, device=device)
             won = torch.empty(2, B, M, dtype=torch.int32, device=device) if winners else (scores, scores)
-            route_documents[B, triton.cdiv(M, 256)](best, token, offsets, scores, *won, C, M, winners,
+            route_documents[triton.cdiv(M, 256), B](best, token, offsets, scores, *won, C, M, winners,
                                                     BLOCK_M=256)
             if winners:
                 ctx.save_for_backward(query, routing_keys, offsets, *won)
@@ -364,13 +369,14 @@ class Route(torch.autograd.Function):
         return d_query, None, d_keys, None, None, None
 
     @staticmethod
-    def tiles(T, W, size):
+    def tiles(B, T, W, size):
         """The largest that do not spill (tests/compile_kernels.py); 8 to 32 KB of keys are on their way."""
-        block_t = power_of_two(T, high=64)
-        block_w = 32 if size == 4 else 64
-        stages = 3 if size == 4 or size == 2 and block_t == 32 else 4
-        return dict(BLOCK_T=block_t, BLOCK_C=64 if size == 4 else 128, BLOCK_W=min(block_w, power_of_two(W)),
-                    num_warps=8, num_stages=stages)
+        rows = (128 if T > 32 else 64) // (2 if size == 4 else 1)
+        block_t = power_of_two(T, low=1, high=rows)
+        block_b = power_of_two(B, low=max(1, 16 // block_t), high=rows // block_t)
+        return dict(BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=64 if size == 4 else 128,
+                    BLOCK_W=min(32 if size == 4 else 64, power_of_two(W)),
+                    num_warps=8, num_stages=3 if size == 4 else 4)
 
 
 def top_documents(scores, k):

@@ -37,6 +37,7 @@ from common import (
 )
 from documents import documents_size, read_documents, tell_skipped
 from interleave import InterleaveConfig, answer_questions, interleave
+from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA
@@ -76,6 +77,7 @@ class SampleConfig:
     timeout: float = 60                   # seconds that ranks wait for each other
     trace: bool = False                   # print each round: routed to, named, appended
     seed: int = 1337                      # of sampling
+    compile: bool = False                 # blocks' products by torch.compile: fewer launches on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
@@ -230,6 +232,8 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
     model, tokenizer = load_checkpoint(folder, device, dtype)
+    if config.compile:
+        compile_blocks(model)
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
     ranks = Ranks(device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))

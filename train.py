@@ -44,6 +44,7 @@ from common import (
     start_process_group,
 )
 from low_rank import add_factors, factors
+from memory import compile_blocks
 from model import MSA, ModelConfig
 from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
 from prompts import load_tokenizer
@@ -377,17 +378,6 @@ def device_bytes(device):
         return torch.cuda.mem_get_info(device)[1]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def compile_blocks(model):
-    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
-    out: it has its own kernels, and shapes that the data decide."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            module.compile(dynamic=True)
-        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
-                                                for method in (attention.query, attention.key_value))
 
 
 def share_out(model, config, device, dtype, world):

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for sm_80 or sm_90 without a GPU: registers, spills, stack, shared memory.
+"""Compile every Triton kernel for sm_80 or sm_90 without a GPU: registers, stack, shared memory, loops.
 
     python tests/compile_kernels.py [80|90]   # a table; exit code 1 if one fails, spills or does not fit
 
@@ -29,6 +29,18 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
          torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCH = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+
+
+def cuobjdump(option, file):
+    return subprocess.run([CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def loop_instructions(sass):
+    """Of the shortest loop that multiplies matrices; 0 where there is none."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*(\w{4,})\*/\s+(.*?);", sass)]
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"BRA.* 0x(\w+)", text))]
+    loops = [[text for at, text in code if begins <= at <= ends] for begins, ends in jumps if begins < ends]
+    return min((len(loop) for loop in loops if any(re.search(r"\bHG?MMA", text) for text in loop)), default=0)
 
 
 class Compiler:
@@ -65,12 +77,16 @@ class Compiler:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True,
-                                   check=True).stdout
+            usage, sass = cuobjdump("-res-usage", file.name), ""
+            tested = self.kernel.__name__ == "route_chunks" and signature["keys_ptr"] == "*bf16"
+            if tested or "--json" not in sys.argv:  # it takes half a second
+                sass = cuobjdump("-sass", file.name)
         number = lambda word: int(re.search(rf"{word}:(\d+)", usage)[1])
+        tile = "x".join(str(value) for name, value in constexprs.items() if name.startswith("BLOCK"))
         row = dict(kernel=self.kernel.__name__, shape=self.label, arch=ARCH, registers=number("REG"),
-                   stack=number("STACK"),
-                   local=number("LOCAL"), shared=built.metadata.shared, shared_limit=SHARED[ARCH])
+                   stack=number("STACK"), local=number("LOCAL"), shared=built.metadata.shared,
+                   shared_limit=SHARED[ARCH], loop=loop_instructions(sass), tile=tile,
+                   keys=signature.get("keys_ptr", "*")[1:])
         if row not in self.rows:
             self.rows.append(row)
 
@@ -85,10 +101,10 @@ def launch_all(H, G, D, dtype):
     query, mask = torch.randn(B, T, G * D, requires_grad=True), torch.ones(B, T, dtype=torch.bool)
     R.route(query, mask, new(C, G, D), offsets).sum().backward()
     with torch.no_grad():
-        for t in (1, 16, 32, T):
-            R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(), new(C, G, D), offsets)
-            R.route(query[:, :t].contiguous(), mask[:, :t].contiguous(),
-                    torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))
+        for b, t in ((1, 1), (64, 1), (1, 32), (B, T), (1, 512)):
+            asked = torch.randn(b, t, G * D), torch.ones(b, t, dtype=torch.bool)
+            R.route(*asked, new(C, G, D), offsets)
+            R.route(*asked, torch.ones(C, G, D, dtype=torch.int8), offsets, torch.ones(C))
     index, slots = torch.arange(C).expand(B, -1), torch.full((B,), C)
     local, memory = (new(B, T, G, D), new(B, T, G, D)), (new(C, G, D), new(C, G, D))
     for bias in (None, torch.zeros(B, C)):
@@ -114,8 +130,9 @@ def script():
             compiler.label = label
         launch_all(*shape)
     wrong = [row for row in rows if row["stack"] or row["local"] or row["shared"] > row["shared_limit"]]
-    line = lambda r: (f"{r['kernel']:22} {r['shape']:9} sm_{r['arch']}  {r['registers']:3} registers, "
-                      f"stack {r['stack']}, shared {r['shared']:6} of {r['shared_limit']}"
+    line = lambda r: (f"{r['kernel']:22} {r['shape']:9} sm_{r['arch']}  {r['keys']:4} {r['tile']:13} "
+                      f"{r['registers']:3} registers, stack {r['stack']}, "
+                      f"shared {r['shared']:6} of {r['shared_limit']}, loop {r['loop']:3} instructions"
                       f"{' <- too large' if r in wrong else ''}")
     print(json.dumps(rows) if "--json" in sys.argv else "\n".join(map(line, rows)))
     missing = {c.kernel.__name__ for c in launched} - {r["kernel"] for r in rows}

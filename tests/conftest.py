@@ -197,3 +197,17 @@ def read_files(folder):
 @pytest.fixture(scope="session")
 def files_of():
     return read_files
+
+
+@pytest.fixture
+def eager_compile(monkeypatch):
+    """torch.compile traces, which takes seconds, and leaves out what takes minutes: a list of what it did."""
+    compiled, compile = [], torch.compile
+
+    def trace(function, **_):
+        compiled.append(function)
+        return compile(function, backend="eager")
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **_: setattr(self, "_compiled_call_impl", trace(self._call_impl)))
+    return compiled

@@ -28,10 +28,12 @@ HEADS = [(1, 1, 16), (3, 1, 64), (8, 2, 96), (6, 2, 16), (4, 4, 128)]  # H, G, D
 # lengths, chunk size, closing tokens, G, D
 POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65, 129], 64, 0, 1, 128),
         ([7, 2, 5], 1, 0, 3, 10), ([5, 2, 6, 3, 8, 9], 4, 2, 2, 64), ([5, 68, 69, 70], 64, 5, 1, 16)]
-# chunks of each document, tokens, which of 3 questions' tokens route, (H, G, D)
-ROUTE = [([1], 1, "all", HEADS[0]), ([1, 1, 1], 3, "all", HEADS[1]), ([2, 1, 4, 3, 1], 5, "some", HEADS[2]),
-         ([3, 70, 1, 129, 2], 5, "some", HEADS[3]), ([1] * 300, 2, "some", HEADS[0]),
-         ([2, 2], 70, "late", HEADS[4]), ([1, 2], 20, "none", HEADS[3])]
+# chunks of each document, questions, tokens, which of these route, (H, G, D): one or many questions in a tile
+# of rows, or a question in several; more questions than one tile holds; an odd width
+ROUTE = [([1], 1, 1, "all", HEADS[0]), ([1, 1, 1], 8, 3, "all", HEADS[1]),
+         ([2, 1, 4, 3, 1], 3, 17, "some", HEADS[2]), ([3, 129, 2], 5, 16, "some", (1, 1, 27)),
+         ([2, 1], 70, 1, "all", HEADS[0]), ([2, 2], 1, 130, "late", HEADS[0]),
+         ([1, 1], 2, 65, "some", HEADS[0]), ([1, 2], 3, 20, "none", HEADS[3])]
 # tokens, past, slots of 3 questions (None: no memory), prefix, bias, (H, G, D)
 ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEADS[1]),
           (5, 0, [0, 0, 0], 0, False, HEADS[2]), (5, 2, [3, 3, 2], 4, True, HEADS[3]),
@@ -106,32 +108,30 @@ def check_pool(case, dtype, device="cpu"):
                    lambda *xs: pool_by_hand(xs, lengths, size, last), inputs)
 
 
-def routes(kind, T):
-    """(3, T): the tokens that route; the second question of "none" has none, and those of "late" lie in the
-    second tile."""
-    mask = torch.rand(3, T, generator=torch.Generator().manual_seed(T)) < 0.6
+def routes(kind, B, T):
+    """(B, T): the tokens that route; of "none" only the first question has any, and those of "late" lie in
+    the second tile."""
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.6
     mask[:, -1] = True
     if kind == "late":
-        mask[:, :-3] = False
+        mask[:, :-2] = False
     if kind == "none":
-        mask[1] = False
+        mask[1:] = False
     return mask | (kind == "all")
 
 
 def check_route(case, dtype, device="cpu", int8=False):
-    counts, T, kind, (_, G, D) = case
-    offsets, mask = torch.tensor([0, *counts]).cumsum(0), routes(kind, T)
+    counts, B, T, kind, (_, G, D) = case
+    offsets, mask = torch.tensor([0, *counts]).cumsum(0), routes(kind, B, T)
     # the kernels round it
-    query = random(3, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()
+    query = random(B, T, G * D, seed=1, dtype=torch.bfloat16 if int8 else dtype, device=device).float()
     keys, scales = random(sum(counts), G, D, seed=2, dtype=dtype, device=device), None
     if int8:
         keys, scales = R.quantize(keys.float())
 
     def oracle(query, keys):
-        spans = [slice(*offsets[m:m + 2]) for m in range(len(counts))]
-        best = lambda b, span: (query[b, mask[b]] @ keys[span].flatten(1).T).amax()
-        return [torch.stack([torch.stack([best(b, span) for span in spans])
-                             for b in range(3) if mask[b].any()])]
+        best = [(query[b, mask[b]] @ keys.flatten(1).T).amax(0) for b in range(B) if mask[b].any()]
+        return [torch.stack([torch.stack([part.amax() for part in row.split(counts)]) for row in best])]
 
     def kernel(query, keys=keys):
         scores = R.route(query, mask.to(device), keys, offsets.to(device), scales)

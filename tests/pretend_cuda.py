@@ -6,7 +6,7 @@
     cuda.waits, cuda.where, cuda.launches, cuda.to_host
 
 It counts what the host waits for, launches, and bytes that come to the host. A copy from the host to the
-device waits unless it is `non_blocking`. Without gradients alone; a tensor's CPU values: x.on_host.
+device waits unless it is `non_blocking`. No backward: that wants a device. A tensor's CPU values: x.on_host.
 """
 import contextlib
 import ctypes
@@ -75,6 +75,7 @@ class PretendCuda(TorchDispatchMode):
             torch.__future__.set_overwrite_module_params_on_conversion(True)  # else modules keep CPU shells
             stack.callback(setattr, torch.cuda, "_lazy_init", torch.cuda._lazy_init)
             torch.cuda._lazy_init = lambda: None  # factories ask for it
+            self.interpret(stack)
             stack.enter_context(Functions(self))
             self.stack = stack.pop_all()
         return super().__enter__()
@@ -82,6 +83,20 @@ class PretendCuda(TorchDispatchMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         return self.stack.__exit__(*error)
+
+    def interpret(self, stack):
+        """Triton's interpreter, where there is one, finds the numbers on the host."""
+        with contextlib.suppress(ImportError):
+            from triton.runtime.interpreter import GridExecutor
+            call = GridExecutor.__call__
+
+            def launch(executor, *args, **kwargs):
+                pretended = [isinstance(x, Pretend) for x in args]
+                self.launches += any(pretended)
+                args = [x.on_host if own else x for x, own in zip(args, pretended)]
+                return call(executor, *args, **kwargs)
+            stack.callback(setattr, GridExecutor, "__call__", call)
+            GridExecutor.__call__ = launch
 
     def wait(self, kind):
         self.waits[kind] += 1

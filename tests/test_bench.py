@@ -33,22 +33,22 @@ def test_all_benchmarks(toy, kernel, monkeypatch):
     if kernel == "triton":
         pytest.importorskip("triton")
     monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
-    bench.bench_route(toy, 100, (5,))
+    bench.bench_route(toy, 100, [(3, 5), (1, 5)])
     bench.bench_attend(toy,
                        [("prefill", 2, 3, 1, False), ("decode", 2, 1, 4, False), ("training", 2, 5, 0, True)],
                        slots=3, chunks=8)
     bench.bench_pool(toy, 2, 70)
     bench.bench_train(toy, [TRAIN], steps=3)
     rows = list(toy.rows)
-    assert len(rows) == 3 + 3 + 2 + 1
+    assert len(rows) == 2 * 3 + 3 + 2 + 1
     assert all(row["seconds"] > 0 and row["floor_over_time"] > 0 for row in rows)
-    assert rows[0]["note"] == "same 16: 16"
+    assert rows[0]["note"] == rows[3]["note"] == "same 16: 16"
     assert [row["bytes"] for row in rows[:3]] == [100 * 32 * size for size in (4, 2, 1)]
-    assert rows[0]["operations"] == 2 * 5 * 32 * 100
+    assert rows[0]["operations"] == 2 * 3 * 5 * 32 * 100
     # one token each sees 3 slots, 4 of the past and itself
-    assert rows[4]["operations"] == 4 * 16 * 4 * 2 * (3 + 5)
+    assert rows[7]["operations"] == 4 * 16 * 4 * 2 * (3 + 5)
     peers = {"reference"} if kernel == "triton" else set()
-    assert [set(row["peers_over_ours"]) for row in rows[3:]] == [peers] * 6
+    assert [set(row["peers_over_ours"]) for row in rows[4:]] == [{"authors", "per-head"}, set()] + [peers] * 6
     assert msa_kernel.KERNEL == kernel
     if kernel == "triton":
         assert float(rows[-1]["note"].split()[2]) < 1e-5, rows[-1]["note"]

@@ -543,11 +543,14 @@ def test_dispatch(monkeypatch):
 
 
 def test_kernels_compile(pytestconfig):
-    """A kernel would not compile for an A100 or an H100, spill registers,
-    or ask for more shared memory than there is."""
+    """A kernel would not compile for an A100 or an H100, spill registers, ask for more shared memory than
+    there is; or routing would spend its instructions on other things than loading and multiplying."""
     pytest.importorskip("triton")
     for process in pytestconfig.compiling:  # since the tests began: conftest.py
         out, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         rows = json.loads(out)
         assert len({row["kernel"] for row in rows}) == 11 and all(row["registers"] <= 255 for row in rows)
+        loops = {row["tile"]: row["loop"] for row in rows
+                 if row["kernel"] == "route_chunks" and row["keys"] == "bf16"}
+        assert len(loops) == 5 and max(loops.values()) < 200 and 0 < loops["16x1x128x64"] < 100, loops

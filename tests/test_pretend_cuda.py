@@ -7,6 +7,9 @@ from pretend_cuda import PretendCuda
 
 import memory_parallel
 import msa_kernel
+from bench import BesideAnEmptyRank
+from common import to_device
+from costs import random_pool
 from documents import Document
 from interleave import InterleaveConfig, answer_questions
 from memory_bank import Bank
@@ -14,6 +17,7 @@ from memory_parallel import ParallelMemory, Ranks
 from prompts import load_checkpoint
 from sync import encode_texts, sync
 from tasks import make_memory
+from train import TrainConfig, flatten_metrics, make_optimizer
 
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
 # Questions of two hops, side by side: three rounds, in the first two a document is named, then nothing; an
@@ -58,6 +62,9 @@ def test_demo(words, pretended, tmp_path, where):
                 sync(model, tokenizer, tmp_path / "bank", documents, Ranks(device))
             memory = ParallelMemory(Bank(tmp_path / "bank"), device, Ranks(device))
             ids = memory.texts
+            if device.type == "cuda":
+                memory.ranks = beside = BesideAnEmptyRank(device)
+                beside.world = 2
         pretended.reset()
         answers = answer_questions(model, tokenizer, memory, ids, asked, config, 5)
         found[device.type] = [(answer, [(r.named, r.appended) for r in rounds]) for answer, rounds in answers]
@@ -69,6 +76,44 @@ def test_demo(words, pretended, tmp_path, where):
     assert sum(pretended.waits.values()) == PICKS + NAMES + ROUNDS * (1 + 2 * layers), pretended.where
     assert pretended.to_host < 10_000 and pretended.launches < 5_000
     assert "host to device" not in pretended.waits
+    # As one of two ranks it waits no more often. Both agree on what was picked and named; a selection gathers
+    # the best and adds up their content, which for one of the last round lies on the devices already.
+    if where == "bank":
+        assert beside.collectives == PICKS + NAMES + ROUNDS * 2 * layers - 1
+
+
+def test_training(pretended, monkeypatch):
+    """Training would fail on a GPU, the kernels' losses be others than the reference's, or the host wait for
+    the device wherever something is measured. torch's backward wants a device: gradients are the CPU's."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(msa_kernel, "KERNEL", "auto")
+    found, gradients = {"cpu": [], "cuda": []}, []
+    for device in map(torch.device, ("cpu", "cuda:0")):
+        model, _ = load_checkpoint(DEMO, device)
+        optimizer, learns = make_optimizer(model, TrainConfig()), list(model.parameters())
+        for step in range(2):
+            torch.manual_seed(step)
+            documents, numbers, (batch,) = random_pool(model.config, 3, 9, 2, 8, torch.device("cpu"))
+            batch = {name: to_device(x, device) for name, x in batch.items()}
+            pretended.reset()
+            losses = model(documents, numbers, [batch])
+            if device.type == "cpu":
+                (losses["lm"] + losses["aux"]).backward()
+                gradients.append([p.grad.clone() for p in learns])
+            for p, gradient in zip(learns, gradients[step]):
+                p.grad = to_device(gradient, device)
+            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            waits = dict(pretended.waits)
+            found[device.type].append(flatten_metrics(losses).cpu())
+    assert torch.allclose(*map(torch.stack, found.values()), rtol=1e-4)
+    assert not torch.allclose(*found["cpu"], rtol=1e-3)
+    # How many tokens are predicted, and which questions ask; in a memory layer the chunks of what is pooled,
+    # and those of the longest selection; and a batch of documents and their lengths come from the host.
+    layers = len(model.config.memory_layers)
+    assert waits == {"nonzero": 2, "_local_scalar_dense": 2 * layers, "host to device": 2}, pretended.where
+    assert pretended.launches < 1_500
 
 
 @torch.no_grad()

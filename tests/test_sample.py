@@ -180,9 +180,9 @@ def test_the_demo_stays_float32():
     assert common.HEAD_BYTES % 4 == 0  # a cut character would hide how a file is encoded
 
 
-def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch):
-    """Answers of a file's questions would be in another order, not be those of one at a time, or lack their
-    sources; a mistake in the file would be told after minutes of encoding."""
+def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch, eager_compile):
+    """Answers of a file's questions would be in another order, not be those of one at a time or of a compiled
+    model, or lack their sources; a mistake in the file would be told after minutes of encoding."""
     notes = tmp_path / "notes"
     notes.mkdir()
     for name in ("amber", "teal", "khaki"):
@@ -192,11 +192,13 @@ def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text(lines + "\n")
     flags = ["--checkpoint", checkpoint, "--documents", notes, "--device", "cpu", "--max-answer-tokens", 5]
     asks = [*flags, "--questions", tmp_path / "q.jsonl", "--json"]
-    for batch in (1, 2):
-        done = run(sample, *asks, tmp_path / f"{batch}.json", "--batch", batch)
+    for out, *options in (("1", "--batch", 1), ("2", "--batch", 2), ("compiled", "--compile")):
+        done = run(sample, *asks, tmp_path / f"{out}.json", *options)
         assert done.code == 0 and "3 answers" in done.out, done.err
     rows = json.loads((tmp_path / "2.json").read_text())
-    assert rows == json.loads((tmp_path / "1.json").read_text())
+    for other in ("1", "compiled"):
+        assert rows == json.loads((tmp_path / f"{other}.json").read_text())
+    assert len(eager_compile) == 2 * 5  # of two layers MLP, norms, projections
     assert [row["question"] for row in rows] == questions
     for row in rows:
         alone = run(sample, *flags, row["question"]).out.splitlines()

@@ -1,6 +1,5 @@
 """The training loop: resuming, ranks, the schedule, and checkpoints that survive what goes wrong."""
 import errno
-import functools
 import json
 import os
 import pickle
@@ -537,12 +536,8 @@ def test_samples_ahead(monkeypatch):
     assert made == [19, 22]
 
 
-def test_compiled(fit, whole, tmp_path, monkeypatch, files_of):
+def test_compiled(fit, whole, tmp_path, eager_compile, files_of):
     """Compiled blocks would compute something else, or weights be saved under other names."""
-    compiled = functools.partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self, **_: setattr(self, "_compiled_call_impl", compiled(self._call_impl)))
     assert fit("--out", tmp_path, "--compile", "--max-steps", 2).code == 0
     for found, expected in zip(read_log(files_of(tmp_path))[:2], read_log(whole)):
         assert found["lm"] == pytest.approx(expected["lm"], rel=1e-4)
