@@ -24,11 +24,12 @@ from tqdm import tqdm
 from batches import Find
 from common import UserError, atomic_file
 from interleave import answers_from_texts, look_again, rounds_of, run
+from prompts import NOT_FOUND
 
 METHODS = ("none", "oracle", "bm25", "routing", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
 RECALLS = (*(f"recall_at_{n}" for n in AT), f"all_gold_at_{AT[-1]}")
-SCORES = ("exact_match", "f1", "contained", "empty")
+SCORES = ("exact_match", "f1", "contained", "empty", "not_found")
 RESAMPLES = 1000    # of the bootstrap
 SHOWN = 8           # passages of a long document that the oracle shows, from its beginning on
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -54,12 +55,12 @@ def f1(words, accepted):
 def score_answer(answer, accepted):
     """SCORES of an answer, each the best over the accepted answers (strings, at least one).
 
-    contained: an accepted answer's words stand in the answer, side by side.
+    contained: an accepted answer's words stand in the answer, side by side; not_found: it is NOT_FOUND.
     """
     words, accepted = words_of(answer), [words_of(text) for text in accepted]
     inside = [bool(own) and f" {' '.join(own)} " in f" {' '.join(words)} " for own in accepted]
     return (float(words in accepted), max(f1(words, own) for own in accepted), float(any(inside)),
-            float(not answer.strip()))
+            float(not answer.strip()), float(answer.strip() == NOT_FOUND))
 
 
 def score_ranking(documents, gold):
@@ -114,6 +115,18 @@ def refused(questions, best, reaches):
     parts = [[best[question.text] <= reaches for question in questions if question.nothing == nothing]
              for nothing in (False, True)]
     return [float(np.mean(part)) if part and reaches > float("-inf") else None for part in parts]
+
+
+def told_not_found(questions, find, read, ks, batch=8, quiet=False):
+    """{k: the share that is told NOT_FOUND of the questions that nothing answers, from the first k documents
+    that `find` finds}; {} where there are no such questions."""
+    none = [question for question in questions if question.nothing]
+    rankings = find_all(find, none, "" if quiet else "nothing answers", batch)[0] if none else []
+    shares = {}
+    for k in ks if none else ():
+        said = read([(question.text, places[:k]) for question, places in zip(none, rankings)])
+        shares[k] = float(np.mean([answer.strip() == NOT_FOUND for answer, _ in said]))
+    return shares
 
 
 def find_all(find, questions, label, batch):
@@ -227,7 +240,7 @@ def shown(gold, owner):
 
 def table(rows):
     """The lines of a table of `measure`'s rows, and what memory has over bm25."""
-    names = ("R@1", "R@5", "R@16", "all16", "exact", "F1", "contained", "empty", "s/question")
+    names = ("R@1", "R@5", "R@16", "all16", "exact", "F1", "contained", "empty", "not found", "s/question")
     columns = (*RECALLS, *SCORES, "seconds_per_question")
     lines = [f"{'k':>3} {'method':<7}" + "".join(f" {name:>{max(6, len(name))}}" for name in names)]
     for row in rows:

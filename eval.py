@@ -7,7 +7,7 @@
 **Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
 {"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. With
 --max-rounds 2 a chat backbone finds its 16 documents in two rounds of 8. "documents": [] without answers says
-that nothing answers, and the question should be refused.
+that nothing answers, and the question should be refused, as should those of a set's impossible.jsonl.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -45,7 +45,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refused, table
+from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refused, table, told_not_found
 from checkpoint import find
 from common import (
     UserError,
@@ -64,11 +64,21 @@ from memory import compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from model import MSA, Memory
-from prompts import load_checkpoint
-from question_sets import bm25_search, choose_split, read_questions, read_set, read_texts
+from prompts import NOT_FOUND, load_checkpoint
+from question_sets import (
+    SetQuestion,
+    bm25_search,
+    choose_split,
+    read_impossible,
+    read_questions,
+    read_set,
+    read_texts,
+)
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
+
+IMPOSSIBLE = 100  # questions of a set's impossible.jsonl that are asked, at most
 
 
 @dataclass
@@ -361,6 +371,11 @@ def load_set(config, model, tokenizer, say):
     else:
         texts, questions = read_set(config.data, say)
         questions, split = choose_split(questions, config.split, config.data)
+        if Path(config.data).is_dir() and model.config.second_look:  # one that has learned to say NOT_FOUND
+            none = read_impossible(config.data).get(split, [])
+            drawn = np.random.default_rng(config.seed).permutation(len(none)).tolist()
+            drawn = sorted(drawn[:min(config.questions, IMPOSSIBLE)])
+            questions = questions + [SetQuestion(none[i][0], (), (), True) for i in drawn]
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)
@@ -413,6 +428,9 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         measured = measure(questions, chosen, finders, read, ks, config.seed, config.batch,
                            ranks.rank > 0, owner)
         say("\n".join(table(measured)), flush=True)
+        told = told_not_found(questions, finders["memory"], read, ks, config.batch, ranks.rank > 0)
+        for k, share in told.items():
+            say(f"k {k}: told \"{NOT_FOUND}\" of the questions that nothing answers: {share:.3f}")
         shares = refused(questions, best, reaches)
         for share, what in zip(shares, ("have an answer", "nothing answers")):
             if share is not None:
@@ -422,7 +440,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
                                   max_rounds=rounds_of(model, config.interleave),
                                   checkpoint=config.checkpoint,
-                                  device=str(model.device), refused=shares[0], refused_rightly=shares[1])
+                                  device=str(model.device), refused=shares[0], refused_rightly=shares[1],
+                                  not_found_rightly=told.get(row["k"]) if row["method"] == "memory" else None)
                for row in measured]
 
 

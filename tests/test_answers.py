@@ -47,14 +47,15 @@ def test_f1(answer, accepted, value):
 
 
 @pytest.mark.parametrize("answer,accepted,scores", [
-    ("The Panthers.", ["Denver", "panthers"], (1, 1, 1, 0)),                    # the best of the answers
-    ("It was the Carolina Panthers", ["Carolina Panthers"], (0, 2 / 3, 1, 0)),  # 2 of 4 words, 2 of 2
-    ("13 points", ["3"], (0, 0, 0, 0)),                                         # no word of its own
-    ("b a", ["a b", "b c"], (1, 1, 1, 0)),                                      # "a" is an article
-    ("c b", ["b c"], (0, 1, 0, 0)),                                             # not side by side
-    (" \n", ["x"], (0, 0, 0, 1)), ("of", ["the"], (0, 0, 0, 0))])
+    ("The Panthers.", ["Denver", "panthers"], (1, 1, 1, 0, 0)),                    # the best of the answers
+    ("It was the Carolina Panthers", ["Carolina Panthers"], (0, 2 / 3, 1, 0, 0)),  # 2 of 4 words, 2 of 2
+    ("13 points", ["3"], (0, 0, 0, 0, 0)),                                         # no word of its own
+    ("b a", ["a b", "b c"], (1, 1, 1, 0, 0)),                                      # "a" is an article
+    ("c b", ["b c"], (0, 1, 0, 0, 0)),                                             # not side by side
+    ("Not in these documents.", ["x"], (0, 0, 0, 0, 1)),
+    (" \n", ["x"], (0, 0, 0, 1, 0)), ("of", ["the"], (0, 0, 0, 0, 0))])
 def test_score_answer(answer, accepted, scores):
-    """Exact match, F1, contained or empty would be another measure than it says."""
+    """Exact match, F1, contained, empty or not found would be another measure than it says."""
     assert score_answer(answer, accepted) == pytest.approx(scores)
 
 
@@ -202,6 +203,16 @@ def test_measure_without_answers_or_judgements(scripted):
     assert [(row["method"], row["recall_at_1"], row["exact_match"]) for row in rows] == [
         ("none", None, 0), ("bm25", None, 0.5), ("memory", None, 1)]
     assert "recall_at_1_over_bm25" not in rows[2] and rows[2]["f1_over_bm25"] == interval([0, 1], 1)
+
+
+def test_told_not_found(scripted):
+    """A question that nothing answers would be told so by another number of documents, or not be counted."""
+    read = lambda asked: [("Not in these documents." if len(places) < int(text) else "x", 0)
+                          for text, places in asked]
+    find = lambda texts: [[1, 2, 3, 4] for _ in texts]
+    questions = [SetQuestion(str(n), (), (), n != 9) for n in (1, 2, 4, 9)]
+    assert answers.told_not_found(questions, find, read, [1, 3], quiet=True) == {1: 2 / 3, 3: 1 / 3}
+    assert answers.told_not_found(questions[3:], find, read, [1], quiet=True) == {}
 
 
 @torch.no_grad()

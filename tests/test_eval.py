@@ -1,6 +1,7 @@
 """What eval.py asks of which memory, or of which baseline, and how it counts."""
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -493,6 +494,27 @@ def test_sets(evaluate_set, tokenizer, tmp_path):
     assert {question for question, *_ in seen} < {f"Which item is {word}?" for word in words[::2]}
 
 
+def test_impossible(evaluate_set, checkpoint, tmp_path):
+    """Questions that nothing answers would be asked of a model that never learned to say so, count among
+    those with an answer, or be those of another split."""
+    data = write_set(tmp_path / "set", "amber teal otter heron".split())
+    (data / "impossible.jsonl").write_text("".join(
+        json.dumps({"text": f"Who sold {word}?", "document": word, "split": split}) + "\n"
+        for word, split in (("amber", "test"), ("teal", "train"), ("otter", "test"))))
+    flags = "--data", data, "--questions", 2, "--k", 1
+    rows, seen, out = evaluate_set(*flags)
+    assert not [question for question, *_ in seen if "sold" in question] and len(rows) == 4
+    shutil.copytree(checkpoint, tmp_path / "looks")
+    about = json.loads((checkpoint / "config.json").read_text())
+    about["msa_config"]["second_look"] = 2
+    (tmp_path / "looks" / "config.json").write_text(json.dumps(about))
+    rows, seen, out = evaluate_set(*flags, "--checkpoint", tmp_path / "looks")
+    assert [question for question, *_ in seen if "sold" in question] == ["Who sold amber?", "Who sold otter?"]
+    assert [row["method"] for row in rows] == ["none", "oracle", "bm25", "routing", "memory"]
+    assert [row["not_found_rightly"] for row in rows] == [None] * 4 + [0] and "k 1: told " in out
+    assert {row["questions"] for row in rows} == {2}
+
+
 def test_a_long_document(evaluate_set, tmp_path):
     """A long document would be read as a whole, or its passages count as documents."""
     data = write_set(tmp_path / "set", "amber teal otter".split())
@@ -534,7 +556,7 @@ def test_own_questions(evaluate_set, tmp_path):
     flags = "--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes", "--k", 2
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, questions)))
     rows, seen, out = evaluate_set(*flags, reaches=0.11)  # the patched best score is .01 a letter
-    assert (rows[3]["refused"], rows[3]["refused_rightly"]) == (1, 0.5)
+    assert (rows[3]["refused"], rows[3]["refused_rightly"], rows[3]["not_found_rightly"]) == (1, 0.5, 0)
     assert "that have an answer: 1.000 (chance" in out and "that nothing answers: 0.500 (chance" in out
     (tmp_path / "own.jsonl").write_text(json.dumps(questions[0]))
     rows, seen, out = evaluate_set(*flags)
