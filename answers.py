@@ -157,11 +157,11 @@ def reader(model, tokenizer, texts, config, batch):
 
 
 def parts_of(questions, label, batch):
-    """Questions in parts that are large beside a batch, with a bar that shows them pass."""
+    """Questions in parts of two batches, with a bar that shows them pass."""
     with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
               disable=not label) as bar:
-        for start in range(0, len(questions), 8 * batch):
-            part = questions[start:start + 8 * batch]
+        for start in range(0, len(questions), 2 * batch):
+            part = questions[start:start + 2 * batch]
             yield part
             bar.update(len(part))
 
