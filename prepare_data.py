@@ -29,6 +29,7 @@ import dataclasses
 import re
 import shutil
 import tempfile
+import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -639,8 +640,10 @@ def write_sets(config, folder):
     rng = np.random.default_rng(config.seed)
     sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
             for path in paths}
-    held = {path: {i for i in sorted(own.usable) if rng.random() < HELD_OUT} for path, own in sets.items()}
-    for path, own in sets.items():
+    held = {}
+    for path, own in sets.items():  # the same documents of a set, whatever other sets there are
+        draw = np.random.default_rng([config.seed, zlib.crc32(Path(path).name.encode())])
+        held[path] = {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
         if own.about and not any(held[path] & {*gold} for gold in own.about):  # of few documents
             held[path] |= {min(own.about)[0]}
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
