@@ -4,8 +4,8 @@
 # make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
 #              that was interrupted goes on where it was
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
-# make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M; a run
-#              that was interrupted goes on where it was
+# make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M: hours
+#              on two cores; a run that was interrupted goes on where it was
 # make torture kill and damage memory banks, and cut the power of what is saved, thousands of times
 # make fuzz    thousands of odd files, configurations and tokenizers: success, or one sentence
 # make gpu     on a machine with a GPU: check the Triton kernels, time them, write results/gpu-<device>.json.
