@@ -120,10 +120,11 @@ def refused(questions, best, reaches):
 def told_not_found(questions, find, read, ks, batch=8, quiet=False):
     """{k: the share that is told NOT_FOUND of the questions that nothing answers, from the first k documents
     that `find` finds}; {} where there are no such questions."""
-    none = [question for question in questions if question.nothing]
-    rankings = find_all(find, none, "" if quiet else "nothing answers", batch)[0] if none else []
-    shares = {}
-    for k in ks if none else ():
+    none, shares = [question for question in questions if question.nothing], {}
+    if not none:
+        return shares
+    rankings, _ = find_all(find, none, "" if quiet else "nothing answers", batch)
+    for k in ks:
         said = read([(question.text, places[:k]) for question, places in zip(none, rankings)])
         shares[k] = float(np.mean([answer.strip() == NOT_FOUND for answer, _ in said]))
     return shares

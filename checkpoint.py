@@ -80,9 +80,9 @@ MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max
              "chunk_reduce_method": ("max", "max"), "decouple_pooling_mode": ("mean", "mean")}
 
 
-# Which layers of a backbone route, pairs (the least, share of its depth): low ones find words. Four of them
-# find more than two, in twice the time and space; results/README.md has both
-EARLY = (0, 0), (1, 0.1), (0, 1 / 6), (0, 0.23)
+# Which layers of a backbone route besides the first, shares of its depth: low ones find words. Four find more
+# than two, in twice the time and space (results/README.md)
+EARLY = 0.1, 1 / 6, 0.23
 
 
 def read_config(folder):
@@ -129,10 +129,9 @@ def read_config(folder):
     values = {name: found.pop(name) for name in PLAIN_FIELDS}
     if msa is None:  # a plain backbone: nobody has trained it to route, to read a memory or to name documents
         layers = values["num_hidden_layers"]
-        early = {0, 1} if not isinstance(layers, int) else {max(least, round(share * layers))
-                                                            for least, share in EARLY}
+        early = {max(1, round(share * layers)) for share in EARLY} if isinstance(layers, int) else {1}
         msa = {"attend_memory": False, "prompts": "chat",
-               "routing_layers": ",".join(map(str, sorted(early))), "chunk_size": 32,
+               "routing_layers": ",".join(map(str, [0, *sorted(early)])), "chunk_size": 32,
                "query_reduction": "mean", "routing_dim": values["hidden_size"], "document_share": 0.2}
     elif kind == "msa" or "pooling_kernel_size" in msa:
         msa = authors_options(msa, path)

@@ -80,6 +80,14 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
                         f"a .jsonl file, not empty{reasons}")
 
 
+def list_documents(path, count_tokens, max_tokens, say):
+    """The Documents of `read_documents`, all at once; `say` is told what was skipped."""
+    skipped = {}
+    documents = list(read_documents(path, count_tokens, max_tokens, skipped))
+    tell_skipped(skipped, say)
+    return documents
+
+
 def tell_skipped(skipped, say):
     """Say in a line each which files were left out and why, the first TOLD of them; the rest are counted."""
     named = [f"skipped {name}: {printable(why)}" for name, why in skipped.items() if why]

@@ -58,7 +58,7 @@ from common import (
     return_freed_memory,
     write_json,
 )
-from documents import Document, passages, read_documents, tell_skipped
+from documents import Document, list_documents, passages
 from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
 from memory import compile_blocks
 from memory_bank import Bank, read_manifest
@@ -361,11 +361,9 @@ def read_rows(path):
 def load_set(config, model, tokenizer, say):
     """What --data names: (texts, owner, counts, questions, split); memories hold the first `count` of the
     texts, which are documents or passages of them. owner: the document of each, which questions ask for."""
+    count_tokens = lambda text: len(tokenizer.encode(text))
     if config.documents:
-        count_tokens, skipped = lambda text: len(tokenizer.encode(text)), {}
-        longest = model.config.max_document_tokens
-        documents = list(read_documents(config.documents, count_tokens, longest, skipped))
-        tell_skipped(skipped, say)
+        documents = list_documents(config.documents, count_tokens, model.config.max_document_tokens, say)
         texts, split = [document.spelled() for document in documents], ""
         questions = read_questions(config.data, documents, say)
     else:
@@ -380,7 +378,7 @@ def load_set(config, model, tokenizer, say):
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)
         counts.append(len(texts))
-    texts, owner = passages(texts, lambda text: len(tokenizer.encode(text)))
+    texts, owner = passages(texts, count_tokens)
     return texts, owner, np.searchsorted(owner, counts).tolist(), questions, split
 
 

@@ -51,7 +51,7 @@ from common import (
     sync_handle,
     write_json,
 )
-from documents import read_documents, tell_skipped
+from documents import list_documents, read_documents
 from prompts import NOT_FOUND
 from question_sets import (
     SetQuestion,
@@ -503,7 +503,7 @@ def write_own(config, folder):
     limit = config.max_document_tokens
     roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
     tokenizer = make_encoding(config, (document.spelled() for document in roughly))
-    documents = own_documents(config.documents, tokenizer, limit)
+    documents = list_documents(config.documents, lambda text: len(tokenizer.encode(text)), limit, print)
     questions = read_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
@@ -550,18 +550,11 @@ def cloze(text, rng):
     return text, []
 
 
-def own_documents(path, tokenizer, limit):
-    """The Documents of a folder or .jsonl file, cut at `limit` tokens; says what was skipped."""
-    skipped, count_tokens = {}, lambda text: len(tokenizer.encode(text))
-    documents = list(read_documents(path, count_tokens, limit, skipped))
-    tell_skipped(skipped, print)
-    return documents
-
-
 def read_training_set(path, documents, tokenizer, limit, rng):
     """(texts, {split: list of SetQuestion}) of a SET; documents: what a .jsonl file of it asks about."""
+    own = lambda place: list_documents(place, lambda text: len(tokenizer.encode(text)), limit, print)
     if str(path).endswith(".jsonl"):
-        found = own_documents(documents, tokenizer, limit)
+        found = own(documents)
         asked = [SetQuestion(q.text, tuple(q.documents), (q.answer,)) for q in read_questions(path, found)]
         return [document.spelled() for document in found], {"train": asked}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
@@ -569,7 +562,7 @@ def read_training_set(path, documents, tokenizer, limit, rng):
     if (Path(path) / "corpus.jsonl").exists():
         texts = read_texts(path)
     else:
-        texts = [document.spelled() for document in own_documents(path, tokenizer, limit)]
+        texts = [document.spelled() for document in own(path)]
     texts, asked = zip(*(cloze(text, rng) for text in texts))
     return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
                              for question, answer in found]}

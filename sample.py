@@ -35,7 +35,7 @@ from common import (
     read_rows,
     write_json,
 )
-from documents import documents_size, read_documents, tell_skipped
+from documents import documents_size, list_documents, read_documents, tell_skipped
 from interleave import InterleaveConfig, answer_questions, interleave
 from memory import compile_blocks
 from memory_bank import Bank, Writer
@@ -248,9 +248,7 @@ def script():
         texts = memory.texts
         where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
     else:
-        skipped = {}
-        documents = list(read_documents(config.documents, count_tokens, config.max_document_tokens, skipped))
-        tell_skipped(skipped, say)
+        documents = list_documents(config.documents, count_tokens, config.max_document_tokens, say)
         if not model.trained_routers:
             make_routers(model, tokenizer, [document.spelled() for document in documents])
         texts = tokenizer.encode_batch([document.spelled() for document in documents])
