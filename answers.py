@@ -5,7 +5,7 @@
     bm25      the first k documents that BM25 finds
     routing   recall alone, before the second look, where a model has learned to look twice
     memory    the first k documents that the model finds in its memory: by routing, in one round or two, and
-              by that second look
+              by that second look, which may find that the first one is enough
 
 Documents stand in the prompt in the order in which they were found. Recall is measured on every question
 that has gold documents; answers and second looks, which take longer, on some. Answers are compared as SQuAD
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from batches import Find
 from common import UserError, atomic_file
-from interleave import answers_from_texts, look_again, rounds_of, run
+from interleave import answers_from_texts, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
 
 METHODS = ("none", "oracle", "bm25", "routing", "memory")
@@ -81,11 +81,12 @@ def interval(differences, seed):
 # Finding and reading
 
 def loop_ranked(model, tokenizer, memory, texts, question, config, look):
-    """A loop: the positions of the documents that the model finds for a question, best first, and the best
-    score of its first round; texts: token ids by position; look: at how many it looks twice.
+    """A loop: the positions of the documents that the model finds for a question, best first, how many of
+    them it would read, and the best score of its first round; texts: token ids by position; look: at how many
+    it looks twice.
 
-    Of a chat backbone with two rounds (config: an InterleaveConfig) these are the first eight of the first
-    round, then what the second one finds besides.
+    What rounds name comes first, then what the last one has found besides. Without a second look a chat
+    backbone has two rounds only where config, an InterleaveConfig, says so, and both name half of the 16.
     """
     count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":
@@ -94,17 +95,21 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     else:
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
-    if model.config.prompts == "chat":
-        count = max(rounds_of(model, config), 1)
+    most = documents_of(model, config) if look else AT[-1]
+    if model.config.prompts == "chat" and (look or config.max_rounds > 0):
+        count = max(min(rounds_of(model, config), most), 1)
     rankings = yield Find(tokens, memory, routes, prefix_length, count)
-    rounds = yield from look_again(model, tokenizer, rankings, texts, int, question, config.router_weight,
-                                   AT[-1], look)
+    rounds = yield from look_again(model, tokenizer, question, rankings, texts, int, config.router_weight,
+                                   most, look)
     best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
-    yield [document for ranked in rounds for document, _ in ranked], best
+    named = [document for ranked, count in rounds for document, _ in ranked[:count]]
+    others = [document for ranked, count in rounds[::-1] for document, _ in ranked[count:]]
+    found = list(dict.fromkeys(named + others))
+    yield found, len(named) if look else len(found), best
 
 
 def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
-    """(positions, best score) of each question, as of `loop_ranked`."""
+    """(positions, how many are read, best score) of each question, as of `loop_ranked`."""
     loops = (loop_ranked(model, tokenizer, memory, texts, question, config, look) for question in questions)
     return [found for _, found in sorted(run(model, tokenizer, loops, config, batch, memory))]
 
@@ -125,13 +130,18 @@ def told_not_found(questions, find, read, ks, batch=8, quiet=False):
         return shares
     rankings, _ = find_all(find, none, "" if quiet else "nothing answers", batch)
     for k in ks:
-        said = read([(question.text, places[:k]) for question, places in zip(none, rankings)])
+        said = read([(question.text, first(k, *found)) for question, found in zip(none, rankings)])
         shares[k] = float(np.mean([answer.strip() == NOT_FOUND for answer, _ in said]))
     return shares
 
 
+def first(k, documents, most):
+    """The first k of documents of which so many are read at most."""
+    return documents[:min(k, most)]
+
+
 def find_all(find, questions, label, batch):
-    """The ranking of every question, find(texts) -> lists of documents, and the mean seconds of one."""
+    """What `find` finds for every question, as for `measure`, and the mean seconds of one."""
     began, rankings = time.perf_counter(), []
     for part in parts_of(questions, label, batch):
         rankings += find([question.text for question in part])
@@ -180,8 +190,9 @@ def choose(questions, count, seed):
 def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
-    finders: texts -> lists of documents, best first, of bm25 and memory, perhaps of routing; read: a
-    `reader`; chosen: the questions that are answered, and, with routing, all that memory is asked. owner:
+    finders: texts -> pairs (documents, best first, how many of them are read at most), of bm25 and memory,
+    perhaps of routing; read: a `reader`; chosen: the questions that are answered, and, with routing, all that
+    memory is asked. owner:
     where finders deal with passages, the document of each, increasing; k counts passages then, recall
     documents, and the oracle shows SHOWN passages of each. What does not apply is None. Rows of memory hold
     what it has over bm25, with intervals.
@@ -196,7 +207,7 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
         found, seconds[method] = find_all(find, [questions[i] for i in asked],
                                           "" if quiet else f"{method} finds", batch)
         rankings[method] = dict(zip(asked, found))
-        recalls[method] = {i: score_ranking(documents_of(rankings[method][i]), questions[i].gold)
+        recalls[method] = {i: score_ranking(documents_of(rankings[method][i][0]), questions[i].gold)
                            for i in asked if questions[i].gold}
     given = ("none", "oracle") if {*chosen} <= {*judged} else ("none",)
     methods = [method for method in METHODS if method in finders or chosen and method in given]
@@ -212,7 +223,8 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
                 answers, spent = [], []
                 for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch):
                     given = {"none": lambda i: (), "oracle": lambda i: shown(questions[i].gold, owner)}
-                    documents = given.get(method, lambda i, method=method, k=k: rankings[method][i][:k])
+                    found = lambda i, method=method, k=k: first(k, *rankings[method][i])
+                    documents = given.get(method, found)
                     for answer, took in read([(questions[i].text, documents(i)) for i in part]):
                         answers.append(answer)
                         spent.append(took)
@@ -222,8 +234,8 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
                 row["seconds_per_question"] = round(float(np.mean(spent)) + seconds[method], 5)
             rows.append(row)
         if recalls["memory"]:
-            first = [recalls["memory"][i][0] - recalls["bm25"][i][0] for i in recalls["memory"]]
-            rows[-1]["recall_at_1_over_bm25"] = interval(first, seed)
+            gains = [recalls["memory"][i][0] - recalls["bm25"][i][0] for i in recalls["memory"]]
+            rows[-1]["recall_at_1_over_bm25"] = interval(gains, seed)
         if chosen:
             f1_column = SCORES.index("f1")
             difference = scores["memory"][:, f1_column] - scores["bm25"][:, f1_column]

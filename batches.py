@@ -154,12 +154,12 @@ class Server:
 
     def likelihood(self, asked):
         """Lists of log p, prompt by prompt."""
-        texts = [torch.tensor([*prompt, *request.target]) for request in asked.values()
-                 for prompt in request.prompts]
-        targets = [request.target for request in asked.values() for _ in request.prompts]
-        log_p = likelihoods(self.model, texts, targets, self.batch_tokens) if texts else []
-        counts = [len(request.prompts) for request in asked.values()]
-        return [part.tolist() for part in log_p.split(counts)] if texts else [[] for _ in counts]
+        found = []
+        for request in asked.values():
+            texts = [torch.tensor([*prompt, *request.target]) for prompt in request.prompts]
+            targets = [request.target] * len(texts)
+            found.append(likelihoods(self.model, texts, targets, self.batch_tokens).tolist())
+        return found
 
     def prompt(self, asked):
         """Rankings of what each routed to, [] without a memory."""
@@ -244,13 +244,21 @@ def rankings(selections):
 
 
 def likelihoods(model, texts, targets, batch_tokens=BATCH_TOKENS):
-    """log p (n,) of the targets, lists of ids, which end the texts, tensors (L,); each is read alone."""
-    log_p = torch.zeros(len(texts), device=model.device)
-    for batch, tokens in padded_batches(texts, batch_tokens):
+    """log p (n,) of the targets, lists of ids, which end the texts, tensors (L,). Each is read alone; what
+    all of them begin with is read once."""
+    log_p, cache = torch.zeros(len(texts), device=model.device), Cache()
+    most = min(len(text) - len(target) for text, target in zip(texts, targets)) - 1
+    begun = torch.stack([text[:most] for text in texts])
+    shared = int((begun == begun[0]).all(0).cumprod(0).sum())
+    if shared:
+        nowhere = to_device(torch.zeros(2, 0, dtype=torch.long), model.device)
+        model.read(to_device(begun[:1, :shared], model.device), cache=cache, positions=tuple(nowhere))
+    for batch, tokens in padded_batches([text[shared:] for text in texts], batch_tokens):
         at = [(b, len(texts[i]) - len(targets[i]) + t, token, i)
               for b, i in enumerate(batch) for t, token in enumerate(targets[i])]
         row, column, token, text = to_device(at, model.device).T
-        logits = model.read(to_device(tokens, model.device), positions=(row, column - 1)).logits
+        logits = model.read(to_device(tokens, model.device), cache=cache.expand(len(batch)),
+                            positions=(row, column - 1 - shared)).logits
         spoken = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         log_p.index_add_(0, text, spoken)
     return log_p.cpu()

@@ -35,7 +35,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,7 @@ from common import (
     write_json,
 )
 from documents import Document, list_documents, passages
-from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, rounds_of
+from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, documents_of, rounds_of
 from memory import compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
@@ -88,7 +88,8 @@ class EvalConfig:
     documents: str = ""               # what --data FILE.jsonl asks about: a folder, or a .jsonl file
     distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
     split: str = ""                   # of --data; "": test, else dev, else the only one
-    k: str = "5"                      # documents in the prompt; several with commas between; for --data
+    k: str = ""                       # documents in the prompt; several with commas between; for --data; "":
+                                      # as many as sample.py shows
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
     filler: int = 0                   # noise sentences around every document's own; 2: about 64 tokens each
     baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory
@@ -119,7 +120,7 @@ class EvalConfig:
                 raise UserError(f"--{name.replace('_', '-')} {rule}")
         if self.data and self.data.endswith(".jsonl") != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
-        if not all(k.isdecimal() and int(k) for k in self.k.split(",")):
+        if self.k and not all(k.isdecimal() and int(k) for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
         for name, low in dict(seed=0, questions=0 if self.data else 1, filler=0, batch=1).items():
             if getattr(self, name) < low:
@@ -401,7 +402,9 @@ def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
 def evaluate_set(model, tokenizer, config, ranks, say, on):
     """Yields the rows of the table of answers.py, for one size of memory after another."""
     texts, owner, counts, questions, split = load_set(config, model, tokenizer, say)
-    name, ks = Path(config.data).resolve().name, [int(k) for k in config.k.split(",")]
+    name = Path(config.data).resolve().name
+    ks = [int(k) for k in config.k.split(",")] if config.k else [documents_of(model, config.interleave)]
+    interleave = replace(config.interleave, max_documents=max(ks))
     parts = np.bincount(owner).max().item()  # of the longest document: of several only one may be found
     most = model.config.top_k = max(model.config.top_k, *AT, *ks) * min(parts, 4)
     searches = [bm25_search(texts[:count]) for count in counts]
@@ -410,13 +413,14 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     read = reader(model, tokenizer, encoded, config.interleave, config.batch)
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
-        by_words = lambda asked, search=search: [[place for place, _ in search(text, most)] for text in asked]
+        by_words = lambda asked, search=search: [([place for place, _ in search(text, most)], most)
+                                                 for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
 
         def by_memory(asked, look, memory=memory, best=best):
-            found = ranked(model, tokenizer, memory, encoded, asked, config.interleave, config.batch, look)
-            best.update((text, score) for text, (_, score) in zip(asked, found))
-            return [places for places, _ in found]
+            found = ranked(model, tokenizer, memory, encoded, asked, interleave, config.batch, look)
+            best.update((text, score) for text, (*_, score) in zip(asked, found))
+            return [pair for *pair, _ in found]
         documents = owner[count - 1] + 1
         say(f"{name} {split}: {documents:,} documents" + f" in {count:,} passages" * (documents < count)
             + f", {tokens:,} tokens; {len(questions):,} questions, of which {len(chosen):,} are answered")

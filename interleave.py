@@ -22,6 +22,7 @@ from prompts import END_OF_RETRIEVE, NOT_FOUND
 
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .03 are refused, .36 without it
+GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
 
 
 @dataclass
@@ -31,8 +32,8 @@ class InterleaveConfig:
     # of routing scores in naming; 0: the paper's generation, 1000: routing alone. MSA-4B names by generation,
     # a chat backbone by its router
     router_weight: float = 1.0
-    # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1 (2 at
-    # most, which share max_documents)
+    # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1, or 2
+    # if it looks twice (2 at most, which share max_documents)
     max_rounds: int = -1
     max_documents: int = -1         # named in one round; -1: 8, of a chat backbone that looks twice 2
     max_answer_tokens: int = 64     # longer answers are cut
@@ -62,7 +63,14 @@ class Round:
 
 def rounds_of(model, config):
     """`max_rounds` of an InterleaveConfig, for a model where it does not say how many."""
-    return config.max_rounds if config.max_rounds >= 0 else 1 if model.config.prompts == "chat" else 4
+    most = 4 if model.config.prompts != "chat" else 2 if model.config.second_look else 1
+    return config.max_rounds if config.max_rounds >= 0 else most
+
+
+def documents_of(model, config):
+    """`max_documents` of an InterleaveConfig, for a model where it does not say how many."""
+    # More text costs a small backbone's answers more than it brings
+    return config.max_documents if config.max_documents > 0 else 2 if model.config.second_look else 8
 
 
 def reluctant(model, tokenizer, logits):
@@ -74,21 +82,23 @@ def reluctant(model, tokenizer, logits):
     return logits
 
 
-def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look):
+def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look, before=()):
     """A part of a loop: a ranking of which the first `look` documents are ordered anew, by how unlikely
-    NOT_FOUND is when the model reads one of them alone, log(1 - p) + weight * score / tau.
+    NOT_FOUND is when the model reads one of them behind the documents `before`, log(1 - p) + weight * score /
+    tau; and log p with the best of them, 0 without any.
 
     texts: ids by document; numbers: document -> number.
     """
     first, others = ranked[:look], ranked[look:]
     if not first:
-        return ranked
-    prompts = [tokenizer.message(question, [(numbers(d), tokenizer.decode(texts[d]))]) for d, _ in first]
+        return ranked, 0.0
+    read = lambda documents: [(numbers(d), tokenizer.decode(texts[d])) for d in documents]
+    prompts = [tokenizer.message(question, read([*before, d])) for d, _ in first]
     log_p = torch.tensor((yield Likelihood(prompts, tokenizer.answer(NOT_FOUND))))
     found = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
     order = scores.argsort(descending=True, stable=True).tolist()
-    return [first[i] for i in order] + others
+    return [first[i] for i in order] + others, float(log_p[order[0]])
 
 
 def answer(tokenizer, stop, limit, one_line=False):
@@ -147,9 +157,7 @@ def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
 
 def loop_of(model, tokenizer, memory, texts, question, config):
     """The loop of one question, for `run`: what `interleave` takes."""
-    # More text costs a small backbone's answers more than it brings
-    most = config.max_documents if config.max_documents > 0 else 2 if model.config.second_look else 8
-    config = replace(config, max_rounds=rounds_of(model, config), max_documents=most)
+    config = replace(config, max_rounds=rounds_of(model, config), max_documents=documents_of(model, config))
     loop = dict(nanomsa=interleave_own, msa=interleave_msa, chat=interleave_chat)[model.config.prompts]
     return loop(model, tokenizer, memory, texts, question, config)
 
@@ -203,31 +211,42 @@ def interleave_own(model, tokenizer, memory, texts, question, config):
     yield from answer(tokenizer, {tokenizer.end}, config.max_answer_tokens)
 
 
-def look_again(model, tokenizer, rankings, texts, numbers, question, weight, count, look):
-    """A part of a loop: the rankings of rounds as a `second_look` at `look` documents orders them; all
-    documents differ. The rounds share `count`: every round but the last has no more than its part."""
-    named, rounds = set(), []
-    for ranked in rankings:
+def look_again(model, tokenizer, question, rankings, texts, numbers, weight, most, look):
+    """A part of a loop: of the rankings of rounds, which share `most` documents, what is named: a list of
+    (ranking, how many of its first documents).
+
+    look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
+    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN.
+    """
+    named, rounds, before = [], [], 0.0
+    for nth, ranked in enumerate(rankings, 1):
         left = [(document, score) for document, score in ranked if document not in named]
-        left = yield from second_look(model, tokenizer, question, left, texts, numbers, weight, look)
-        rounds.append(left[:-(-count // len(rankings))] if len(rounds) + 1 < len(rankings) else left)
-        named |= {document for document, _ in rounds[-1]}
+        count = most - len(named) if nth == len(rankings) else 1 if look else -(-most // len(rankings))
+        if look:
+            left, log_p = yield from second_look(model, tokenizer, question, left, texts, numbers,
+                                                 0 if named else weight, look, named)
+            if named and before - log_p < GAIN:
+                count = 0
+            before = log_p
+        rounds.append((left, count))
+        named += [document for document, _ in left[:count]]
     return rounds
 
 
 def interleave_chat(model, tokenizer, memory, texts, question, config):
     """Rounds share `max_documents`. What they name stands in the message that the backbone answers, round by
     round, in order of the numbers."""
-    rounds, found, number_of = [], [], lambda d: int(memory.numbers[d])
+    rankings, found, number_of = [], [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = tokenizer.question(question)
-        rounds = yield Find(tokens, memory, routes, len(tokenizer.head), config.max_rounds)
-    if len(rounds) > 1 or config.max_documents < model.config.second_look:  # else all are named
-        rounds = yield from look_again(model, tokenizer, rounds, texts, number_of, question,
-                                       config.router_weight, config.max_documents,
-                                       model.config.second_look)
-    for ranked in rounds:
-        named = sorted(d for d, _ in ranked[:config.max_documents - len(found)])
+        rounds = min(config.max_rounds, config.max_documents)
+        rankings = yield Find(tokens, memory, routes, len(tokenizer.head), rounds)
+    look = model.config.second_look
+    if len(rankings) == 1 and config.max_documents >= look:  # all are named
+        look = 0
+    for ranked, count in (yield from look_again(model, tokenizer, question, rankings, texts, number_of,
+                                                config.router_weight, config.max_documents, look)):
+        named = sorted(d for d, _ in ranked[:count])
         numbers, found = list(map(number_of, named)), found + named
         yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
     yield Prompt(tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found]))

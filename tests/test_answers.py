@@ -119,7 +119,7 @@ def rankings():
             ranking = [n for n in range(20, 40)]
             for gold, at in zip(questions[i].gold, place[method][i]):
                 ranking[at] = gold
-            return ranking
+            return ranking, 20
         return lambda texts: list(map(find, texts))
     return questions, {method: finder(method) for method in place}
 
@@ -162,7 +162,7 @@ def test_measure_of_passages(scripted):
     """A passage would be taken for a document: other recalls, and an oracle that shows the wrong ones."""
     read, seen = scripted
     questions = [SetQuestion("q0 1 2", (1, 2), ("1 2",))]
-    finders = dict(bm25=lambda texts: [[0, 1, 2, 3, 4]], memory=lambda texts: [[3, 2, 4, 1, 0]])
+    finders = dict(bm25=lambda texts: [([0, 1, 2, 3, 4], 5)], memory=lambda texts: [([3, 2, 4, 1, 0], 5)])
     rows = measure(questions, [0], finders, read, [2], seed=1, quiet=True, owner=[0, 1, 1, 1, 2])
     found = {row["method"]: (row["recall_at_1"], row["recall_at_5"], row["all_gold_at_16"]) for row in rows}
     assert found["bm25"] == (0, 1, 1) and found["memory"] == (0.5, 1, 1)
@@ -173,7 +173,7 @@ def test_measure_of_passages(scripted):
 def test_measure_of_a_second_look(scripted):
     """Second looks, which take seconds, would be taken at all questions, or recalls of some pass for all."""
     questions, finders = rankings()
-    asked = {method: [] for method in ("routing", "memory")}
+    asked, read = {method: [] for method in ("routing", "memory")}, scripted[0]
 
     def noting(method, find=finders["memory"]):
         return lambda texts: asked[method].extend(texts) or find(texts)
@@ -187,6 +187,9 @@ def test_measure_of_a_second_look(scripted):
     assert found["routing"]["f1"] is None
     assert found["memory"]["recall_at_1_over_bm25"] == interval([0, 0.5], 1)
     assert measure(questions, [], both, scripted[0], [1], 1, quiet=True)[-1]["questions_of_recall"] == 4
+    enough = dict(finders, memory=lambda texts: [(found, 1) for found, _ in finders["memory"](texts)])
+    rows = measure(questions, [1], enough, read, [5], seed=1, quiet=True)  # it reads one of two
+    assert [row["exact_match"] for row in rows] == [0, 1, 0, 0] and rows[3]["recall_at_5"] == 0.875
 
 
 def test_measure_without_answers_or_judgements(scripted):
@@ -209,10 +212,12 @@ def test_told_not_found(scripted):
     """A question that nothing answers would be told so by another number of documents, or not be counted."""
     read = lambda asked: [("Not in these documents." if len(places) < int(text) else "x", 0)
                           for text, places in asked]
-    find = lambda texts: [[1, 2, 3, 4] for _ in texts]
+    find = lambda texts: [([1, 2, 3, 4], 4) for _ in texts]
     questions = [SetQuestion(str(n), (), (), n != 9) for n in (1, 2, 4, 9)]
     assert answers.told_not_found(questions, find, read, [1, 3], quiet=True) == {1: 2 / 3, 3: 1 / 3}
     assert answers.told_not_found(questions[3:], find, read, [1], quiet=True) == {}
+    find = lambda texts: [([1, 2, 3, 4], 2) for _ in texts]
+    assert answers.told_not_found(questions, find, read, [3], quiet=True) == {3: 1 / 3}
 
 
 @torch.no_grad()
@@ -223,15 +228,16 @@ def test_ranked(checkpoint):
     words = random.Random(1).choices(["river", "amber", "otter", "teal", "magic"], k=60)
     texts = [tokenizer.encode(" ".join(words[i:i + 6])) for i in range(0, 60, 6)]
     memory = model.encode([torch.tensor(tokenizer.document(n, text)) for n, text in enumerate(texts)])
-    (found, best), = ranked(model, tokenizer, memory, texts, ["Which amber otter?"], InterleaveConfig(), 1, 0)
+    (found, most, best), = ranked(model, tokenizer, memory, texts, ["Which amber otter?"], InterleaveConfig(),
+                                  1, 0)
     tokens = torch.tensor([tokenizer.question(tokenizer.encode("Which amber otter?"))])
     expected, scores = rank_documents(model.read(tokens, memory, torch.ones_like(tokens).bool()).selections)
     assert best == pytest.approx(float(scores[0, 0]), abs=1e-6)
-    assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) <= 10
+    assert found == [d for d in expected[0].tolist() if d >= 0] and 4 <= len(found) == most <= 10
 
 
 @pytest.mark.parametrize("rounds,most,expected", [
-    (2, 16, [7, 3, 5, 4, 1]), (2, 4, [7, 3, 1, 5]), (2, 5, [7, 3, 5, 1]), (1, 4, [7, 3, 5, 4]),
+    (2, 16, [7, 3, 5, 4, 1]), (2, 4, [7, 3, 1, 5, 4]), (2, 5, [7, 3, 5, 1, 4]), (1, 4, [7, 3, 5, 4]),
     (0, 16, [7, 3, 5, 4]), (-1, 16, [7, 3, 5, 4])])
 def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     """What the second round finds would be put before the first's best, be counted twice, or not at all."""
@@ -242,7 +248,7 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds)
     monkeypatch.setattr(answers, "AT", (1, most))
-    assert ranked(model, tokenizer, None, [], ["?"], config, 2, 0) == [(expected, 0.9)]
+    assert ranked(model, tokenizer, None, [], ["?"], config, 2, 0) == [(expected, len(expected), 0.9)]
 
 
 @torch.no_grad()

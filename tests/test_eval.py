@@ -452,7 +452,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
 
         def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
             assert model.config.top_k == (16 if len(memory) < 20 else 64)
-            return [(list(range(len(memory)))[::-1], len(question) / 100) for question in questions]
+            return [(list(range(len(memory)))[::-1], 20, len(question) / 100) for question in questions]
         with monkeypatch.context() as patch:
             patch.setattr(answers, "answers_from_texts", answer_all)
             patch.setattr(evaluation, "ranked", ranked)

@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import prepare_data
 import train
 from batches import Server, choose, likelihoods, serve
 from common import UserError
-from interleave import reluctant, second_look
+from interleave import look_again, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
 from prepare_data import Pools, collate_chat
@@ -435,17 +436,48 @@ def test_second_look(backbone):
         assert log_p == pytest.approx(expected, abs=1e-3)
     ranked = [(2, 0.9), (0, 0.5), (3, 0.3), (1, 0.1)]
 
-    def look(weight, ranked=ranked, most=3):
+    def look(weight, ranked=ranked, most=3, before=()):
         """What this part of a loop returns."""
         def loop():
-            yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight, most))
+            yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight, most,
+                                          before))
         return [event for _, event in serve([loop()], Server(model, 1, choose))][0]
-    assert look(0.0, most=0) == ranked == look(1.0, most=0)  # no second look
+    assert look(0.0, most=0) == (ranked, 0.0) == look(1.0, most=0)  # no second look
     log_p = dict(enumerate(found.tolist()))
     for weight in (0.0, 1e-5, 1000.0):
         key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
-        assert look(weight) == sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
-    assert look(1.0, []) == []
+        order = sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
+        assert look(weight) == (order, pytest.approx(log_p[order[0][0]], abs=1e-4))
+    assert look(1.0, []) == ([], 0.0)
+    both = [t.message("Why?", [(11, t.decode(texts[1])), (10 + d, t.decode(texts[d]))]) for d in (2, 0)]
+    behind = likelihoods(model, [torch.tensor(prompt + target) for prompt in both], [target] * 2)
+    order, best = look(0.0, [(2, 0.9), (0, 0.5)], before=[1])
+    assert best == pytest.approx(float(behind.min()), abs=1e-4)
+    assert order[0][0] == (2, 0)[int(behind.argmin())]
+
+
+@pytest.mark.parametrize("gains, most, expected", [
+    ((2.0, 1.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 1)]), ((2.0, 1.5), 4, [([3, 7, 5], 1), ([5, 1, 7], 3)]),
+    ((0.9, 0.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 0)]), ((-1.0, -2.0), 2, [([3, 7, 5], 1), ([5, 7, 1], 0)])])
+def test_look_again(gains, most, expected):
+    """The second round would not read behind what the first one named, name it once more, or name what brings
+    nothing; its router would count beside what was read."""
+    rounds, asked = [[(7, 0.9), (3, 0.8), (5, 0.1)], [(3, 9.0), (1, 1.3), (5, 1.2), (7, 0.9)]], []
+    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
+                                answer=lambda text: [0], decode=lambda text: text)
+    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
+    alone = {17: -2.0, 13: -3.0, 15: -1.0}  # log p of NOT_FOUND with a document's number; then with two
+    second = {11: -3.0 - gains[1], 15: -3.0 - gains[0], 17: -2.0}
+
+    def loop():
+        yield (yield from look_again(model, tokenizer, "?", rounds, {n: n for n in range(9)},
+                                     lambda d: d + 10, 0.01, most, 3))
+    running, reply = loop(), None
+    while not isinstance(event := running.send(reply), list):
+        asked.append(event.prompts)
+        reply = [alone[p[0]] if len(p) == 1 else second[p[1]] for p in event.prompts]
+    assert asked == [[[17], [13], [15]], [[13, 11], [13, 15], [13, 17]]]
+    assert [([d for d, _ in ranked], count) for ranked, count in event] == expected
 
 
 def test_reluctant(backbone):
