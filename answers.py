@@ -199,7 +199,7 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
     """
     judged = [i for i, question in enumerate(questions) if question.gold]
     rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
-    documents_of = lambda places: [*dict.fromkeys(places if owner is None else [owner[i] for i in places])]
+    owners_of = lambda places: [*dict.fromkeys(places if owner is None else [owner[i] for i in places])]
     for method, find in finders.items():
         asked = range(len(questions))
         if method == "memory" and "routing" in finders and chosen:
@@ -207,7 +207,7 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
         found, seconds[method] = find_all(find, [questions[i] for i in asked],
                                           "" if quiet else f"{method} finds", batch)
         rankings[method] = dict(zip(asked, found))
-        recalls[method] = {i: score_ranking(documents_of(rankings[method][i][0]), questions[i].gold)
+        recalls[method] = {i: score_ranking(owners_of(rankings[method][i][0]), questions[i].gold)
                            for i in asked if questions[i].gold}
     given = ("none", "oracle") if {*chosen} <= {*judged} else ("none",)
     methods = [method for method in METHODS if method in finders or chosen and method in given]

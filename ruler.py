@@ -10,7 +10,7 @@ stand in place of as many documents of the haystack, within the shortest length.
     none      the question alone
     oracle    the documents with the needles that answer
     bm25      --max-documents that BM25 finds; of a tiny model, which reads no more, as many as answer
-    memory    what the model finds and names in its memory; --max-rounds 1: without interleave
+    memory    what the model finds and names in its memory, in one round: a question tells all that it wants
 
 recall@k: the share of the documents that answer among the first k of a round's ranking; of the other methods,
 among those that they show. named: the share that was named, and so read. score: RULER's, the share of the
@@ -56,7 +56,7 @@ class RulerConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(
-        default_factory=lambda: InterleaveConfig(max_documents=4))  # as many as may answer
+        default_factory=lambda: InterleaveConfig(max_documents=4, max_rounds=1))  # as many as may answer
 
     def __post_init__(self):
         parse_lengths(self.lengths)
