@@ -130,16 +130,16 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
             answer += event
             continue
         appended += event.appended
-        by_chance = not ranked and event.routed and event.routed[0][1] <= reaches
+        best = float("inf") if ranked else best_score(event.routed)
         ranked = ranked or [n for n, _ in event.routed]
         if config.trace:
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
                 say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
-        if by_chance:
-            say(f"Nothing in these documents answers this (best score {event.routed[0][1]:.2f}, "
-                f"chance reaches {reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
+        if best <= reaches:
+            say(f"Nothing in these documents answers this (best score {best:.2f}, chance reaches "
+                f"{reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
             return
     say("" if answer else "(no answer)")
     appended = cited(model, tokenizer, memory, texts, question, answer, appended, ranked)
@@ -149,12 +149,17 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
         say(f"  [{ranked[0]}] {where(place(ranked[0]))} (read in the memory; no text was appended)")
 
 
+def best_score(routed):
+    """The best routing score of a round; a second look may have put another document first."""
+    return max((score for _, score in routed), default=float("inf"))
+
+
 def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
     """The numbers of the documents that an answer rests on; ranked: the first round's, the best first."""
     if model.config.prompts != "chat":  # it names what it wants
         return appended
-    text_of = lambda n: tokenizer.decode(texts[place_of(memory, n)])
-    return sources_of(answer, question, {n: text_of(n) for n in ranked if n in appended})
+    order = [n for n in ranked if n in appended] + [n for n in appended if n not in ranked]
+    return sources_of(answer, question, {n: tokenizer.decode(texts[place_of(memory, n)]) for n in order})
 
 
 def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
@@ -166,7 +171,7 @@ def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
         routed = rounds[0].routed if rounds else []
         appended = [n for one in rounds for n in one.appended]
         documents = cited(model, tokenizer, memory, texts, question, answer, appended, [n for n, _ in routed])
-        if routed and routed[0][1] <= reaches:
+        if best_score(routed) <= reaches:
             answer, documents = None, []
         sources = [dict(number=n, source=where(place_of(memory, n))) for n in documents]
         rows.append(dict(question=question, answer=answer, documents=sources))

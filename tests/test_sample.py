@@ -42,12 +42,14 @@ def test_equal_sources_keep_their_ranking(order, expected):
 
 
 @pytest.mark.parametrize("prompts,printed", [
-    ("chat", ["  [8] d8", "  [3] d3"]), ("nanomsa", ["  [3] d3", "  [5] d5", "  [8] d8"])])
+    ("chat", ["  [8] d8", "  [3] d3"]), ("nanomsa", ["  [8] d8", "  [3] d3", "  [5] d5"])])
 def test_show(monkeypatch, prompts, printed):
-    """A chat model's sources would be all that was found; our own models' those that were not named; or an
-    answer be given where the best score is no better than chance."""
+    """A chat model's sources would be all that was found, or the first round's alone; our own models' those
+    that were not named; or an answer be given where the best score is no better than chance, be it that of
+    another document than a second look has put first."""
     numbers = [3, 5, 8]
-    events = [Round([(8, 0.9), (3, 0.5), (5, 0.1), (9, 0.0)], numbers, numbers), "Ada ", "Thornquist"]
+    events = [Round([(8, 0.5), (9, 0.9)], [8], [8]), Round([(3, 0.2), (5, 0.1)], [3, 5], [3, 5]), "Ada ",
+              "Thornquist"]
     monkeypatch.setattr(sample, "interleave", lambda *_: iter(events))
     said = []
     tokenizer = SimpleNamespace(decode=lambda text: text)
