@@ -31,7 +31,8 @@ from common import (
     write_json,
 )
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, check_prepared, stack
+from pools import Pools, check_prepared, stack
+from prepare_data import DataConfig
 from scratch import start_equal
 from tasks import Words, grow_memory, parse_lengths
 from tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def join(pool, tokenizer, count):
     batch.
 
     Document m of M stands in text m * count // M. Asked are the questions whose documents stand in one text:
-    their place there is returned too. Returns (texts (count, L), batch as of prepare_data.stack, place (B,)),
+    their place there is returned too. Returns (texts (count, L), batch as of pools.stack, place (B,)),
     or None where there is no such question.
     """
     documents, questions = pool

@@ -374,7 +374,7 @@ class PaperMSA(Pretrained, nn.Module):
 
         documents, numbers: as for `encode`; batches: dicts of tokens, routing_mask, target_mask (B, T),
         answers (B,), positive and appended (B, M), perhaps `shared` (1, P), which all rows begin with: see
-        `prepare_data.collate`. Returns scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over
+        `pools.collate`. Returns scalars: `lm` (mean over predicted tokens) and `aux` (Eq. 5, mean over
         positives, layers and questions) carry gradients; those of `memory.Tally` and `chance` do not.
         """
         config, memory = self.config, self.encode(documents, numbers) if documents else None

@@ -46,7 +46,8 @@ from common import (
 from low_rank import add_factors, factors
 from memory import compile_blocks
 from model import MSA, ModelConfig
-from prepare_data import DataConfig, Pools, check_prepared, collate, collate_chat
+from pools import Pools, check_prepared, collate, collate_chat
+from prepare_data import DataConfig
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from common import UserError
 from interleave import look_again, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
-from prepare_data import Pools, collate_chat
+from pools import Pools, chat_samples, collate_chat
 from prompts import NOT_FOUND, ChatTokenizer
 from train import next_pool
 
@@ -222,10 +222,10 @@ def test_pools_together(backbone, prepared, monkeypatch):
     """Questions of several pools in one batch would lose some, read their padding, or see another's texts."""
     model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
     pools = [*Pools(prepared[1] / "train", 261)][:3]
-    monkeypatch.setattr(prepare_data, "CHAT_TOKENS", 2000)
+    monkeypatch.setattr("pools.CHAT_TOKENS", 2000)
     _, _, batches = collate_chat(pools, t, 1000, np.random.default_rng(1))
     rng, losses = np.random.default_rng(1), []
-    samples = [sample for pool in pools for sample in prepare_data.chat_samples(pool, t, 1000, rng)]
+    samples = [sample for pool in pools for sample in chat_samples(pool, t, 1000, rng)]
     for prompt, target, _ in samples:
         row = torch.tensor(prompt + target)
         logits = model.read(row[None]).logits[0, len(prompt) - 1:-1]
