@@ -17,7 +17,6 @@ import power_cuts
 import pytest
 
 import common
-import pools
 import prepare_data
 import question_sets
 import sample
@@ -25,7 +24,7 @@ import train
 from common import UserError, atomic_file, note, numbered, read_text
 from documents import read_documents
 from memory_bank import Bank
-from pools import Pools
+from pools import Pools, RaggedWriter
 from training_state import read_log
 
 TEAL, NAVY = "The colour of calm-meadow is teal.", "The colour of green-heron is navy."
@@ -121,7 +120,7 @@ def test_a_full_disk_names_its_file(run, place, monkeypatch, files_of):
 
     def full(writer, row):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(pools.RaggedWriter, "append", full)
+    monkeypatch.setattr(RaggedWriter, "append", full)
     result = prepare(run, "data")
     assert result.code == 2 and "error: data: No space left on device; free some" in result.error
     assert files_of(place) == before and not (place / "data").exists()

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import pools
 import prepare_data
 from common import UserError
 from documents import read_documents
-from pools import Pools, Ragged, RaggedWriter, collate, draw_numbers
+from pools import ARRAYS, Pools, Ragged, RaggedWriter, array_types, collate, draw_numbers
 from prepare_data import DataConfig, read_questions
 from tasks import make_pool
 from tokenizer import Tokenizer
@@ -28,7 +27,7 @@ def test_same_seed_same_bytes(run, tiny, tmp_path, files_of, monkeypatch):
         monkeypatch.chdir(tmp_path / name)
         assert run(prepare_data, tiny / "tiny.toml", "--out", "data", "--seed", seed).code == 0
         made[name] = files_of("data")
-    names = [f"{split}/{name}" for split in ("train", "validation") for name in pools.ARRAYS]
+    names = [f"{split}/{name}" for split in ("train", "validation") for name in ARRAYS]
     assert made["a"].keys() == {"about.json", "tokenizer.tiktoken", "tokenizer_msa.json"} | {
         f"{name}.{kind}" for name in names for kind in ("bin", "offsets")}
     assert made["a"] == made["b"]
@@ -252,8 +251,7 @@ def test_ragged(tmp_path, dtype, rows):
 @pytest.mark.parametrize("vocab_size,dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_token_types(vocab_size, dtype):
     """Ids above 65,535 would wrap around."""
-    assert [pools.array_types(vocab_size)[name]
-            for name in pools.ARRAYS] == [dtype] * 3 + [np.int64] * 5
+    assert [array_types(vocab_size)[name] for name in ARRAYS] == [dtype] * 3 + [np.int64] * 5
 
 
 @pytest.mark.parametrize("name,cut", [("rows.bin", 4), ("rows.bin", 1), ("rows.bin", 16), ("rows.offsets", 8),

@@ -20,13 +20,12 @@ from test_prompts import write
 from torch.utils.flop_counter import FlopCounterMode
 
 import msa_kernel
-import pools
 import prepare_data
 import sample
 import train
 from costs import Held
 from model import MSA, ModelConfig
-from pools import Pools
+from pools import Pools, collate
 from train import TrainConfig, learning_rate, next_pool
 from training_state import read_state, write_state
 
@@ -576,7 +575,7 @@ STEPS = ("--max-steps", 3, "--evaluate-every", 3, "--learning-rate", 1e-3, "--nu
 
 def unequal(pool, *rest):
     """`collate`, but every other pool has a batch for each sample."""
-    return pools.collate(pool, *rest, batch_tokens=2048 if len(pool[0][0]) % 2 else 1)
+    return collate(pool, *rest, batch_tokens=2048 if len(pool[0][0]) % 2 else 1)
 
 
 @pytest.fixture
