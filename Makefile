@@ -26,7 +26,7 @@ demo: out/demo/two_hop.json
 	@echo && echo "Curves: out/demo/curves.png (training), out/demo/two_hop.png (accuracy as the memory grows)"
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 scale: .venv/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) eval.py config/scale.toml --memory $(SCALE) \

@@ -2,14 +2,12 @@
 a tiny untrained checkpoint."""
 import contextlib
 import functools
-import importlib.util
 import io
 import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,17 +58,6 @@ vocab_size = 600
 # What `pytest -m fast` runs: files without whole trainings, large memories, processes or interpreted kernels.
 FAST = {"test_documents", "test_interleave", "test_model", "test_prepare_data", "test_prompts",
         "test_tokenizer"}
-
-
-def pytest_collection_finish(session):
-    """Compiling the kernels takes half a minute: it begins at once, on a core that most tests leave idle."""
-    compiled = [item for item in session.items if item.name == "test_kernels_compile"]
-    if compiled and not session.config.option.collectonly and importlib.util.find_spec("triton"):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        script = Path(__file__).parent / "compile_kernels.py"
-        session.config.compiling = [
-            subprocess.Popen([sys.executable, script, arch, "--json"], env=environment, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for arch in ("80", "90")]
 
 
 def pytest_collection_modifyitems(items):
