@@ -288,7 +288,8 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, questions, config)
 def evaluate_task(model, tokenizer, config, ranks, say, on):
     """Yields a row, in a list, for one length of memory after another. on: the device, as text."""
     lengths, words = parse_lengths(config.lengths), Words()
-    grown = grow_memory(words, tokenizer, config.task, lengths, config.questions, config.seed, config.filler)
+    grown = grow_memory(words, tokenizer, config.task, lengths, config.questions, config.seed, config.filler,
+                        ranks)
     texts, numbers, questions = grown.texts, grown.numbers, grown.questions
     say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {on}")
     k, speed = model.config.top_k, 0

@@ -12,11 +12,11 @@ say how long its chain is. With `filler`, noise sentences stand around the sente
 document of about 64 tokens. The pairs (adjective, noun) are divided once and for all, whatever the seed: 60 %
 test, 5 % validation, 35 % training, so that test keys are never seen in training as a pair.
 """
-import os
 import re
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from common import UserError
@@ -232,10 +232,11 @@ class GrowingMemory:
     needles: list      # niah_single: what stands in document 0's place when a question is asked; else nothing
 
 
-def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
+def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0, ranks=None):
     """The GrowingMemory of a task whose `lengths` are tokens, increasing, with `questions` questions.
 
-    The documents that answer are shuffled into the shortest length. Raises UserError where they do not fit.
+    The documents that answer are shuffled into the shortest length. ranks: memory_parallel.Ranks, each of
+    which counts the tokens of its share. Raises UserError where the documents do not fit.
     """
     rng = np.random.default_rng(seed)
     single = task == "niah_single"
@@ -250,7 +251,7 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
         numbers = rng.permutation(len(texts)).tolist()
         around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(len(texts))))]
         frames = np.array([around[len(str(number)) - 1] for number in numbers])  # tokens around texts
-        sizes = count_tokens(tokenizer, texts)
+        sizes = count_tokens(tokenizer, texts, ranks)
         ends = np.cumsum(sizes + frames)
         if ends[-1] >= lengths[-1]:
             break
@@ -269,10 +270,18 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0):
     return GrowingMemory([texts[i] for i in source], numbers[:counts[-1]], ends, counts, asked, needles)
 
 
-def count_tokens(tokenizer, texts, batch=20000):
-    """(M,) token counts of texts."""
-    counts = []
-    for first in tqdm(range(0, len(texts), batch), "counting tokens", unit=" documents", unit_scale=batch,
-                      leave=False, delay=1, disable=os.environ.get("RANK", "0") != "0"):
-        counts += map(len, tokenizer.encode_batch(texts[first:first + batch]))
-    return np.array(counts)
+def count_tokens(tokenizer, texts, ranks=None, batch=20000):
+    """(M,) token counts of texts. ranks: memory_parallel.Ranks, each of which counts its share of them."""
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    share = -(-len(texts) // world)
+    begin, end = rank * share, min((rank + 1) * share, len(texts))
+    counts = torch.zeros(share, dtype=torch.int64)
+    with tqdm(total=share, desc="counting tokens", unit=" documents", unit_scale=True, leave=False, delay=1,
+              disable=rank > 0) as bar:
+        for first in range(begin, end, batch):
+            part = tokenizer.encode_batch(texts[first:min(first + batch, end)])
+            counts[first - begin:first - begin + len(part)] = torch.tensor([len(ids) for ids in part])
+            bar.update(len(part))
+    if ranks:
+        counts = ranks.gather(counts.to(ranks.device)).flatten().cpu()
+    return counts[:len(texts)].numpy()

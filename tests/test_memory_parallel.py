@@ -29,7 +29,7 @@ from model import MSA, Memory
 from prompts import ChatTokenizer, load_checkpoint
 from routing import top_documents
 from sync import bank_layout, fingerprint, hash64, sync
-from tasks import make_memory
+from tasks import count_tokens, make_memory
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -69,6 +69,23 @@ def test_select_by_other_routers(loaded, tmp_path, monkeypatch, changes):
                         lambda *args: asked.append(args[-1]) or select(*args))
     memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 2, [0])
     assert asked == [bank.layout.unit_keys]
+
+
+def count_as_rank(rank, tokenizer, texts):
+    ranks = Ranks(CPU)
+    counts = count_tokens(tokenizer, texts, ranks, batch=2).tolist()
+    ranks.end()
+    return counts
+
+
+@pytest.mark.parametrize("documents", [1, 11])
+def test_counting(loaded, documents):
+    """Ranks that count a share of the documents would lose some, or put them in another order."""
+    _, tokenizer = loaded
+    expected = [len(tokenizer.encode(text)) for text in TEXTS[:documents]]
+    assert len(set(expected)) > 1 or documents == 1
+    assert on_ranks(3, count_as_rank, tokenizer, TEXTS[:documents]) == [expected] * 3
+    assert count_as_rank(0, tokenizer, TEXTS[:documents]) == expected
 
 
 def in_memory(loaded, bank, kind):
