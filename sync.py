@@ -69,6 +69,9 @@ def bank_routers(model, tokenizer, folder, texts, ranks):
         return  # there is no bank, which will be told
     if ranks.rank == 0 and not path.exists():
         if held:
+            layout = Bank(folder).layout  # without routers the model has no fingerprint to compare
+            if not layout.fingerprint.endswith(tokenizer.fingerprint()):
+                check_fingerprint(layout, folder, model, tokenizer)
             raise UserError(f"{path}: missing; {memory_bank.REPAIR}")
         make_routers(model, tokenizer, texts())
         routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}

@@ -1,5 +1,6 @@
 """Routers that are made of statistics, against the formulas worked out one by one."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_prompts import write
 
 import routers
+import sample
 from memory import rank_documents
 from model import MSA, ModelConfig
 from prompts import ChatTokenizer, load_tokenizer
@@ -136,6 +138,25 @@ def test_chance(backbone):
     assert routers.chance(model, tokenizer, memory.subset([])) == -np.inf
     model.config.prompts = "nanomsa"
     assert routers.chance(model, tokenizer, memory) == -np.inf
+
+
+def test_another_bank(backbone, checkpoint, run, tmp_path):
+    """A bank of another kind of model would be told to have lost its routers; or one that has, to be of
+    another model."""
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"id": "{n}", "text": "{text}"}}\n'
+                                                  for n, text in enumerate(TEXTS)))
+    ask = lambda folder, *flags: run(sample, "--checkpoint", folder, "--memory", tmp_path / "bank",
+                                     "--device", "cpu", "--max-answer-tokens", 1, *flags, "Where is it?")
+    for folder, other, lost in ((checkpoint, backbone, None), (backbone, checkpoint, "routers.safetensors")):
+        assert ask(folder, "--documents", tmp_path / "texts.jsonl").code == 0
+        found = ask(other)
+        assert found.code == 2 and "bank: made by another" in found.error, found
+        assert ask(folder).code == 0
+        if lost:
+            (tmp_path / "bank" / lost).unlink()
+            found = ask(folder)
+            assert found.code == 2 and f"{lost}: missing; restore it from a copy" in found.error, found
+        shutil.rmtree(tmp_path / "bank")
 
 
 @pytest.mark.parametrize("texts", [["a"], ["one two"], [TEXTS[0]], ["", "b c"]])
