@@ -1,4 +1,4 @@
-"""How well a set's questions are answered: four methods, with the same prompt, reader and count of documents.
+"""How well a set's questions are answered: methods with the same prompt, reader and count of documents.
 
     none      the question alone
     oracle    its gold documents, however many

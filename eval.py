@@ -88,8 +88,7 @@ class EvalConfig:
     documents: str = ""               # what --data FILE.jsonl asks about: a folder, or a .jsonl file
     distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
     split: str = ""                   # of --data; "": test, else dev, else the only one
-    k: str = ""                       # documents in the prompt; several with commas between; for --data; "":
-                                      # as many as sample.py shows
+    k: str = ""                       # of --data: documents in the prompt, commas between; "": as sample.py
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
     filler: int = 0                   # noise sentences around every document's own; 2: about 64 tokens each
     baseline: Literal["none", "no_memory", "oracle", "bm25"] = "none"  # what answers in place of the memory

@@ -1,6 +1,6 @@
 """A memory bank in use: routing keys on the device, content on the host or on disk, documents over ranks.
 
-    memory = ParallelMemory(Bank(folder), device, ranks)     # what `model.read` reads, like model.Memory
+    memory = ParallelMemory(Bank(folder), device, ranks)     # what `model.read` reads, like memory.Memory
     memory.refresh()                                         # after documents have come or gone
 
 Every rank runs the model on the same tokens and holds the routing keys of its own documents, about C / world

@@ -417,7 +417,7 @@ def contrastive_loss(scores, positive, excluded, temperature):
 
 # ------------------------------------------------------------------------------------------------------------
 # The paper's model with what helps tiny ones that are trained from scratch, all of it off by default. To do
-# without, delete scratch.py and what follows, and call the classes above ModelConfig and MSA.
+# without, delete scratch.py, baseline.py and what follows, and call the classes above ModelConfig and MSA.
 
 @dataclass
 class ModelConfig(ScratchConfig, PaperConfig):

@@ -5,7 +5,7 @@
 `make torture` runs it, `make test` a sample of it. Banks here are small and made of numbers that follow from
 (number, version), so that an oracle, a dict, says what each must hold. Children are forked and killed, and
 what they leave is opened and read to the last byte. SIGKILL takes a process, not the machine's page cache:
-what a power cut would leave is not tested.
+power_cuts.py tests what a power cut leaves.
 """
 import argparse
 import contextlib
