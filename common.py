@@ -120,6 +120,9 @@ def command_line(config_class, description, args=None, table=None, takes_file=Tr
             raise UserError(f"{path}: no such configuration file") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
+        if table and values and table not in values:
+            raise UserError(f"{path}: has no table [{table}], which is all that is read here; write the line "
+                            f"[{table}] above its settings")
         values = values.get(table, {}) if table else values
         if not isinstance(values, dict):
             raise UserError(f"{path}: {table} = {values!r} is a value; it must be a table, [{table}]")
@@ -373,12 +376,12 @@ def read_rows(path, wanted="a JSON object in UTF-8"):
     """Yields (line number, dict) of a .jsonl file, read line by line; empty lines are left out. Raises
     UserError for a missing file, and for a line that is not what is `wanted`."""
     try:
-        with open(path, "rb") as file:
-            encoding = encoding_of(file.read(HEAD_BYTES), path)
+        data = open(path, "rb", HEAD_BYTES)  # once: it may be a pipe
+        encoding = encoding_of(data.peek(), path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a file of one object a line") from None
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"  # a wrong byte costs its line
-    with open(path, encoding=encoding, errors=errors) as file, naming(path):
+    with io.TextIOWrapper(data, encoding, errors) as file, naming(path):
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -445,6 +448,27 @@ def make_folder(path, probe=False):
     for folder in missing:
         sync_folder(folder.parent)
     return path
+
+
+def check_output(flag, path, *others):
+    """Make the folder of a file that will be written in the end. Raises UserError where it cannot be, and
+    where it is one of `others`, paths or "", which this command reads or writes, too."""
+    if path:
+        make_folder(Path(path).parent, probe=True)
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{flag} {path}: not a regular file; give another name")
+        for other in filter(None, others):
+            if os.path.realpath(other) == os.path.realpath(path):
+                raise UserError(f"{flag} {path}: is {other}, which would be lost; give another name")
+
+
+def check_outside(flag, path, documents):
+    """Raises UserError where what is written at `path` would be among the documents of a folder."""
+    inside, folder = Path(os.path.realpath(path)), os.path.realpath(documents)
+    if inside.is_relative_to(folder):
+        if not any(part.startswith(".") for part in inside.relative_to(folder).parts):  # hidden: not read
+            raise UserError(f"{flag} {path}: lies in --documents {documents}, and would be read, too; give "
+                            "another place")
 
 
 @contextlib.contextmanager

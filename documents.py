@@ -61,14 +61,13 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
     name -> why, "" for those that are never text. Raises UserError for what is missing or has no text, for a
     folder that cannot be listed and for a line of a .jsonl file that is not as above.
     """
+    check_documents(path)
     root = Path(path)
     skipped = {} if skipped is None else skipped
     if root.suffix.lower() == ".jsonl" and root.is_file():
         texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
-    elif root.is_dir():
-        texts = read_files(root, skipped)
     else:
-        raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
+        texts = read_files(root, skipped)
     empty = True
     for name, lines, headings in texts:
         for i, piece in enumerate(split_text(lines, headings, count_tokens, max_tokens)):
@@ -78,6 +77,12 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:TOLD] if why)
         raise UserError(f"{path}: no text in it; expected text files (.txt, .md, .html, .pdf and others), or "
                         f"a .jsonl file, not empty{reasons}")
+
+
+def check_documents(path):
+    """Raises UserError for what is neither a folder nor a .jsonl file."""
+    if not Path(path).is_dir() and not (Path(path).suffix.lower() == ".jsonl" and Path(path).is_file()):
+        raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
 
 
 def list_documents(path, count_tokens, max_tokens, say):

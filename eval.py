@@ -49,11 +49,11 @@ from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refu
 from checkpoint import find
 from common import (
     UserError,
+    check_output,
     command_line,
     detect_device,
     keep_freed_memory,
     main,
-    make_folder,
     read_text,
     return_freed_memory,
     write_json,
@@ -453,9 +453,11 @@ def script():
     folder = find(config.checkpoint)
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
-    for path in filter(None, (config.json, config.plot)):  # a wrong folder fails before the first question
-        make_folder(Path(path).parent, probe=True)
-    beside = {Path(path).stem: read_rows(path) for path in filter(None, config.beside.split(","))}
+    given = [path for path in config.beside.split(",") if path]
+    check_output("--json", config.json, config.data, config.documents, *given)
+    check_output("--plot", config.plot, config.json, config.data, config.documents, *given)
+    names = [Path(path).stem for path in given]
+    beside = {name if names.count(name) == 1 else path: read_rows(path) for name, path in zip(names, given)}
     model, tokenizer = load_checkpoint(folder, device, dtype)
     if config.compile:
         compile_blocks(model)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, atomic_file, command_line, main
+from common import UserError, atomic_file, command_line, main, read_text
 from tasks import Words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -145,12 +145,13 @@ def docstrings(path):
 
 def essays(folder=""):
     """Yields (name, text) of the sources of essays, white space collapsed. Raises UserError for a folder
-    without any."""
+    without any, and for a file that is no text."""
     if folder:
-        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".txt", ".md"))
+        paths = sorted(path for path in Path(folder).rglob("*")
+                       if path.suffix in (".txt", ".md") and path.is_file())
         if not paths:
             raise UserError(f"--essays {folder}: holds no .txt or .md file")
-        named = ((path.relative_to(folder).as_posix(), path.read_text("utf-8", "replace")) for path in paths)
+        named = ((path.relative_to(folder).as_posix(), read_text(path)) for path in paths)
     else:
         named = offline_essays()
     for name, text in named:
@@ -316,6 +317,8 @@ def write_set(config):
 
 def script():
     config = command_line(SetConfig, __doc__)
+    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise UserError(f"--out {config.out}: is there, and not empty; remove it or give another")
     print("{}: {:,} documents, {:,} questions".format(config.out, *write_set(config)))
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from checkpoint import find_base
 from common import (
     UserError,
+    check_outside,
     command_line,
     main,
     make_folder,
@@ -45,7 +46,7 @@ from common import (
     write_json,
 )
 from documents import list_documents, read_documents
-from pools import MOST_SHOWN, Pools, PoolWriter
+from pools import MOST_SHOWN, Pools, PoolWriter, read_about
 from prompts import NOT_FOUND
 from question_sets import (
     SetQuestion,
@@ -94,6 +95,10 @@ class DataConfig:
             raise UserError(f"alike is {self.alike}; it must be between 0 and 1")
         if self.needles + self.chains + self.properties == 0:
             raise UserError("needles, chains and properties are all 0; a pool needs something to ask about")
+        if self.vocab_size >= 1 << 31:
+            raise UserError(f"vocab_size is {self.vocab_size}; it must be below {1 << 31:,}")
+        if self.data and not self.data.strip(","):
+            raise UserError(f"data is {self.data!r}; name a set")
         if self.data:
             own = any(path.endswith(".jsonl") for path in self.data.split(","))
             if own != bool(self.documents) or self.questions:
@@ -362,7 +367,10 @@ def replacing(out):
     held goes when all has come. Raises UserError where `out` holds what is not prepared data.
     """
     held = {path.name for path in out.iterdir()} - {"lost+found"} if out.exists() else set()
-    ours = "about.json" in held or any(name.startswith(MAKING) for name in held)
+    ours = any(name.startswith(MAKING) for name in held)
+    if "about.json" in held:
+        with contextlib.suppress(UserError):  # it may be anybody's
+            ours = bool(read_about(out))
     if held and not ours:
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
     given, out = out, make_folder(out)
@@ -396,6 +404,8 @@ def replacing(out):
 def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
+    if config.documents:
+        check_outside("--out", out, config.documents)
     with replacing(out) as building:
         write = write_sets if config.data else write_own if config.documents else write_synthetic
         tokenizer = write(config, building)

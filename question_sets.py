@@ -181,6 +181,10 @@ def read_squad(path):
                     if not row.get("is_impossible"):
                         answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
                         split.append(SetQuestion(row["question"].strip(), (len(texts),), tuple(answers)))
+                        if not all(isinstance(answer, str) for answer in answers):
+                            raise TypeError(f"an answer of {row['question']!r} is no text")
+                if not isinstance(paragraph["context"], str):
+                    raise TypeError("a context is no text")
                 texts.append(titled(article.get("title", "").replace("_", " "), paragraph["context"]))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's "

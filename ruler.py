@@ -18,7 +18,7 @@ values that the answer contains. These are per cent. rounds: how many named some
 """
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,8 +27,25 @@ import torch
 import tyro
 
 from checkpoint import find
-from common import UserError, command_line, detect_device, keep_freed_memory, main, read_text, write_json
-from interleave import InterleaveConfig, answers_from_texts, gather, loop_of, rounds_of, run
+from common import (
+    UserError,
+    check_output,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    read_text,
+    write_json,
+)
+from interleave import (
+    InterleaveConfig,
+    answers_from_texts,
+    documents_of,
+    gather,
+    loop_of,
+    rounds_of,
+    run,
+)
 from model import MSA, Memory
 from needles import RULER, Draw, Haystack, draw_question
 from prompts import load_checkpoint
@@ -265,7 +282,7 @@ def evaluate(model, tokenizer, config, done, say):
                                  lambda question: own_documents(question, numbers, question.gold))
             elif method == "bm25":
                 ask = text_asker(model, tokenizer, config, bm25_finder(
-                    model, texts[:count], numbers, questions, config.interleave.max_documents))
+                    model, texts[:count], numbers, questions, documents_of(model, config.interleave)))
             else:
                 if encoded is None:
                     began = time.perf_counter()
@@ -314,6 +331,8 @@ def rows_before(path, about):
     """The rows of a file of --json, which must be about the same. Raises UserError."""
     try:
         rows = json.loads(read_text(path)) if Path(path).exists() else []
+        if not isinstance(rows, list):
+            raise ValueError("no list")
         other = [row for row in rows if about.items() - row.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
@@ -329,12 +348,14 @@ def script():
     keep_freed_memory()
     folder = find(config.checkpoint)
     device, dtype, reason = detect_device(config.device, config.dtype, MSA.read_config(folder)[0].hidden_size)
-    if config.json:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+    check_output("--json", config.json)
+    check_output("--answers", config.answers, config.json)
     model, tokenizer = load_checkpoint(folder, device, dtype)
     about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
-                 seed=config.seed, top_k=model.config.top_k, max_rounds=rounds_of(model, config.interleave),
-                 max_documents=config.interleave.max_documents, dtype=str(dtype), device=str(device))
+                 seed=config.seed, top_k=model.config.top_k, dtype=str(dtype), device=str(device),
+                 **asdict(config.interleave))
+    about |= dict(max_rounds=rounds_of(model, config.interleave),
+                  max_documents=documents_of(model, config.interleave))
     rows = rows_before(config.json, about) if config.json else []
     done = {(row["task"], row["method"], row["length"]) for row in rows}
     print(f"{config.checkpoint} on {device} ({reason})")
@@ -344,13 +365,13 @@ def script():
     with torch.no_grad():
         for row, said in evaluate(model, tokenizer, config, lambda *key: key in done, print):
             rows.append(row | about)
-            if config.json:
-                write_json(config.json, rows)  # after every row: long runs end early
             if config.answers:
                 with open(config.answers, "a", encoding="utf-8") as file:
                     for question, wanted, answer in said:
                         file.write(json.dumps([row["task"], row["method"], row["length"], question, wanted,
                                                answer]) + "\n")
+            if config.json:
+                write_json(config.json, rows)  # after every row: long runs end early
     print("\n".join(averages(rows)))
     encoding = sum(row["encode_seconds"] for row in rows[len(done):])
     print(f"{time.perf_counter() - began:,.0f} s, of which {encoding:,.0f} s went into encoding haystacks")

@@ -26,6 +26,8 @@ from tqdm import tqdm
 from checkpoint import SMOLLM2, find, packaged
 from common import (
     UserError,
+    check_output,
+    check_outside,
     command_line,
     detect_device,
     encoding_of,
@@ -35,7 +37,7 @@ from common import (
     read_rows,
     write_json,
 )
-from documents import documents_size, list_documents, read_documents, tell_skipped
+from documents import check_documents, documents_size, list_documents, read_documents, tell_skipped
 from interleave import InterleaveConfig, answer_questions, interleave
 from memory import compile_blocks
 from memory_bank import Bank, Writer
@@ -119,6 +121,11 @@ def place_of(memory, number):
     return int(np.searchsorted(memory.numbers, number))
 
 
+def shown(text):
+    """Lines of a text as a terminal may show them."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def show(model, tokenizer, memory, texts, where, question, config, reaches, say=print):
     """Stream one answer to the terminal, then its sources; or say that there is none, where the best score is
     not above what chance reaches. where(position): where a document comes from."""
@@ -126,7 +133,7 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
     appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
-            say(event, end="", flush=True)
+            say(shown(event), end="", flush=True)
             answer += event
             continue
         appended += event.appended
@@ -136,7 +143,7 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
             for n in event.appended:
-                say(f"       appended [{n}] {where(place(n))}: {tokenizer.decode(texts[place(n)])}")
+                say(f"       appended [{n}] {where(place(n))}: {shown(tokenizer.decode(texts[place(n)]))}")
         if best <= reaches:
             say(f"Nothing in these documents answers this (best score {best:.2f}, chance reaches "
                 f"{reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
@@ -184,6 +191,8 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     say: print, of rank 0 only; on: the device and why it was chosen, as text.
     """
     if config.documents:
+        check_documents(config.documents)
+        check_outside("--memory", config.memory, config.documents)
         skipped, longest = {}, config.max_document_tokens
         read = lambda skipped: read_documents(config.documents, count_tokens, longest, skipped)
         if not model.trained_routers:
@@ -216,6 +225,8 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
     asks = config.question or config.questions
     if not asks and (config.info or config.verify or config.compact):
         return None
+    if not len(bank):
+        raise UserError(f"{config.memory}: holds no documents; bring some with --documents")
     total = int(bank.chunks.sum()) * bank.layout.chunk_bytes()[0] // ranks.world
     with tqdm(desc="opening", total=total, disable=ranks.rank > 0, **progress) as bar:
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
@@ -231,6 +242,9 @@ def script():
     if config.questions:
         questions = [question_of(row, "question", f"{config.questions}:{line}").text
                      for line, row in read_rows(Path(config.questions))]
+        if not questions:
+            raise UserError(f"{config.questions}: no question in it")
+        check_output("--json", config.json, config.questions, config.documents)
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     folder = find(config.checkpoint or default)
     hidden_size = MSA.read_config(folder)[0].hidden_size
@@ -288,6 +302,8 @@ def script():
 
 def typed_questions(ranks):
     """Yields on every rank what is typed at rank 0's terminal, until its end."""
+    if sys.stdin is None:
+        raise UserError("nothing can be typed here: give a QUESTION, or --questions FILE.jsonl --json OUT")
     if ranks.rank == 0 and hasattr(sys.stdin, "reconfigure"):
         typed = {} if sys.stdin.isatty() else dict(encoding=encoding_of(sys.stdin.buffer.peek(), "stdin"))
         sys.stdin.reconfigure(errors="replace", **typed)

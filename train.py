@@ -93,6 +93,8 @@ class TrainConfig:
                      "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.number_limit > 10 ** 18:
+            raise UserError(f"number_limit is {self.number_limit}; it must be at most 10 ** 18")
         if self.rank and not self.init_from:
             raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
         if self.pools_together > 1 and not self.rank:
@@ -338,7 +340,10 @@ def check_out(config, folder):
     out = Path(config.out)
     if folder and folder.resolve() == out.resolve():
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-    held = (out / "config.json").exists() or (out / "training_state" / "about.json").exists()
+    if out.resolve() == Path(config.data.out).resolve():
+        raise UserError(f"--out is {config.out}, which holds the prepared data; give another")
+    held = any((out / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json",
+                                                  "training_state/about.json"))
     if held and not (config.overwrite or config.resume):
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
                         "or give another --out")
@@ -527,6 +532,9 @@ def train(config, device, dtype, rank, world, say):
 
     def evaluate():
         metrics = validate(model, pools["validation"], tokenizer, config, device, dtype, rank, world)
+        if not metrics[1, METRICS.index("lm")]:
+            raise UserError(f"the validation loss is not a number at step {step}, and {out} is of no use; "
+                            "train anew with a lower --learning-rate")
         log.add({"step": step, "split": "validation", **name_metrics(metrics)})
         say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
 
@@ -577,7 +585,7 @@ def train(config, device, dtype, rank, world, say):
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         if not math.isfinite(norm):
             raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
-                            f"checkpoint in {out} is intact)")
+                            f"checkpoint in {out} is of an earlier step)")
         log.add({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import needles
 import prepare_data
 import sample
 import train
@@ -137,6 +138,9 @@ MISTAKES = [
     (prepare_data, "tiny.toml --encoding gpt1 --out other",
      "error: encoding 'gpt1' is unknown: no folder .*gpt2"),
     (prepare_data, "--documents docs --out other", "documents and questions go together"),
+    (prepare_data, "--data , --out other", "data is ','; name a set"),
+    (prepare_data, "tiny.toml --vocab-size 5000000000 --out other", "vocab_size is 5000000000; it must be b"),
+    (train, "tiny.toml --number-limit 4000000000000000000", "number_limit is 4000000000000000000; .*at most"),
     (sample, "--checkpoint good --documents docs --temperature -1 q",
      "temperature is -1.0; it must be at least 0"),
     (sample, "--checkpoint good --documents docs --top-p 0 q",
@@ -181,6 +185,20 @@ MISTAKES = [
     (sample, "--checkpoint good --documents latin q", "error: latin: no text in it; .*a.txt: not UTF-8"),
     (evaluation, "--checkpoint good --lengths 300 --questions 1 --json tiny.toml/rows.json",
      "error: tiny.toml"),
+    (sample, "--checkpoint good --documents none --memory other q", "error: none: no such folder"),
+    (sample, "--checkpoint good --documents docs --memory docs/bank q",
+     "error: --memory docs/bank: lies in --documents docs, and would be read, too"),
+    (prepare_data, "--documents docs --questions good.jsonl --out docs/data",
+     "error: --out docs/data: lies in --documents docs"),
+    (sample, "--checkpoint good --documents docs --questions good.jsonl --json ./good.jsonl",
+     "error: --json ./good.jsonl: is good.jsonl, which would be lost"),
+    (sample, "--checkpoint good --documents docs --questions good.jsonl --json docs",
+     "error: --json docs: not a regular file"),
+    (evaluation, "--checkpoint good --data good.jsonl --documents docs --json good.jsonl",
+     "error: --json good.jsonl: is good.jsonl, which would be lost"),
+    (evaluation, "--checkpoint good --json rows --plot rows", "error: --plot rows: is rows, which would be"),
+    (train, "tiny.toml --out odd_data --data.out odd_data", "error: --out is odd_data, which holds the prep"),
+    (needles, "--out docs", "error: --out docs: is there, and not empty"),
     # checkpoints
     (sample, "--checkpoint full --documents docs q",
      "error: full/config.json: a baseline without a memory; train it anew with baseline.py"),
@@ -474,6 +492,9 @@ def test_order_of_configuration(tmp_path):
     flags = ["--inner.size", "7", "--name", "b"]
     assert command_line(Outer, "", [str(path), *flags]) == Outer(20, "b", Inner(7, 1.0))
     assert command_line(Inner, "", [str(path)], table="inner") == Inner(5, 1.0)
+    with pytest.raises(UserError, match=r"run.toml: has no table \[other\], which is all that is read here"):
+        command_line(Inner, "", [str(path)], table="other")
+    path.write_text("")
     assert command_line(Inner, "", [str(path)], table="other") == Inner()
 
 

@@ -17,11 +17,12 @@ import power_cuts
 import pytest
 
 import common
+import memory_bank
 import prepare_data
 import question_sets
 import sample
 import train
-from common import UserError, atomic_file, note, numbered, read_text
+from common import UserError, atomic_file, note, numbered, read_rows, read_text
 from documents import read_documents
 from memory_bank import Bank
 from pools import Pools, RaggedWriter
@@ -124,6 +125,46 @@ def test_a_full_disk_names_its_file(run, place, monkeypatch, files_of):
     result = prepare(run, "data")
     assert result.code == 2 and "error: data: No space left on device; free some" in result.error
     assert files_of(place) == before and not (place / "data").exists()
+
+
+def test_folders_of_others(run, place, tiny, files_of):
+    """What is no prepared data, no checkpoint and no set of ours would be replaced by one."""
+    for name in ("about.json", "train/x.csv", "weights/model.safetensors", "coder/tokenizer.json"):
+        (place / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "own" / name).write_text("{}")
+    before = files_of(place / "own")
+    for script, *args in ((prepare_data, tiny / "tiny.toml", "--out", "own"),
+                          (train, tiny / "tiny.toml", "--out", "own/weights"),
+                          (train, tiny / "tiny.toml", "--out", "own/coder")):
+        assert run(script, *args).code == 2
+    assert files_of(place / "own") == before
+
+
+def test_a_bank_without_documents(run, place, checkpoint):
+    """It would answer all the same."""
+    flags = "--checkpoint", checkpoint, "--device", "cpu", "--memory", "bank"
+    ask = lambda *more: run(sample, *flags, *more)
+    assert ask("--documents", "d", "--info").code == 0
+    with memory_bank.Writer("bank") as writer:
+        writer.remove(writer.bank.numbers.tolist())
+    result = ask("Which colour?")
+    assert result.code == 2 and result.error.endswith("bank: holds no documents; bring some with --documents")
+    assert "documents     0 live" in ask("--info").out
+
+
+def test_questions_of_a_pipe(place):
+    """The first of them would be gone, as the file is read twice."""
+    rows, (receive, send) = [{"question": f"{i} {'x' * 900}"} for i in range(60)], os.pipe()
+    os.write(send, "".join(json.dumps(row) + "\n" for row in rows).encode())  # 55 of the 64 KB that it holds
+    os.close(send)
+    assert [row for _, row in read_rows(f"/dev/fd/{receive}")] == rows
+    os.close(receive)
+
+
+def test_a_validation_that_is_no_number(run, tiny, tmp_path):
+    """Its losses would be logged as 0."""
+    result = run(train, tiny / "tiny.toml", "--out", tmp_path, "--max-steps", 1, "--learning-rate", 1e10)
+    assert result.code == 2 and "the validation loss is not a number at step 1" in result.error
 
 
 def test_links_that_point_nowhere_yet(run, place, checkpoint):

@@ -123,7 +123,9 @@ def test_read_squad(tmp_path):
     assert texts == ["A b\nA_b text.", "B\nB text.", "C\nC text.", "D\nD text."] == read_texts(path)
     assert questions == {"train": [("Why?", (0,), ("A_b",), False), ("Who?", (2,), ("C",), False)],
                          "test": [("When?", (3,), ("D",), False)]}
-    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}'):
+    typed = lambda context, answer: json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [
+        {"question": "a", "answers": [{"text": answer}]}]}]}]})
+    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}', typed("b", 1912), typed(None, "c")):
         path.write_text(text)
         with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
             read_squad(path)

@@ -180,5 +180,9 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
     assert re.search(r"memory +3072 +- +100.0 ", result.out)
     result = run(ruler, *args, "--seed", 2)
     assert result.code == 2 and "measured with seed 1, not 2" in result.error
+    result = run(ruler, *args, "--router-weight", 0.5)
+    assert result.code == 2 and "measured with router_weight 1.0, not 0.5" in result.error
+    path.write_text("{}")
+    assert "rows.json: not a file that this script wrote (no list)" in run(ruler, *args).error
     result = run(ruler, "--tasks", "single_9")
     assert result.code == 2 and "--tasks single_9: not some of single_1" in result.error
