@@ -250,19 +250,22 @@ def draw_group(draw, haystack, rng):
     """(texts, questions, impossible): one to four documents, questions (text, values) that all of them answer
     with one value each, and questions that none answers, whose keys are like those there.
 
-    haystack: a call that returns a document's sentences. A document has up to five needles.
+    haystack: a call that returns a document's sentences. A document has one to five needles: a reader that
+    always saw several stops at the second of RULER's four documents, which have one each.
     """
     count, of_keys, kind = int(rng.choice([1, 1, 2, 3, 4, 4, 4, 4])), "words", "numbers"
     if count == 1:  # RULER asks for several numbers, never for several uuids
         of_keys, kind = rng.choice(["words", "words", "uuids"]), rng.choice(["numbers", "uuids"])
     most = 3 if kind == "numbers" else 2  # a needle of two uuids has 86 tokens
+    common, own = int(rng.integers(1, 3)), int(rng.integers(1, most + 1))
+    common, own = [(common, 0), (0, own), (common, own)][rng.integers(3)] if count > 1 else (0, own)
     needles, questions, impossible = [[] for _ in range(count)], [], []
-    for _ in range(int(rng.integers(1, 3)) if count > 1 else 0):  # a key with a value in every document
+    for _ in range(common):  # keys with a value in every document
         key, values = draw.key(of_keys), [draw.value(kind) for _ in range(count)]
         for place, value in zip(needles, values):
             place.append(NEEDLE.format(kind, key, value))
         questions.append((question_about([key], kind, True), values))
-    for _ in range(int(rng.integers(1, most + 1))):  # keys with one value each, one in every document
+    for _ in range(own):  # keys with one value each, one in every document
         keys = [draw.key(of_keys) for _ in range(count)]
         if of_keys == "words" and rng.random() < 0.5:  # they may share a word
             keys[1:] = [draw.like(keys[0]) for _ in keys[1:]]
@@ -292,7 +295,8 @@ def write_set(config):
             return []  # a needle alone, or lines of needles
         if where == 1:
             return [words.noise(rng) for _ in range(int(rng.integers(1, 5)))]  # not RULER's
-        return essay[rng.integers(len(essay))]
+        sentences = essay[rng.integers(len(essay))]
+        return sentences[:int(rng.integers(1, len(sentences) + 1))]  # the shorter, the more in the same time
 
     documents, asked, judged, none = [], [], [], []
     for group in range(config.groups):

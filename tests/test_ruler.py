@@ -149,6 +149,8 @@ def test_set_to_train_on(words, folder, run, tmp_path, monkeypatch):
             assert whole.count(f" for {key} is: ") == len(values) / len(keys)
             assert re.fullmatch(UUID, key) or key in trained
     assert counts == {1, 2, 3, 4}
+    held = {texts[ids[0]].count("special magic") for ids in gold.values() if len(ids) == 4}
+    assert held >= {1, 2} and max(held) <= 5
     for row in read("impossible.jsonl"):
         (key,) = re.findall(f"{UUID}|{WORD}", row["text"])
         assert f" for {key} is" not in whole and row["document"] in texts and row["split"] == "train"
