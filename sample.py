@@ -170,8 +170,8 @@ def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
 
 
 def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
-    """What --json holds: every question's answer, None where the best score is not above what chance reaches,
-    and the documents that it rests on."""
+    """What --json holds of questions: the answer to each, None where the best score is not above what chance
+    reaches, and the documents that it rests on."""
     rows = []
     answers = answer_questions(model, tokenizer, memory, texts, questions, config.interleave, config.batch)
     for question, (answer, rounds) in zip(questions, answers):
@@ -283,9 +283,13 @@ def script():
         show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
 
     if config.questions:
-        rows = ask_all(*about, texts, where, questions, config, reaches)
-        if ranks.rank == 0:
-            write_json(config.json, rows)
+        rows, some = [], 2 * config.batch
+        with tqdm(total=len(questions), unit="question", delay=1, disable=ranks.rank > 0) as bar:
+            for first in range(0, len(questions), some):
+                rows += ask_all(*about, texts, where, questions[first:first + some], config, reaches)
+                if ranks.rank == 0:
+                    write_json(config.json, rows)  # each time: long runs end early
+                bar.update(len(rows) - bar.n)
         say(f"{config.json}: {len(rows):,} answers")
     elif config.question:
         ask(config.question)

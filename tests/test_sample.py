@@ -211,6 +211,11 @@ def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch, eager_compi
     assert run(sample, *asks, tmp_path / "3.json").code == 0
     assert [(row["answer"], row["documents"]) for row in json.loads((tmp_path / "3.json").read_text())] == [
         (None, [])] * 3
+    ask_all = sample.ask_all  # the second part of the questions fails: the answers of the first stay
+    monkeypatch.setattr(sample, "ask_all", lambda *args: ask_all(*args) if questions[0] in args[5] else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(sample, *asks, tmp_path / "4.json", "--batch", 1)
+    assert len(json.loads((tmp_path / "4.json").read_text())) == 2
     monkeypatch.setattr(sample, "encode_texts", None)
     (tmp_path / "q.jsonl").write_text(lines + '{"text": "Who?"}')
     for wrong, message in ((asks + [tmp_path / "x.json"], "q.jsonl:4: not an object"),
