@@ -64,10 +64,10 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
     check_documents(path)
     root = Path(path)
     skipped = {} if skipped is None else skipped
-    if root.suffix.lower() == ".jsonl" and root.is_file():
-        texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
-    else:
+    if root.is_dir():
         texts = read_files(root, skipped)
+    else:
+        texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
     empty = True
     for name, lines, headings in texts:
         for i, piece in enumerate(split_text(lines, headings, count_tokens, max_tokens)):
