@@ -23,6 +23,7 @@ from prompts import END_OF_RETRIEVE, NOT_FOUND
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .03 are refused, .24 without it
 GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
+UNLIKELY = -0.693     # log p of NOT_FOUND, a half: with a document that makes it less likely, it is found
 
 
 @dataclass
@@ -85,20 +86,20 @@ def reluctant(model, tokenizer, logits):
 def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look, before=()):
     """A part of a loop: a ranking of which the first `look` documents are ordered anew, by how unlikely
     NOT_FOUND is when the model reads one of them behind the documents `before`, log(1 - p) + weight * score /
-    tau; and log p with the best of them, 0 without any.
+    tau; and their log p, in this order.
 
     texts: ids by document; numbers: document -> number.
     """
     first, others = ranked[:look], ranked[look:]
     if not first:
-        return ranked, 0.0
+        return ranked, []
     read = lambda documents: [(numbers(d), tokenizer.decode(texts[d])) for d in documents]
     prompts = [tokenizer.message(question, read([*before, d])) for d, _ in first]
     log_p = torch.tensor((yield Likelihood(prompts, tokenizer.answer(NOT_FOUND))))
     found = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
     order = scores.argsort(descending=True, stable=True).tolist()
-    return [first[i] for i in order] + others, float(log_p[order[0]])
+    return [first[i] for i in order] + others, log_p[order].tolist()
 
 
 def answer(tokenizer, stop, limit, one_line=False):
@@ -216,7 +217,8 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
     (ranking, how many of its first documents).
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
-    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN.
+    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A round
+    alone names no more documents, and at least one, than there are with which NOT_FOUND is unlikely.
     """
     named, rounds, before = [], [], 0.0
     for nth, ranked in enumerate(rankings, 1):
@@ -225,9 +227,11 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
         if look:
             left, log_p = yield from second_look(model, tokenizer, question, left, texts, numbers,
                                                  0 if named else weight, look, named)
-            if named and before - log_p < GAIN:
+            if named and (not log_p or before - log_p[0] < GAIN):
                 count = 0
-            before = log_p
+            elif len(rankings) == 1:
+                count = min(count, max(1, sum(p < UNLIKELY for p in log_p)))
+            before = log_p[0] if log_p else 0.0
         rounds.append((left, count))
         named += [document for document, _ in left[:count]]
     return rounds

@@ -442,17 +442,17 @@ def test_second_look(backbone):
             yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight, most,
                                           before))
         return [event for _, event in serve([loop()], Server(model, 1, choose))][0]
-    assert look(0.0, most=0) == (ranked, 0.0) == look(1.0, most=0)  # no second look
+    assert look(0.0, most=0) == (ranked, []) == look(1.0, most=0)  # no second look
     log_p = dict(enumerate(found.tolist()))
     for weight in (0.0, 1e-5, 1000.0):
         key = lambda pair, weight=weight: np.log(1 - np.exp(log_p[pair[0]])) + weight * pair[1] / 0.1
         order = sorted(ranked[:3], key=key, reverse=True) + ranked[3:]
-        assert look(weight) == (order, pytest.approx(log_p[order[0][0]], abs=1e-4))
-    assert look(1.0, []) == ([], 0.0)
+        assert look(weight) == (order, pytest.approx([log_p[d] for d, _ in order[:3]], abs=1e-4))
+    assert look(1.0, []) == ([], [])
     both = [t.message("Why?", [(11, t.decode(texts[1])), (10 + d, t.decode(texts[d]))]) for d in (2, 0)]
     behind = likelihoods(model, [torch.tensor(prompt + target) for prompt in both], [target] * 2)
     order, best = look(0.0, [(2, 0.9), (0, 0.5)], before=[1])
-    assert best == pytest.approx(float(behind.min()), abs=1e-4)
+    assert best == pytest.approx(sorted(behind.tolist()), abs=1e-4)
     assert order[0][0] == (2, 0)[int(behind.argmin())]
 
 
@@ -478,6 +478,22 @@ def test_look_again(gains, most, expected):
         reply = [alone[p[0]] if len(p) == 1 else second[p[1]] for p in event.prompts]
     assert asked == [[[17], [13], [15]], [[13, 11], [13, 15], [13, 17]]]
     assert [([d for d, _ in ranked], count) for ranked, count in event] == expected
+
+
+@pytest.mark.parametrize("log_p, most, count", [
+    ((-3.0, -0.7, -0.6, -0.1), 4, 2), ((-3.0, -2.0, -1.0, -0.8), 3, 3), ((-0.1, -0.2, -0.3, -0.4), 4, 1),
+    ((), 4, 1)])
+def test_a_round_alone(log_p, most, count):
+    """It would name documents with which nothing is found, or none."""
+    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
+                                answer=lambda text: [0], decode=lambda text: text)
+    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
+    running = look_again(model, tokenizer, "?", [[(d, 0.5) for d in range(len(log_p))]],
+                         {n: n for n in range(9)}, lambda d: d, 1.0, most, 8)
+    with pytest.raises(StopIteration) as ended:
+        next(running)
+        running.send(list(log_p))
+    assert [n for _, n in ended.value.value] == [count]
 
 
 def test_reluctant(backbone):
