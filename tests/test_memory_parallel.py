@@ -656,7 +656,8 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     ("--memory none q", "error: none: no memory bank here (no manifest.json); give --documents to make one"),
-    ("--memory docs --documents docs q", "error: docs: exists and is not a memory bank"),
+    ("--memory docs --documents docs q", "error: --memory docs: lies in --documents docs, and would be"),
+    ("--memory good --documents docs q", "error: good: exists and is not a memory bank"),
     ("--info", "--info is about a bank on disk; name it with --memory"),
     ("--memory bank --documents bad.jsonl q", "error: bad.jsonl:2: not an object"),
     ("--memory bank --documents half.jsonl q", "error: half.jsonl:1: not an object"),
