@@ -218,7 +218,8 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
     which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A round
-    alone names no more documents, and at least one, than there are with which NOT_FOUND is unlikely.
+    alone names no more documents, and at least one, than there are with which NOT_FOUND is unlikely; but all
+    where `most` is `look` or more.
     """
     named, rounds, before = [], [], 0.0
     for nth, ranked in enumerate(rankings, 1):
@@ -229,7 +230,7 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
                                                  0 if named else weight, look, named)
             if named and (not log_p or before - log_p[0] < GAIN):
                 count = 0
-            elif len(rankings) == 1:
+            elif len(rankings) == 1 and most < look:
                 count = min(count, max(1, sum(p < UNLIKELY for p in log_p)))
             before = log_p[0] if log_p else 0.0
         rounds.append((left, count))

@@ -456,6 +456,15 @@ def test_second_look(backbone):
     assert order[0][0] == (2, 0)[int(behind.argmin())]
 
 
+def looks(rankings, weight, most, look):
+    """`look_again` of documents whose text is their number, which is 10 more than their place."""
+    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
+                                answer=lambda text: [0], decode=lambda text: text)
+    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
+    texts = {n: n for n in range(9)}
+    return look_again(model, tokenizer, "?", rankings, texts, lambda d: d + 10, weight, most, look)
+
+
 @pytest.mark.parametrize("gains, most, expected", [
     ((2.0, 1.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 1)]), ((2.0, 1.5), 4, [([3, 7, 5], 1), ([5, 1, 7], 3)]),
     ((0.9, 0.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 0)]), ((-1.0, -2.0), 2, [([3, 7, 5], 1), ([5, 7, 1], 0)])])
@@ -463,15 +472,11 @@ def test_look_again(gains, most, expected):
     """The second round would not read behind what the first one named, name it once more, or name what brings
     nothing; its router would count beside what was read."""
     rounds, asked = [[(7, 0.9), (3, 0.8), (5, 0.1)], [(3, 9.0), (1, 1.3), (5, 1.2), (7, 0.9)]], []
-    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
-                                answer=lambda text: [0], decode=lambda text: text)
-    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
     alone = {17: -2.0, 13: -3.0, 15: -1.0}  # log p of NOT_FOUND with a document's number; then with two
     second = {11: -3.0 - gains[1], 15: -3.0 - gains[0], 17: -2.0}
 
     def loop():
-        yield (yield from look_again(model, tokenizer, "?", rounds, {n: n for n in range(9)},
-                                     lambda d: d + 10, 0.01, most, 3))
+        yield (yield from looks(rounds, 0.01, most, 3))
     running, reply = loop(), None
     while not isinstance(event := running.send(reply), list):
         asked.append(event.prompts)
@@ -482,14 +487,10 @@ def test_look_again(gains, most, expected):
 
 @pytest.mark.parametrize("log_p, most, count", [
     ((-3.0, -0.7, -0.6, -0.1), 4, 2), ((-3.0, -2.0, -1.0, -0.8), 3, 3), ((-0.1, -0.2, -0.3, -0.4), 4, 1),
-    ((), 4, 1)])
+    ((), 4, 1), ((-3.0, -0.7, -0.6, -0.1), 8, 8)])
 def test_a_round_alone(log_p, most, count):
-    """It would name documents with which nothing is found, or none."""
-    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
-                                answer=lambda text: [0], decode=lambda text: text)
-    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
-    running = look_again(model, tokenizer, "?", [[(d, 0.5) for d in range(len(log_p))]],
-                         {n: n for n in range(9)}, lambda d: d, 1.0, most, 8)
+    """It would name documents with which nothing is found, or none; or, where all may be named, not all."""
+    running = looks([[(d, 0.5) for d in range(len(log_p))]], 1.0, most, 8)
     with pytest.raises(StopIteration) as ended:
         next(running)
         running.send(list(log_p))
