@@ -19,9 +19,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 
 import numpy as np
-from tqdm import tqdm
 
-from batches import Find
+from batches import Find, parts_of
 from common import UserError, atomic_file
 from interleave import answers_from_texts, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
@@ -165,16 +164,6 @@ def reader(model, tokenizer, texts, config, batch):
         known.update({one: (answer, seconds) for one, answer in zip(new, found)})
         return [known[one] for one in asked]
     return read
-
-
-def parts_of(questions, label, batch):
-    """Questions in parts of two batches, with a bar that shows them pass."""
-    with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
-              disable=not label) as bar:
-        for start in range(0, len(questions), 2 * batch):
-            part = questions[start:start + 2 * batch]
-            yield part
-            bar.update(len(part))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from cache import Cache, Rows
 from common import to_device
@@ -67,6 +68,16 @@ class Read:
 class Pick:
     """The token that comes next, one of `choices` where there are any."""
     choices: tuple = ()
+
+
+def parts_of(questions, label, batch):
+    """Questions in parts of two batches, with a bar that shows them pass; without a label none."""
+    with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
+              disable=not label) as bar:
+        for start in range(0, len(questions), 2 * batch):
+            part = questions[start:start + 2 * batch]
+            yield part
+            bar.update(len(part))
 
 
 def serve(loops, server):

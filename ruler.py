@@ -10,7 +10,8 @@ stand in place of as many documents of the haystack, within the shortest length.
     none      the question alone
     oracle    the documents with the needles that answer
     bm25      --max-documents that BM25 finds; of a tiny model, which reads no more, as many as answer
-    memory    what the model finds and names in its memory, in one round: a question tells all that it wants
+    memory    what the model finds and names in its memory, at most --max-documents, in one round: a question
+              tells all that it wants
 
 recall@k: the share of the documents that answer among the first k of a round's ranking; of the other methods,
 among those that they show. named: the share that was named, and so read. score: RULER's, the share of the

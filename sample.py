@@ -23,6 +23,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from batches import parts_of
 from checkpoint import SMOLLM2, find, packaged
 from common import (
     UserError,
@@ -283,13 +284,11 @@ def script():
         show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
 
     if config.questions:
-        rows, some = [], 2 * config.batch
-        with tqdm(total=len(questions), unit="question", delay=1, disable=ranks.rank > 0) as bar:
-            for first in range(0, len(questions), some):
-                rows += ask_all(*about, texts, where, questions[first:first + some], config, reaches)
-                if ranks.rank == 0:
-                    write_json(config.json, rows)  # each time: long runs end early
-                bar.update(len(rows) - bar.n)
+        rows = []
+        for part in parts_of(questions, "" if ranks.rank else "answering", config.batch):
+            rows += ask_all(*about, texts, where, part, config, reaches)
+            if ranks.rank == 0:
+                write_json(config.json, rows)  # each time: long runs end early
         say(f"{config.json}: {len(rows):,} answers")
     elif config.question:
         ask(config.question)

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import ROUTING_ONLY, find, find_base, whole
+from checkpoint import ROUTING_ONLY, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
     atomic_file,
@@ -47,7 +47,7 @@ from low_rank import add_factors, factors
 from memory import compile_blocks
 from model import MSA, ModelConfig
 from pools import Pools, check_prepared, collate, collate_chat
-from prepare_data import DataConfig
+from prepare_data import CODERS, DataConfig
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
@@ -342,8 +342,8 @@ def check_out(config, folder):
         raise UserError(f"--out is {config.out}, which --init-from reads; give another")
     if out.resolve() == Path(config.data.out).resolve():
         raise UserError(f"--out is {config.out}, which holds the prepared data; give another")
-    held = any((out / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json",
-                                                  "training_state/about.json"))
+    ours = "config.json", WEIGHTS, *CODERS, "training_state/about.json"
+    held = any((out / name).exists() for name in ours)
     if held and not (config.overwrite or config.resume):
         raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
                         "or give another --out")
