@@ -30,7 +30,7 @@ AT = (1, 5, 16)     # recall is of the first so many
 RECALLS = (*(f"recall_at_{n}" for n in AT), f"all_gold_at_{AT[-1]}")
 SCORES = ("exact_match", "f1", "contained", "empty", "not_found")
 RESAMPLES = 1000    # of the bootstrap
-SHOWN = 8           # passages of a long document that the oracle shows, from its beginning on
+SHOWN = 8           # passages of long documents that the oracle shows at most, of all that are gold
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -169,30 +169,30 @@ def reader(model, tokenizer, texts, config, batch):
 # ------------------------------------------------------------------------------------------------------------
 # The table
 
-def choose(questions, count, seed):
-    """The indices of `count` random questions, fixed by the seed, among those that have answers."""
-    answerable = [i for i, question in enumerate(questions) if question.answers]
-    order = np.random.default_rng(seed).permutation(len(answerable))[:count]
-    return [answerable[i] for i in sorted(order)]
+def draw(indices, count, seed):
+    """`count` random ones of `indices`, in their order, fixed by the seed."""
+    return [indices[i] for i in sorted(np.random.default_rng(seed).permutation(len(indices))[:count])]
 
 
-def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None):
+def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None, texts=None,
+            looked=()):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
-    finders: texts -> pairs (documents, best first, how many of them are read at most), of bm25 and memory,
-    perhaps of routing; read: a `reader`; chosen: the questions that are answered, and, with routing, all that
-    memory is asked. owner:
-    where finders deal with passages, the document of each, increasing; k counts passages then, recall
-    documents, and the oracle shows SHOWN passages of each. What does not apply is None. Rows of memory hold
-    what it has over bm25, with intervals.
+    finders: of bm25 and memory, perhaps of routing: questions' texts -> pairs (documents, best first, how
+    many of them are read at most). With routing, memory is asked the questions `looked` at, if any, alone.
+    read: a `reader`; chosen: the indices of the questions that are answered.
+    owner: where finders deal with passages, the document of each, increasing; k counts passages then, recall
+    documents, and the oracle shows SHOWN passages, see `shown`, of these `texts`.
+
+    What does not apply is None. Rows of memory hold what it has over bm25, with intervals.
     """
     judged = [i for i, question in enumerate(questions) if question.gold]
     rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
     owners_of = lambda places: [*dict.fromkeys(places if owner is None else [owner[i] for i in places])]
     for method, find in finders.items():
         asked = range(len(questions))
-        if method == "memory" and "routing" in finders and chosen:
-            asked = chosen
+        if method == "memory" and "routing" in finders and looked:
+            asked = looked
         found, seconds[method] = find_all(find, [questions[i] for i in asked],
                                           "" if quiet else f"{method} finds", batch)
         rankings[method] = dict(zip(asked, found))
@@ -211,8 +211,8 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
             if chosen and method != "routing":
                 answers, spent = [], []
                 for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch):
-                    given = {"none": lambda i: (), "oracle": lambda i: shown(questions[i].gold, owner)}
-                    found = lambda i, method=method, k=k: first(k, *rankings[method][i])
+                    given = {"none": lambda i: (), "oracle": lambda i: shown(questions[i], owner, texts)}
+                    found = lambda i: first(k, *rankings[method][i])
                     documents = given.get(method, found)
                     for answer, took in read([(questions[i].text, documents(i)) for i in part]):
                         answers.append(answer)
@@ -232,12 +232,17 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
     return rows
 
 
-def shown(gold, owner):
-    """The places of what the oracle shows of gold documents; owner: as for `measure`."""
+def shown(question, owner, texts):
+    """The places of what the oracle shows: a question's gold documents; or SHOWN of their passages, as many
+    of each, those with one of the answers before those without. owner, texts: as for `measure`."""
     if owner is None:
-        return gold
-    places = (range(bisect_left(owner, document), bisect_right(owner, document)) for document in gold)
-    return [place for of_document in places for place in of_document[:SHOWN]]
+        return question.gold
+    found, said = [], [answer.lower() for answer in question.answers]
+    lacks = lambda place: texts is None or not any(answer in texts[place].lower() for answer in said)
+    for document in question.gold:
+        places = range(bisect_left(owner, document), bisect_right(owner, document))
+        found += sorted(sorted(places, key=lacks)[:max(1, SHOWN // len(question.gold))])
+    return found
 
 
 def table(rows):
@@ -291,4 +296,5 @@ def plot_set(rows, path):
                 else:
                     axes.bar(label, *curve.values())
                     axes.tick_params(axis="x", rotation=20)
-            axes.set(ylim=(0, 1.02), title=f"{rows[0]['set']}: {name}")
+            axes.set(ylim=(0, 1.02))
+            axes.set_title(f"{rows[0]['set']}: {name}", parse_math=False)  # a folder may be called $x

@@ -39,8 +39,8 @@ class Prompt:
 
 @dataclass(eq=False)
 class Find(Prompt):
-    """What routing finds: the rankings of one round, or in shared mode of `count`, at most two; in the second
-    one the best of the first route too."""
+    """Which documents routing finds: a ranking, or in shared mode one for each of `count` rounds, at most
+    two; in the second one the best documents of the first route, too."""
     count: int = 1
 
 
@@ -250,8 +250,10 @@ def rankings(selections):
     chose = [selection for selection in selections if selection.documents.size(1)]
     if not chose:
         return [[] for selection in selections[:1] for _ in selection.documents]
-    documents, scores = torch.stack([x.double() for x in rank_documents(chose)]).tolist()
-    return [[(int(d), score) for d, score in zip(*pair) if d >= 0] for pair in zip(documents, scores)]
+    documents, scores = rank_documents(chose)
+    both = torch.stack([documents, scores.view(torch.int32).long()]).cpu()  # one copy, of their bits
+    pairs = zip(both[0].tolist(), both[1].int().view(torch.float32).tolist())
+    return [[(d, score) for d, score in zip(*pair) if d >= 0] for pair in pairs]
 
 
 def likelihoods(model, texts, targets, batch_tokens=BATCH_TOKENS):

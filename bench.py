@@ -556,6 +556,8 @@ def script():
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install -e '.[plot]'")
     if args.what == "plan":
         from train import TrainConfig
         if not (args.gpus > 0 and 0 < args.mfu <= 1):

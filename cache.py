@@ -80,7 +80,7 @@ class Rows(Cache):
             self.values[layer][index, :cache.length] = cache.values[layer]
         for b, row in enumerate(rows):
             self.lengths[row] = lengths[b]
-            self.selected[row] = [part.map(lambda x, b=b: x[b:b + 1]) for part in cache.selections]
+            self.selected[row] = [part.map(lambda x: x[b:b + 1]) for part in cache.selections]
         self.taken, self.length, self.prefix_length = None, 1, cache.prefix_length
 
     def make_room(self, tokens, shapes=None, like=None):

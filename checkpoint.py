@@ -139,8 +139,6 @@ def read_config(folder):
         for name in ("chunk_size", "top_k", "router_temperature"):
             if name not in msa:
                 raise UserError(f"{path}: msa_config lacks {name}")
-        if msa.pop("full_attention", False):  # of before it had a file of its own
-            raise UserError(f"{path}: a baseline without a memory; train it anew with baseline.py")
     return {**values, **msa}, found
 
 
@@ -181,7 +179,7 @@ def write_config(folder, config, others, dtype):
 class Weights:
     """The tensors of a folder, each read when it is asked for.
 
-    shapes, dtypes, files: name -> shape, type, the file that holds it; main: the file that lists them.
+    shapes, files: name -> shape, the file that holds it; main: the file that lists them.
     """
 
     def __init__(self, folder):
@@ -207,7 +205,7 @@ class Weights:
                 raise UserError(f"{self.main}: no such file; {found[0]} is pickled, and pickles run code "
                                 "when they are read: convert it to safetensors")
             raise UserError(f"{self.main}: no such file; {folder} is not a checkpoint")
-        self.shapes, self.dtypes, self.files = {}, {}, {}
+        self.shapes, self.files = {}, {}
         for path in files:
             with open_weights(path) as file:
                 for name in file.keys():
@@ -216,7 +214,6 @@ class Weights:
                         raise UserError(f"{path}: tensor {name} is of type {part.get_dtype()}; it must be "
                                         f"one of {', '.join(DTYPES)}")
                     self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = DTYPES[part.get_dtype()]
                     self.files[name] = path
 
     def read(self, name, device, dtype):
@@ -325,8 +322,7 @@ class Pretrained:
         alone, which become part of that checkpoint's weights, or, not `merged`, stay apart to be trained
         further. Every tensor is read straight into the device and dtype: there is no second copy. changes:
         fields of the configuration that replace the checkpoint's. Raises UserError for what is missing,
-        damaged or not supported. Sets `trained_routers`, whether the checkpoint had any, and `stored_dtype`,
-        of its embedding.
+        damaged or not supported. Sets `trained_routers`, whether the checkpoint had any.
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
@@ -349,7 +345,7 @@ class Pretrained:
             model.put(name, weights.read(name, device, dtype))
         if untrained:
             model.init_routers()
-        model.trained_routers, model.stored_dtype = not untrained, weights.dtypes["model.embed_tokens.weight"]
+        model.trained_routers = not untrained
         return model.eval()
 
     @classmethod

@@ -154,7 +154,7 @@ def switches(config, prefix="--"):
             yield from switches(value, f"{prefix}{name}.")
             yield from switches(value, prefix)  # tyro may leave the prefix out
         elif isinstance(value, bool):
-            yield from (prefix + name, f"{prefix}no-{name}", f"--{prefix[2:]}no-{name}")
+            yield from (prefix + name, f"{prefix}no-{name}")
 
 
 def check_values(config, prefix="--"):
@@ -229,7 +229,8 @@ def detect_device(device="auto", dtype="auto", hidden_size=0):
 
 
 def to_device(x, device):
-    """A CPU tensor, or numbers that make one, on the device; from pinned memory, so that nobody waits."""
+    """A CPU tensor, or numbers that make one, on the device; from pinned memory, so that the
+    host does not wait for the copy."""
     x = torch.as_tensor(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 

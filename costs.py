@@ -94,7 +94,7 @@ def pool_of(config):
 def plan(config, gpus, gpu_bytes, mfu, peak):
     """Bytes of each GPU, term by term, and hours of a TrainConfig.
 
-    P parameters, R ranks, bytes of a GPU; float32 weights, gradients and moments, products in bfloat16:
+    P parameters, R GPUs, bytes of each; float32 weights, gradients and moments, products in bfloat16:
         one copy   4 P weights + 4 P gradients + 8 P moments (AdamW); shared out: each / R. With 1 rank, or
                    DDP: + 4 P of buckets with more ranks, + 2 P of weights that autocast has cast
         shared     while a pool is computed: 2 P weights + 2 P gradients + 4 P for their sum in float32, and

@@ -169,21 +169,24 @@ def read_file(path):
     if kind in (".html", ".htm"):
         page = WebPage(lines)
         return page.lines, [(0, page.title)]
-    return lines, find_headings(lines) if kind in (".md", ".markdown", ".rst") else []
+    return lines, find_headings(lines, kind != ".rst") if kind in (".md", ".markdown", ".rst") else []
 
 
-def find_headings(lines):
-    """The headings of Markdown, "# Title", and those that Markdown and rst underline."""
-    headings, above, in_code = [], "", False
+def find_headings(lines, markdown):
+    """The headings of Markdown, "# Title", outside of its fenced code, and those that Markdown and rst
+    underline."""
+    headings, above, fence = [], "", ""
     for number, line in lines:
         line = line.strip()
+        fenced = re.match(r"(`{3,})[^`]*$|(~{3,})", line) if markdown else None
         marked = re.fullmatch(r"#{1,6}\s+(\S.*?)(\s+#+)?", line)
         underline = re.fullmatch(r"""([=~^"'#*+.:-])\1{2,}""", line)
-        if line.startswith("```"):
-            in_code = not in_code
-        elif marked and not in_code:
+        if fenced and (fenced[1] or fenced[2]).startswith(fence):  # any opens, a longer one of its kind closes
+            fence, line = "" if fence else fenced[1] or fenced[2], ""
+        elif marked and not fence:
             headings.append((number, marked[1]))
-        elif underline and not in_code and re.search(r"\w", above) and len(line) >= len(above):
+            line = ""  # nothing underlines it
+        elif underline and not fence and re.search(r"\w", above) and len(line) >= len(above):
             headings.append((number - 1, above))
         above = line
     return headings
@@ -252,9 +255,15 @@ def read_jsonl(path):
     for number, row in read_rows(path, wanted):
         id, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text", 0)
         text = "" if text is None else text
-        if not all(isinstance(value, str) for value in (id, title, text)):  # BEIR's files say _id
-            raise UserError(f"{path}:{number}: not {wanted}")
-        yield id, " ".join(title.split()), text
+        for name, value in (("id", name_in(id)), ("title", title), ("text", text)):
+            if not isinstance(value, str):
+                raise UserError(f'{path}:{number}: not {wanted}; "{name}" is missing, or something else')
+        yield name_in(id), " ".join(title.split()), text
+
+
+def name_in(id):
+    """An id as text: sets number their documents, too."""
+    return str(id) if type(id) is int else id
 
 
 def documents_size(path):
@@ -295,6 +304,10 @@ def split_text(lines, headings, count_tokens, max_tokens):
     yield from (found for found in map(document, pieces) if found.text)
 
 
+class Titled(str):
+    """A document's text whose first line is its title."""
+
+
 LONG, PASSAGE = 1024, 512  # tokens: a longer document of a set is read in passages of at most so many
 
 
@@ -303,9 +316,9 @@ def passages(texts, count_tokens):
     of the text that each is of, increasing."""
     found = []
     for place, text in enumerate(texts):
-        title, end, _ = text.partition("\n")
-        headings = [(0, title)] if end and len(title) < PASSAGE else []
-        if len(text) <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a character
+        headings = [(0, text.partition("\n")[0])] if isinstance(text, Titled) else []
+        size = len(text.encode(errors="replace"))
+        if size <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a byte
             found.append((text, place))
         else:
             pieces = split_text(numbered(text), headings, count_tokens, PASSAGE)
@@ -314,11 +327,14 @@ def passages(texts, count_tokens):
 
 
 def split_line(line, fits):
-    """One numbered line as several that fit, cut between words (a too long word inside)."""
+    """One numbered line as several that fit, cut near their middle: between sentences, else between words, a
+    too long word inside."""
     number, text = line
     if fits(line) or len(text) < 2:
         return [line]
-    middle = text.find(" ", len(text) // 2)
-    middle = len(text) // 2 if middle < 0 else middle
+    half = len(text) // 2
+    ends = [end.end() for end in re.finditer(r"[.!?]\W?(?=\s)", text) if abs(end.end() - half) <= half // 2]
+    middle = min(ends, key=lambda end: abs(end - half), default=text.find(" ", half))
+    middle = half if middle < 0 else middle
     return split_line((number, text[:middle]), fits) + split_line((number, text[middle:].lstrip()), fits)
 

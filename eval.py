@@ -45,11 +45,23 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from answers import AT, choose, drawing, measure, plot_set, ranked, reader, refused, table, told_not_found
+from answers import (
+    AT,
+    draw,
+    drawing,
+    measure,
+    plot_set,
+    ranked,
+    reader,
+    refused,
+    table,
+    told_not_found,
+)
 from checkpoint import find
 from common import (
     UserError,
     check_output,
+    check_outside,
     command_line,
     detect_device,
     keep_freed_memory,
@@ -59,7 +71,15 @@ from common import (
     write_json,
 )
 from documents import Document, list_documents, passages
-from interleave import InterleaveConfig, Round, answer_questions, answers_from_texts, documents_of, rounds_of
+from interleave import (
+    InterleaveConfig,
+    Round,
+    answer_questions,
+    answers_from_texts,
+    check_lengths,
+    documents_of,
+    rounds_of,
+)
 from memory import compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
@@ -73,6 +93,7 @@ from question_sets import (
     read_questions,
     read_set,
     read_texts,
+    set_files,
 )
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
@@ -96,7 +117,7 @@ class EvalConfig:
     routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # as held; int8: one scale per chunk
     lengths: str = "16k,64k,256k,1m"  # tokens of memory, comma-separated, k or m behind a number
     questions: int = 200              # answered, at every length; recall on a set is of all its questions
-    seed: int = 1                     # of documents and questions
+    seed: int = 1                     # of documents, questions and sampling
     batch: int = 8                    # questions that are asked side by side
     memory: str = ""                  # folder of a bank for the documents; without one they lie in RAM
     timeout: float = 600              # seconds that ranks wait for each other
@@ -117,7 +138,9 @@ class EvalConfig:
         for name in of_tasks if self.data else of_sets:
             if getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"--{name.replace('_', '-')} {rule}")
-        if self.data and self.data.endswith(".jsonl") != bool(self.documents):
+        if self.documents and self.split:
+            raise UserError("--split is about a set; questions of your own have none: leave it out")
+        if self.data and self.data.lower().endswith(".jsonl") != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
         if self.k and not all(k.isdecimal() and int(k) for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
@@ -270,7 +293,7 @@ def baseline_asker(model, tokenizer, texts, numbers, needles, questions, config)
                     ranked = search(query, max(model.config.top_k, len(hop)) + len(found))
                     best = [d for d, _ in ranked if d not in found][:len(hop)]
                     named = [numbers[d] for d in best]
-                    rounds.append(Round([(numbers[d], s) for d, s in ranked], named, sorted(named)))
+                    rounds.append(Round([(numbers[d], s) for d, s in ranked], named))
                 found += sorted(best, key=lambda d: numbers[d])
             text_of = lambda d: tokenizer.encode(needles[i] if needles else texts[d])
             return [(numbers[d], text_of(d)) for d in found], rounds
@@ -344,7 +367,7 @@ def plot(rows, path, beside=()):
         axes.legend(loc="center left")
 
 
-def read_rows(path):
+def read_results(path):
     """What `--json` wrote. Raises UserError."""
     try:
         rows = json.loads(read_text(path))
@@ -361,14 +384,22 @@ def read_rows(path):
 
 def load_set(config, model, tokenizer, say):
     """What --data names: (texts, owner, counts, questions, split); memories hold the first `count` of the
-    texts, which are documents or passages of them. owner: the document of each, which questions ask for."""
+    texts, which are documents or passages of them. owner: the document of each, which questions ask for: of
+    one's own files a piece, or the whole file where a question names one that has several."""
     count_tokens = lambda text: len(tokenizer.encode(text))
     if config.documents:
         documents = list_documents(config.documents, count_tokens, model.config.max_document_tokens, say)
         texts, split = [document.spelled() for document in documents], ""
-        questions = read_questions(config.data, documents, say)
+        questions, group = read_questions(config.data, documents, say), [*range(len(texts))]
+        if any(question.whole for question in questions):
+            files = [document.source for document in documents]
+            place = {file: i for i, file in enumerate(dict.fromkeys(files))}
+            group = [place[file] for file in files]
+            questions = [question._replace(gold=tuple(dict.fromkeys(group[i] for i in question.gold)))
+                         for question in questions]
     else:
         texts, questions = read_set(config.data, say)
+        group = [*range(len(texts))]
         questions, split = choose_split(questions, config.split, config.data)
         if Path(config.data).is_dir() and model.config.second_look:  # one that has learned to say NOT_FOUND
             none = read_impossible(config.data).get(split, [])
@@ -378,9 +409,11 @@ def load_set(config, model, tokenizer, say):
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)
+        group += range(group[-1] + 1, group[-1] + 1 + len(texts) - counts[-1])
         counts.append(len(texts))
-    texts, owner = passages(texts, count_tokens)
-    return texts, owner, np.searchsorted(owner, counts).tolist(), questions, split
+    texts, text_of = passages(texts, count_tokens)
+    owner, counts = [group[i] for i in text_of], np.searchsorted(text_of, counts).tolist()
+    return texts, owner, counts, questions, split
 
 
 def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on):
@@ -402,13 +435,18 @@ def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
 def evaluate_set(model, tokenizer, config, ranks, say, on):
     """Yields the rows of the table of answers.py, for one size of memory after another."""
     texts, owner, counts, questions, split = load_set(config, model, tokenizer, say)
+    check_lengths(model, tokenizer, [question.text for question in questions])
     name = Path(config.data).resolve().name
-    ks = [int(k) for k in config.k.split(",")] if config.k else [documents_of(model, config.interleave)]
+    ks = [*dict.fromkeys(map(int, config.k.split(",")))] if config.k else [
+        documents_of(model, config.interleave)]
     interleave = replace(config.interleave, max_documents=max(ks))
     parts = np.bincount(owner).max().item()  # of the longest document: of several only one may be found
-    most = model.config.top_k = max(model.config.top_k, *AT, *ks) * min(parts, 4)
-    searches = [bm25_search(texts[:count]) for count in counts]
-    encoded, chosen = tokenizer.encode_batch(texts), choose(questions, config.questions, config.seed)
+    most = max(model.config.top_k, *AT, *ks) * min(parts, 4)
+    most = model.config.top_k = min(most, max(*AT, len(texts)))
+    searches, encoded = [bm25_search(texts[:count]) for count in counts], tokenizer.encode_batch(texts)
+    those = lambda field: [i for i, question in enumerate(questions) if getattr(question, field)]
+    chosen = draw(those("answers"), config.questions, config.seed)
+    looked = chosen or draw(those("gold"), config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
     read = reader(model, tokenizer, encoded, config.interleave, config.batch)
     for count, search in zip(counts, searches):
@@ -428,7 +466,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         if model.config.second_look:
             finders["routing"] = partial(by_memory, look=0)
         measured = measure(questions, chosen, finders, read, ks, config.seed, config.batch,
-                           ranks.rank > 0, owner)
+                           ranks.rank > 0, owner, texts, looked)
         say("\n".join(table(measured)), flush=True)
         told = told_not_found(questions, finders["memory"], read, ks, config.batch, ranks.rank > 0)
         for k, share in told.items():
@@ -453,11 +491,17 @@ def script():
     folder = find(config.checkpoint)
     hidden_size = MSA.read_config(folder)[0].hidden_size
     device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
+    torch.manual_seed(config.seed)
     given = [path for path in config.beside.split(",") if path]
-    check_output("--json", config.json, config.data, config.documents, *given)
-    check_output("--plot", config.plot, config.json, config.data, config.documents, *given)
+    inputs = [config.data, *given, *set_files(config.data)]
+    check_output("--json", config.json, *inputs)
+    check_output("--plot", config.plot, config.json, *inputs)
+    for flag in ("json", "plot", "memory"):
+        if config.documents and getattr(config, flag):
+            check_outside(f"--{flag}", getattr(config, flag), config.documents)
     names = [Path(path).stem for path in given]
-    beside = {name if names.count(name) == 1 else path: read_rows(path) for name, path in zip(names, given)}
+    beside = {name if names.count(name) == 1 else path: read_results(path)
+              for name, path in zip(names, given)}
     model, tokenizer = load_checkpoint(folder, device, dtype)
     if config.compile:
         compile_blocks(model)

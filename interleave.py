@@ -23,7 +23,7 @@ from prompts import END_OF_RETRIEVE, NOT_FOUND
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .03 are refused, .24 without it
 GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
-UNLIKELY = -0.693     # log p of NOT_FOUND, a half: with a document that makes it less likely, it is found
+UNLIKELY = -0.693     # log(1 / 2): a document answers where the log p of NOT_FOUND is below it
 
 
 @dataclass
@@ -56,7 +56,11 @@ class Round:
     """What one retrieval round did; documents by number."""
     routed: list      # (number, score): what some memory layer selected, by mean score
     named: list       # numbers, in the order in which the model named them
-    appended: list    # the same, in the order of appending
+
+    @property
+    def appended(self):
+        """The same in the order in which their texts are appended."""
+        return sorted(self.named)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -72,6 +76,30 @@ def documents_of(model, config):
     """`max_documents` of an InterleaveConfig, for a model where it does not say how many."""
     # More text costs a small backbone's answers more than it brings
     return config.max_documents if config.max_documents > 0 else 2 if model.config.second_look else 8
+
+
+def context_of(model):
+    """How many tokens a model reads at once, as its configuration says."""
+    return model.others.get("max_position_embeddings", 32768)
+
+
+def check_lengths(model, tokenizer, questions):
+    """Raises UserError for a question that leaves documents less than half of the model's context."""
+    most = context_of(model) // 2
+    for question, tokens in zip(questions, tokenizer.encode_batch(questions)):
+        if len(tokens) > most:
+            raise UserError(f"a question has {len(tokens):,} tokens, {question[:50]!r} and so on; this model "
+                            f"takes {most:,} at most: shorten it")
+
+
+def message_of(model, tokenizer, question, documents, config):
+    """A chat backbone's message about documents, pairs (number, text), without the last ones where with the
+    answer they would be more than it can read."""
+    message = tokenizer.message(question, documents)
+    while documents and len(message) + config.max_answer_tokens > context_of(model):
+        documents = documents[:-1]
+        message = tokenizer.message(question, documents)
+    return message
 
 
 def reluctant(model, tokenizer, logits):
@@ -199,8 +227,7 @@ def interleave_own(model, tokenizer, memory, texts, question, config):
             named.append(candidates[best][0])
             yield Read(spelled[best])
         if rounds < max(config.max_rounds, 1):
-            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)),
-                        list(map(number_of, sorted(named))))
+            yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)))
         if not named:
             break
         seen.update(named)
@@ -217,14 +244,17 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
     (ranking, how many of its first documents).
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
-    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A round
-    alone names no more documents, and at least one, than there are with which NOT_FOUND is unlikely; but all
-    where `most` is `look` or more.
+    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A single
+    round names only documents with which NOT_FOUND is UNLIKELY, and at least one; but `most` of them where
+    that is `look` or more.
     """
     named, rounds, before = [], [], 0.0
     for nth, ranked in enumerate(rankings, 1):
         left = [(document, score) for document, score in ranked if document not in named]
-        count = most - len(named) if nth == len(rankings) else 1 if look else -(-most // len(rankings))
+        if nth == len(rankings):
+            count = most - len(named)
+        else:
+            count = 1 if look else -(-most // len(rankings))
         if look:
             left, log_p = yield from second_look(model, tokenizer, question, left, texts, numbers,
                                                  0 if named else weight, look, named)
@@ -252,9 +282,10 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     for ranked, count in (yield from look_again(model, tokenizer, question, rankings, texts, number_of,
                                                 config.router_weight, config.max_documents, look)):
         named = sorted(d for d, _ in ranked[:count])
-        numbers, found = list(map(number_of, named)), found + named
-        yield Round([(number_of(d), score) for d, score in ranked], numbers, numbers)
-    yield Prompt(tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d])) for d in found]))
+        found += named
+        yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)))
+    documents = [(number_of(d), tokenizer.decode(texts[d])) for d in found]
+    yield Prompt(message_of(model, tokenizer, question, documents, config))
     yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True)
 
 
@@ -291,7 +322,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
         text = tokenizer.decode(written)
         ended, said = END_OF_RETRIEVE in text, [int(n) for n in re.findall(r"\[(\d{1,18})\]", text)]
         named = [] if ended else [n for n in dict.fromkeys(said) if n in numbers][:config.max_documents]
-        yield Round([(int(numbers[d]), score) for d, score in ranked], named, sorted(named))
+        yield Round([(int(numbers[d]), score) for d, score in ranked], named)
         if not named:
             yield Read([*unread, *([] if ended else end), *closing])
             break
@@ -331,7 +362,7 @@ def loop_from_text(model, tokenizer, question, appended, config):
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
     elif prompts == "chat":
-        prompt, stop = tokenizer.message(question, documents), tokenizer.ends
+        prompt, stop = message_of(model, tokenizer, question, documents, config), tokenizer.ends
     else:
         named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
         read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),

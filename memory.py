@@ -106,7 +106,7 @@ class Memory:
     def in_order(parts, encoded, offsets, numbers, device):
         """The Memory of documents that were encoded in another order: parts, what was made of batch after
         batch, (keys, values, routing keys), lists of (C, G, D) on the device; encoded: documents' indices in
-        that order; offsets: on the host, where the order is worked out, so that nobody waits."""
+        that order; offsets: on the host, where the order is worked out: nothing waits for the device."""
         counts, encoded = offsets.diff(), torch.tensor(encoded)
         rows = ranges(F.pad(counts[encoded].cumsum(0), (1, 0))[encoded.argsort()], counts)
         stored = [[torch.cat(xs) for xs in zip(*kind)] for kind in zip(*parts)]
@@ -159,16 +159,22 @@ def check_documents(documents, numbers):
 BATCH_TOKENS = 2048  # of documents that are encoded together, padding included
 
 
-def padded_batches(documents, batch_tokens):
-    """Documents (L,), or (L, n), in batches of similar length, of at most `batch_tokens` tokens with their
-    padding on the right: yields (indices, tokens (M, L)), or (M, L, n), the longest first."""
-    lengths = torch.tensor([len(document) for document in documents])
-    order = lengths.argsort(stable=True).tolist()
+def by_length(lengths, batch_tokens):
+    """Indices of `lengths`, a list, in batches of similar length, the longest first, of at most
+    `batch_tokens` tokens with their padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
-        width = int(lengths[order[-1]])
-        batch = order[-max(1, batch_tokens // width):]
+        batch = order[-max(1, batch_tokens // lengths[order[-1]]):]
         del order[-len(batch):]
-        tokens = torch.zeros(len(batch), width, *documents[0].shape[1:], dtype=torch.long)
+        yield batch
+
+
+def padded_batches(documents, batch_tokens):
+    """Documents (L,), or (L, n), as the batches of `by_length`, with padding on the right: yields (indices,
+    tokens (M, L)), or (M, L, n)."""
+    lengths = [*map(len, documents)]
+    for batch in by_length(lengths, batch_tokens):
+        tokens = torch.zeros(len(batch), lengths[batch[-1]], *documents[0].shape[1:], dtype=torch.long)
         for row, i in enumerate(batch):
             tokens[row, :lengths[i]] = documents[i]
         yield batch, tokens

@@ -320,11 +320,9 @@ def read_manifest(folder):
         body = file["bank"]
         if file["sum"] != zlib.crc32(json.dumps(body).encode()):
             raise ValueError("its checksum is wrong")
-        if body["format"] == 1:
-            raise UserError(f"{folder}: made by an earlier version; encode the documents again into another "
-                            "--memory")
         if body["format"] != FORMAT:
-            raise ValueError(f"format {body['format']!r} is not {FORMAT}; this is another version's bank")
+            raise UserError(f"{folder}: made by another version (format {body['format']!r}, here {FORMAT}); "
+                            "encode the documents again into another --memory")
         layout, next_number = read_layout(body["layout"]), body["next_number"]
         if type(next_number) is not int or next_number < 0:
             raise ValueError("its next number is invalid")

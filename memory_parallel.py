@@ -87,8 +87,8 @@ class Ranks:
     def collective(self, run, *args, **kwargs):
         """One collective; where it fails, UserError names the ranks that did not come.
 
-        On GPUs it is queued behind what the device has to do, and nobody waits here: NCCL's watchdog notices
-        a rank that does not come, and ends the process.
+        On GPUs it is queued behind what the device has to do, and the host does not wait here: NCCL's
+        watchdog notices a rank that does not come, and ends the process.
         """
         if self.device.type == "cuda":
             work = run(*args, **kwargs)
@@ -211,17 +211,11 @@ class Block:
         self.scales = [torch.empty(shape[0], device=device) if int8 else None for _ in layers]
         size = memory_bank.TILE * 2 * int(np.prod(shape[1:]))
 
-        def buffer():
-            """Of this thread; of pinned memory one for each tile, which goes back when its copy is done."""
-            if device.type == "cuda":
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-            if not hasattr(local, "buffer"):
-                local.buffer = np.empty(size, np.uint8)
-            return local.buffer
-
         def load(layer, rows, read):
-            tile = to_tensor(read(buffer()))
-            x = tile.to(device, non_blocking=True)
+            if not hasattr(local, "buffer"):
+                local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda").numpy()
+            tile = to_tensor(read(local.buffer))
+            x = tile.to(device)  # waits: the next tile of this thread goes into the same buffer
             if int8:
                 self.routing_keys[layer][rows], self.scales[layer][rows] = quantize(x)
             else:
@@ -253,7 +247,7 @@ def held_by(bank, numbers, digests):
 
 
 class ParallelMemory:
-    """A bank as a model reads it: what model.Memory is for memories that fit into one tensor and one device.
+    """A bank as a model reads it: what memory.Memory is for memories that fit into one tensor and one device.
 
     Documents are positions in the order of numbers, as in Memory; `numbers` and `texts` say what they are.
     The device holds C / world * G * D bytes of routing keys a layer (int8; twice that in bfloat16), the host

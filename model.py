@@ -394,7 +394,7 @@ class PaperMSA(Pretrained, nn.Module):
             if not len(asks):
                 continue
             positive, appended = batch["positive"][asks], batch["appended"][asks]
-            selections = [selection.map(lambda x, asks=asks: x[asks]) for selection in output.selections]
+            selections = [selection.map(lambda x: x[asks]) for selection in output.selections]
             scores = torch.stack([selection.all_scores for selection in selections])        # (layers, B', M)
             aux = aux + contrastive_loss(scores, positive, appended, config.router_temperature).mean(0).sum()
             tally.add_rankings(selections, positive, appended, config.top_k)

@@ -9,7 +9,7 @@
 
 Needles, keys, values, noise and questions are RULER's; what stands in one context there, stands in documents
 here. A line of noise or of a needle haystack is a document, and so is a needle in either. Essays are packed
-into documents of whole sentences, of at most PASSAGE characters, and a needle stands between two sentences of
+into documents of whole sentences, of at most PACKED characters, and a needle stands between two sentences of
 one; the needles of a question are in different documents. Lines of noise are all alike, as RULER's are; other
 documents differ. RULER begins the answer for the model ("The special magic number for ... is"); we do not.
 
@@ -39,7 +39,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 NEEDLE = "One of the special magic {} for {} is: {}."
 ONE = "What is the special magic {} for {} mentioned in the provided text?"
 ALL = "What are all the special magic {} for {} mentioned in the provided text?"
-PASSAGE = 400        # characters of a document of essays, about 100 tokens; a longer sentence is cut at words
+PACKED = 400         # characters of a document of essays, about 100 tokens; a longer sentence is cut at words
 TRAIN_SOURCES = 8    # one source of essays in so many is for training
 
 
@@ -77,7 +77,7 @@ class Draw:
 
     def __init__(self, words, split, rng):
         self.words, self.rng, self.used = words, rng, set()
-        self.pairs = words.split == ("test", "validation", "train").index(split)
+        self.pairs = words.of_split(split)
 
     def value(self, kind):
         """A random value: seven digits, an adjective and a noun, or a uuid."""
@@ -170,12 +170,12 @@ def offline_essays():
                 yield f"{name}/{inside}", text
 
 
-def passages(text):
-    """The documents of a source: lists of sentences that follow each other, of PASSAGE characters at most."""
+def pack_sentences(text):
+    """The documents of a source: lists of sentences that follow each other, of PACKED characters at most."""
     found, size = [[]], 0
     for sentence in re.split(r"(?<=[.!?]) ", text):
-        for piece in re.findall(rf"\S.{{0,{PASSAGE - 2}}}(?=\s|$)|\S{{{PASSAGE}}}", sentence):
-            if size + len(piece) > PASSAGE:
+        for piece in re.findall(rf"\S.{{0,{PACKED - 2}}}(?=\s|$)|\S{{{PACKED}}}", sentence):
+            if size + len(piece) > PACKED:
                 found.append([])
                 size = 0
             found[-1].append(piece)
@@ -188,7 +188,7 @@ def essay_passages(folder, split):
     known = {}
     for name, text in essays(folder):
         if (zlib.crc32(name.encode()) % TRAIN_SOURCES == 0) == (split == "train"):
-            known |= {" ".join(passage): passage for passage in passages(text)}
+            known |= {" ".join(passage): passage for passage in pack_sentences(text)}
     return list(known.values())
 
 

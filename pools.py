@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from common import UserError, naming, read_json, sync_handle
+from memory import BATCH_TOKENS, by_length
 from prompts import NOT_FOUND
 
 MOST_SHOWN = 5       # documents in a chat backbone's message, 1 or more, gold ones aside
@@ -182,7 +183,7 @@ def draw_numbers(count, limit, rng):
     return sorted(numbers)
 
 
-def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
+def collate(pool, tokenizer, number_limit, rng, batch_tokens=BATCH_TOKENS):
     """One pool as the arguments of `MSA.forward`: documents, and batches of one-step samples (section 3.4).
 
     A hop is one sample, which names its documents in the order of their numbers, and then stops. A question
@@ -224,14 +225,9 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=2048):
 
 
 def in_batches(samples, length, batch_tokens):
-    """Samples in lists of similar length(sample), the longest first, of at most `batch_tokens` tokens,
-    padding included: the first of a list sets its width."""
-    batches = [[]]
-    for sample in reversed(sorted(samples, key=length)):
-        if batches[-1] and (len(batches[-1]) + 1) * length(batches[-1][0]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(sample)
-    return batches
+    """Samples as the batches of `by_length`, where length(sample) is theirs, each the longest first."""
+    return [[samples[i] for i in reversed(batch)]
+            for batch in by_length([*map(length, samples)], batch_tokens)]
 
 
 def stack(samples, tokenizer, documents):

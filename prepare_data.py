@@ -292,7 +292,8 @@ class QuestionSet:
         span = spans[rng.integers(len(spans))]
         if span[0][0].isalpha():
             titles = {self.texts[i].partition("\n")[0] for i in gold}
-            others = [name for title, name in rng.permutation(self.names).tolist() if title not in titles]
+            drawn = (self.names[i] for i in rng.permutation(len(self.names)))
+            others = (name for title, name in drawn if title not in titles)
         else:
             others = ["".join(str(rng.integers(1, 10)) if c.isdigit() else c for c in span[0])]
         said = " ".join(self.texts[i] for i in gold)
@@ -312,7 +313,7 @@ class QuestionSet:
                  for question in chosen]
         alike = [place for places in zip(*found) for place in places if place in allowed]
         drawn = rng.choice(sorted(allowed), RANDOM_DOCUMENTS).tolist()
-        places = list(dict.fromkeys([*gold, *drawn, *alike]))[:config.documents_per_pool]
+        places = list(dict.fromkeys([*gold, *drawn, *alike]))[:max(config.documents_per_pool, len(gold))]
         return rng.permutation(places).tolist(), chosen
 
 

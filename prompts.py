@@ -155,7 +155,7 @@ def read_optional(path):
 
 def end_tokens(folder, about, encoding):
     """The ids that end an answer: of tokenizer_config.json, config.json and generation_config.json, all."""
-    ends, name = set(), name_of(about.get("eos_token"))
+    ends, name = set(), token_text(about.get("eos_token"))
     if name is not None:
         if not isinstance(name, str) or name not in encoding.ids:
             raise UserError(f"{folder}/tokenizer_config.json: eos_token is {name!r}, "
@@ -172,7 +172,7 @@ def end_tokens(folder, about, encoding):
     return ends
 
 
-def name_of(token):
+def token_text(token):
     """A token of tokenizer_config.json is its text, or an object that has it."""
     return token.get("content") if isinstance(token, dict) else token
 
@@ -213,8 +213,8 @@ def read_template(folder, about):
             return None
         tokens = dict(bos_token="", eos_token="")
         for key, token in about.items():
-            if key.endswith("_token") and isinstance(name_of(token), str):
-                tokens[key] = name_of(token)
+            if key.endswith("_token") and isinstance(token_text(token), str):
+                tokens[key] = token_text(token)
         rendered = render(template, MARK, tokens)
         parts = rendered.split(MARK)
         if len(parts) != 2:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import UserError, numbered, read_rows, read_text
-from documents import read_jsonl
+from documents import Titled, name_in, read_jsonl
 
 
 class SetQuestion(NamedTuple):
@@ -22,11 +22,12 @@ class SetQuestion(NamedTuple):
     gold: tuple           # places, in the list of documents, of those that answer; () where nobody said
     answers: tuple = ()   # all of them right; () where nobody said
     nothing: bool = False  # no document answers it
+    whole: bool = False    # gold are the first pieces of whole files, or of long lines
 
 
 def titled(title, text):
-    """A document's text with its title as first line."""
-    return f"{title}\n{text}" if title else text
+    """A document's text, behind its title if it has one."""
+    return Titled(f"{title}\n{text}") if title else text
 
 
 def read_set(path, say=print):
@@ -34,25 +35,38 @@ def read_set(path, say=print):
 
     say: told in one line of each file what of it could not be used. Raises UserError.
     """
-    return read_beir(path, say) if Path(path).is_dir() else read_squad(path)
+    return read_beir(path, say) if Path(path).is_dir() else read_squad(path, say)
+
+
+def set_files(path):
+    """The files of a set that is a folder; none of another."""
+    if not path or not Path(path).is_dir():
+        return []
+    return [*Path(path).glob("*.jsonl"), *(Path(path) / "qrels").glob("*.tsv")]
 
 
 def read_texts(path, say=print):
     """The texts of a set's documents alone; the set needs no questions. Raises UserError."""
     if not Path(path).is_dir():
-        return read_squad(path)[0]
+        return read_squad(path, lambda _: None)[0]
     return [*read_corpus(path, say).values()]
 
 
 def choose_split(questions, split, path):
-    """The questions of a split of `read_set`, and its name; "": of test, else dev, else the only one."""
+    """The questions of a split of `read_set`, and its name; "": of test, else dev, else the only one; "all":
+    of all splits."""
     filled = [name for name, asked in questions.items() if asked]
+    if split == "all" and filled and split not in filled:
+        return list(dict.fromkeys(question for name in filled for question in questions[name])), split
     preferred = [name for name in ("test", "dev") if name in filled]
     if not split and (preferred or len(filled) == 1):
         split = [*preferred, *filled][0]
     if split not in filled:
-        raise UserError(f"--split {split!r}: {path} has no questions of that split with a document that "
-                        f"answers; it has {', '.join(filled) or 'none at all'}")
+        if not filled:
+            raise UserError(f"{path}: no question of it has a document that answers; expected judgements in "
+                            "qrels/test.tsv, or SQuAD's .json file")
+        asked = f"no split {split!r} with questions" if split else "several splits, none of them test or dev"
+        raise UserError(f"{path}: {asked}; give --split {' or '.join(filled)}")
     return questions[split], split
 
 
@@ -67,15 +81,15 @@ def read_beir(folder, say=print):
     corpus, path = read_corpus(folder, say), Path(folder) / "queries.jsonl"
     place, asked, odd = {id: i for i, id in enumerate(corpus)}, {}, Counter()
     for number, row in read_rows(path):
-        if not isinstance(row.get("_id"), str):
-            raise UserError(f'{path}:{number}: a question needs an "_id", a string')
-        text = row.get("text", 0)
+        id, text = name_in(row.get("_id")), row.get("text", 0)
+        if not isinstance(id, str):
+            raise UserError(f'{path}:{number}: a question needs an "_id", a string or a whole number')
         if text is None or isinstance(text, str) and not text.strip():
             odd["skipped: empty text"] += 1
-        elif row["_id"] in asked:
+        elif id in asked:
             odd["skipped: an _id that was there before"] += 1
         else:
-            asked[row["_id"]] = question_of(row, "text", f"{path}:{number}")
+            asked[id] = question_of(row, "text", f"{path}:{number}")
     tell_odd(path, odd, say)
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
     return [*corpus.values()], {path.stem: read_qrels(path, asked, place, say) for path in splits}
@@ -93,10 +107,11 @@ def read_impossible(folder):
     path, found = Path(folder) / "impossible.jsonl", {}
     place = {id: i for i, id in enumerate(read_corpus(folder, lambda _: None))} if path.is_file() else {}
     for number, row in read_rows(path) if place else ():
-        if not isinstance(row.get("document"), str) or row["document"] not in place:
+        document = name_in(row.get("document"))
+        if not isinstance(document, str) or document not in place:
             raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
         question = question_of(row, "text", f"{path}:{number}")
-        found.setdefault(str(row.get("split")), []).append((question.text, place[row["document"]]))
+        found.setdefault(str(row.get("split")), []).append((question.text, place[document]))
     return found
 
 
@@ -122,7 +137,9 @@ def read_corpus(folder, say=print):
 def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]} or {..., "answer": ""};
     where: file and line."""
-    text, answers = row.get(name), row.get("answers") or ([row["answer"]] if row.get("answer") else [])
+    text, answers = row.get(name), [] if row.get("answers") is None else row["answers"]
+    if answers == [] and row.get("answer") not in (None, ""):
+        answers = [row["answer"]]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -137,7 +154,7 @@ def read_qrels(path, asked, place, say=print):
     skipped; a missing header, scores with a decimal point and the four columns of TREC are understood; `say`
     gets one line that counts them. Raises UserError for a line that is not a judgement at all.
     """
-    gold, odd = {}, Counter()
+    gold, lost, odd = {}, set(), Counter()
     for number, line in numbered(read_text(path)):
         line = line.rstrip()
         columns = line.split("\t") if "\t" in line else line.split()
@@ -150,14 +167,16 @@ def read_qrels(path, asked, place, say=print):
                 continue  # the names of the columns
             raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
                             "with tabs between") from None
-        query, document = columns[0], columns[-2]
+        query, document = columns[0], columns[2] if len(columns) == 4 else columns[1]
         odd["no header"] += number == 1
         odd["four columns"] += len(columns) == 4
         odd["decimal scores"] += not columns[-1].strip().lstrip("-+").isdigit()
         if query not in asked or document not in place:
             odd["skipped: unknown question or document"] += 1
+            lost |= {query} if score > 0 and document not in place else set()
         elif score > 0:
             gold.setdefault(query, {})[place[document]] = None  # a dict: in order, each once
+    odd["questions judged by the others of their documents alone"] = len(lost & gold.keys())
     tell_odd(path, odd, say)
     return [asked[query]._replace(gold=tuple(indices)) for query, indices in gold.items()]
 
@@ -165,19 +184,20 @@ def read_qrels(path, asked, place, say=print):
 # ------------------------------------------------------------------------------------------------------------
 # SQuAD's file, and one's own questions
 
-def read_squad(path):
+def read_squad(path, say=print):
     """SQuAD's own file: its paragraphs, titled by their article, and the questions about each. As `read_set`.
 
     The splits are train and test: every fourth article is for testing. Questions that a paragraph does not
     answer are left out. Raises UserError for another file.
     """
-    texts, questions = [], {"train": [], "test": []}
+    texts, questions, none = [], {"train": [], "test": []}, 0
     try:
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
             split = questions["test" if i % 4 == 3 else "train"]
             for paragraph in article["paragraphs"]:
                 for row in paragraph["qas"]:
+                    none += bool(row.get("is_impossible"))
                     if not row.get("is_impossible"):
                         answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
                         split.append(SetQuestion(row["question"].strip(), (len(texts),), tuple(answers)))
@@ -185,12 +205,16 @@ def read_squad(path):
                             raise TypeError(f"an answer of {row['question']!r} is no text")
                 if not isinstance(paragraph["context"], str):
                     raise TypeError("a context is no text")
-                texts.append(titled(article.get("title", "").replace("_", " "), paragraph["context"]))
+                texts.append(titled((article.get("title") or "").replace("_", " "), paragraph["context"]))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's "
                         "layout") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
+    say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
+        f"{len(questions['train']):,} of train; left out: {none:,} without an answer")
     return texts, questions
 
 
@@ -199,21 +223,26 @@ def read_questions(path, documents, say=print):
 
     A line of the file: {"question": "...", "answers": ["..."], "documents": ["notes.md:12"]}; answers and
     documents may be missing, but nothing answers a question without answers whose documents are []. A
-    document is a file or id and, where it was split, a line. Raises UserError.
+    document is a file or id, perhaps with a line; a list of them is a hop. Raises UserError.
     """
     questions, pieces, again = {}, pieces_of(documents), 0
     for number, row in read_rows(path):
         where, gold = f"{path}:{number}", row.get("documents") or []
+        if isinstance(gold, list):  # as for training, hop by hop
+            gold = [name for hop in gold for name in (hop if isinstance(hop, list) else [hop])]
         if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
-            raise UserError(f'{where}: "documents" is {gold!r}; it must be a list of strings')
+            raise UserError(f'{where}: "documents" is {row["documents"]!r}; it must be a list of strings, or '
+                            "of lists of them")
         try:
-            found = dict.fromkeys(place_of(name, pieces, documents, True) for name in gold)
+            found = [places_of(name, pieces, documents) for name in gold]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        question = question_of(row, "question", where)._replace(gold=tuple(found))
+        question = question_of(row, "question", where)
         nothing = row.get("documents") == [] and not question.answers
+        question = question._replace(gold=tuple(dict.fromkeys(places[0] for places in found)),
+                                     nothing=nothing, whole=any(len(places) > 1 for places in found))
         again += question in questions
-        questions[question._replace(nothing=nothing)] = None
+        questions[question] = None
     if not questions:
         raise UserError(f"{path}: no question in it")
     tell_odd(path, {"skipped: asked again": again}, say)
@@ -233,9 +262,9 @@ def pieces_of(documents):
     return pieces
 
 
-def place_of(name, pieces, documents, first=False):
-    """The place of the one document that is meant by "notes.md" or "notes.md:12"; first: of a long line that
-    is several documents the first one. Raises UserError."""
+def places_of(name, pieces, documents):
+    """The places of the documents that are meant by "notes.md", all of its pieces, or by "notes.md:12", most
+    often one. Raises UserError where there are none."""
     name = same(name)
     file, _, line = name.rpartition(":")
     places = pieces.get(name)
@@ -243,7 +272,15 @@ def place_of(name, pieces, documents, first=False):
         line = int(line) if line.isdecimal() and len(line) < 10 else 0
         places = [place for place in pieces.get(file, ())
                   if documents[place].first_line <= line <= documents[place].last_line]
-        places = places[:1] if first else places
+    if not places:
+        raise UserError(f"{name!r} names no document; give a file below --documents, or an id, and perhaps a "
+                        'line of it: "notes.md:12"')
+    return places
+
+
+def place_of(name, pieces, documents):
+    """The place of the one document that is meant, as by `places_of`. Raises UserError."""
+    places = places_of(name, pieces, documents)
     if len(places) != 1:
         raise UserError(f"{name!r} names {len(places)} documents, not one; give a file below --documents, or "
                         'an id, and a line of it if the file was split: "notes.md:12"')
@@ -264,7 +301,10 @@ def bm25_search(texts):
         raise UserError("BM25 needs bm25s and PyStemmer: pip install -e '.[baselines]'") from None
     words = dict(stemmer=Stemmer.Stemmer("english"), stopwords="en", show_progress=False)
     index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    index.index(bm25s.tokenize(texts, **words), show_progress=False)
+    tokens = bm25s.tokenize(texts, **words)
+    if not tokens.vocab:  # stop words alone: nothing is found, and the order stays
+        return lambda query, k: [(i, 0.0) for i in range(min(k, len(texts)))]
+    index.index(tokens, show_progress=False)
 
     def search(query, k):
         found, scores = index.retrieve(bm25s.tokenize([query], **words), k=min(k, len(texts)),

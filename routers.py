@@ -5,7 +5,8 @@
 A few directions of a trained model's layer inputs are hundreds of times longer than the others and the same
 in every text: through them everything looks alike. So each side is whitened by its own statistics: the
 routing key of a chunk is (S_d + ridge)^-1/2 (h - m_d) for the mean h of its tokens' inputs, a routing query
-is (S_q + ridge)^-1/2 (h - m_q); m and S are means and covariances of documents' chunks and questions' tokens.
+is (S_d + S_q + ridge)^-1/2 (h - m_q); m and S are means and covariances of documents' chunks and questions'
+tokens, the S divided by their traces where both are added.
 Like then finds like, and every direction counts. Rare words have long whitened inputs: a question's tokens
 are averaged before the query is brought to unit length, and so weigh by rarity, as with IDF; besides, tokens
 are weighted by how few documents have them (`token_weights`). In a corpus of few words, such as lists of
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memory import padded_batches
+from memory import BATCH_TOKENS, padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means, sparse_attention
 
@@ -97,9 +98,9 @@ def layer_inputs(model, tokens, prefix_length=0, shift=0):
     return [found[i] for i in layers]
 
 
-def batches(texts, device, bar):
+def token_batches(texts, device, bar):
     """Padded tokens (B, L) and their lengths (B,) of texts, lists of ids, in batches of similar length."""
-    for batch, tokens in padded_batches([torch.tensor(text) for text in texts], 2048):
+    for batch, tokens in padded_batches([torch.tensor(text) for text in texts], BATCH_TOKENS):
         lengths = torch.tensor([len(texts[i]) for i in batch])
         yield tokens.to(device), lengths.to(device)
         bar.update(int(lengths.sum()))
@@ -114,10 +115,10 @@ def fit_routers(model, documents, questions, prefix_length=0):
     chunks, tokens_of = ([Moments(config.hidden_size) for _ in config.router_layers] for _ in range(2))
     total = sum(map(len, documents)) + sum(map(len, questions))
     with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
-        for tokens, lengths in batches(documents, device, bar):
+        for tokens, lengths in token_batches(documents, device, bar):
             for moments, h in zip(chunks, layer_inputs(model, tokens)):
                 moments.add(chunk_means(h[:, :, None].float(), lengths, config.chunk_size)[:, 0])
-        for tokens, lengths in batches(questions, device, bar):
+        for tokens, lengths in token_batches(questions, device, bar):
             place = torch.arange(tokens.size(1), device=device)
             counts = (place >= prefix_length) & (place < lengths[:, None])
             for moments, h in zip(tokens_of, layer_inputs(model, tokens, prefix_length, config.top_k)):
@@ -149,9 +150,9 @@ def fit_routers(model, documents, questions, prefix_length=0):
     model.trained_routers = True
 
 
-def make_routers(model, tokenizer, texts, seed=0):
+def make_routers(model, tokenizer, texts):
     """`fit_routers` for a chat backbone and a corpus of texts (strings), of which a sample is taken."""
-    rng, documents, total = np.random.default_rng(seed), [], 0
+    rng, documents, total = np.random.default_rng(0), [], 0
     texts = [texts[i] for i in rng.permutation(len(texts))]
     for text in texts:
         documents.append(tokenizer.document(len(documents), tokenizer.encode(text)))

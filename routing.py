@@ -409,7 +409,7 @@ def best_of_each(scores, k):
 
 
 def best_by_key(scores, k):
-    """`top_documents` on a device, where nobody waits: integers that are ordered as (score, -number) are, and
+    """`top_documents` without waiting for the device: integers that are ordered as (score, -number) are, and
     of which no two are equal."""
     M = scores.size(1)
     bits = (scores + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0

@@ -53,7 +53,7 @@ from prompts import load_checkpoint
 from question_sets import bm25_search
 from routers import make_routers
 from sync import encode_texts
-from tasks import Words, count_tokens, parse_lengths
+from tasks import Words, count_tokens, frame_tokens, parse_lengths
 
 METHODS = ("none", "oracle", "bm25", "memory")
 ENDING = " mentioned in the provided text"  # of RULER's questions; our tiny models do not know these words
@@ -66,7 +66,7 @@ class RulerConfig:
     methods: str = ",".join(METHODS)  # commas between
     lengths: str = "32k,128k,512k,1m"  # tokens of memory, comma-separated, k or m behind a number
     questions: int = 100              # of each task, the same at every length
-    seed: int = 1                     # of documents and questions
+    seed: int = 1                     # of documents, questions and sampling
     batch: int = 8                    # questions that are asked side by side
     essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
     json: str = ""                    # write the rows here; those that are there are not measured again
@@ -143,9 +143,7 @@ def grow(haystack, tokenizer, lengths, seed):
         haystack.grow(count)
         texts = [" ".join(sentences) for sentences in haystack.sentences]
         numbers = np.random.default_rng(seed).permutation(len(texts)).tolist()
-        around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(len(texts))))]
-        frames = [around[len(str(number)) - 1] for number in numbers]
-        ends = np.cumsum(count_tokens(tokenizer, texts) + frames)
+        ends = np.cumsum(count_tokens(tokenizer, texts) + frame_tokens(tokenizer, numbers))
         if ends[-1] >= lengths[-1]:
             counts = np.searchsorted(ends, lengths, side="right").tolist()
             texts, numbers = texts[:counts[-1]], np.argsort(np.argsort(numbers[:counts[-1]])).tolist()

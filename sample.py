@@ -39,7 +39,7 @@ from common import (
     write_json,
 )
 from documents import check_documents, documents_size, list_documents, read_documents, tell_skipped
-from interleave import InterleaveConfig, answer_questions, interleave
+from interleave import InterleaveConfig, answer_questions, check_lengths, interleave
 from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
@@ -68,7 +68,7 @@ class SampleConfig:
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds
-    verify: bool = False                  # check every sum of the bank
+    verify: bool = False                  # check every checksum of the bank
     remove: bool = False                  # more than half of the bank may go where --documents lacks it
     compact: bool = False                 # rewrite the bank without its deleted documents
     content: Literal["bfloat16", "int8"] = "bfloat16"       # how a new bank stores keys and values
@@ -117,7 +117,7 @@ def sources_of(answer, question, texts):
     return sorted((n for n in held if 2 * held[n] >= most), key=lambda n: -held[n])
 
 
-def place_of(memory, number):
+def position_of(memory, number):
     """The place in a memory of the document with this number."""
     return int(np.searchsorted(memory.numbers, number))
 
@@ -130,7 +130,7 @@ def shown(text):
 def show(model, tokenizer, memory, texts, where, question, config, reaches, say=print):
     """Stream one answer to the terminal, then its sources; or say that there is none, where the best score is
     not above what chance reaches. where(position): where a document comes from."""
-    place = lambda number: place_of(memory, number)
+    place = lambda number: position_of(memory, number)
     appended, ranked, answer = [], [], ""  # ranked: the first round's documents, the best first
     for event in interleave(model, tokenizer, memory, texts, question, config.interleave):
         if isinstance(event, str):
@@ -167,7 +167,7 @@ def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
     if model.config.prompts != "chat":  # it names what it wants
         return appended
     order = [n for n in ranked if n in appended] + [n for n in appended if n not in ranked]
-    return sources_of(answer, question, {n: tokenizer.decode(texts[place_of(memory, n)]) for n in order})
+    return sources_of(answer, question, {n: tokenizer.decode(texts[position_of(memory, n)]) for n in order})
 
 
 def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
@@ -181,7 +181,7 @@ def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
         documents = cited(model, tokenizer, memory, texts, question, answer, appended, [n for n, _ in routed])
         if best_score(routed) <= reaches:
             answer, documents = None, []
-        sources = [dict(number=n, source=where(place_of(memory, n))) for n in documents]
+        sources = [dict(number=n, source=where(position_of(memory, n))) for n in documents]
         rows.append(dict(question=question, answer=answer, documents=sources))
     return rows
 
@@ -219,7 +219,7 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         total = sum(segment.entry["bytes"] for segment in bank.segments)
         with tqdm(desc="verifying", total=total, **progress) as bar:
             bank.verify(bar.update)
-        say(f"{config.memory}: {total:,} bytes, every sum is right")
+        say(f"{config.memory}: {total:,} bytes, every checksum is right")
     ranks.wait("checked")
     if config.info:
         say(describe(bank))
@@ -246,6 +246,8 @@ def script():
         if not questions:
             raise UserError(f"{config.questions}: no question in it")
         check_output("--json", config.json, config.questions, config.documents)
+        if config.documents:
+            check_outside("--json", config.json, config.documents)
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     folder = find(config.checkpoint or default)
     hidden_size = MSA.read_config(folder)[0].hidden_size
@@ -257,6 +259,7 @@ def script():
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
     ranks = Ranks(device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))
+    check_lengths(model, tokenizer, questions)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     on = f"{device} ({reason})"
     if not config.checkpoint and default == "checkpoints/demo":
@@ -279,6 +282,7 @@ def script():
     about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
 
     def ask(question):
+        check_lengths(model, tokenizer, [question])
         if config.memory:
             memory.refresh()  # it may have changed since the last question
         show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)

@@ -67,7 +67,7 @@ def bank_routers(model, tokenizer, folder, texts, ranks):
     path, held = Path(folder) / ROUTERS, (Path(folder) / "manifest.json").exists()
     if not held and texts is None:
         return  # there is no bank, which will be told
-    if ranks.rank == 0 and not path.exists():
+    if ranks.rank == 0 and not (held and path.exists()):  # without a bank they are of a making that ended
         if held:
             layout = Bank(folder).layout  # without routers the model has no fingerprint to compare
             if not layout.fingerprint.endswith(tokenizer.fingerprint()):
@@ -145,6 +145,15 @@ class Changes:
                     raise UserError(given_twice(what, value))
         return due, replaced
 
+    def next(self, groups):
+        """(group, due, replaced, error): the next Documents, and what they change (`compare`). An error ends
+        the stream; what is encoded until then is kept."""
+        try:
+            group = next(groups)
+            return group, *self.compare(group), None
+        except (UserError, OSError) as error:
+            return [], [], [], error
+
     def missing(self, skipped):
         """The numbers of the documents that have not come; asked at the end of the stream.
 
@@ -202,25 +211,15 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
         with tqdm(**progress, disable=not first) as bar:
             group = True
             while group:
-                failed = None
-                try:
-                    group = next(stream)
-                    due, held = changes.compare(group)
-                except (UserError, OSError) as error:  # what is encoded is kept
-                    failed, group, due, held = error, [], [], []
+                group, due, held, failed = changes.next(stream)
                 full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
                 late = time.monotonic() - committed > COMMIT_SECONDS
-                work = hash64(*(f"{number} {id_hash} {digest}" for number, _, id_hash, digest in due)) >> 1
-                reports = ranks.gather(torch.tensor([full or late, failed is not None, len(group), work],
-                                                    device=ranks.device))
-                if (reports[:, 1:] != reports[0, 1:]).any():
-                    failed = failed or UserError("the ranks read different documents; "
-                                                 "--documents must be the same for all of them")
+                commits, failed = compare_ranks(ranks, full or late, failed, group, due)
                 missing = [] if group or failed else changes.missing(skipped)
                 if 2 * len(missing) > len(bank) and not remove:
                     failed = UserError(f"{folder}: {len(missing):,} of its {len(bank):,} documents are not "
                                        "in --documents; if they shall go, give --remove (new ones are added)")
-                if reports[:, :2].any() or failed or not group:
+                if commits or failed or not group:
                     commit(replaced + ([] if failed else missing))
                     replaced, committed = [], time.monotonic()
                 if failed:
@@ -240,6 +239,15 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
     if encoded:
         done += f"; {encoded:,} tokens encoded at {encoded / (time.monotonic() - began):,.0f} tokens/s"
     return done
+
+
+def compare_ranks(ranks, commits, failed, group, due):
+    """(whether some rank commits now or has failed, this rank's error): all must have read the same."""
+    work = hash64(*(f"{number} {id_hash} {digest}" for number, _, id_hash, digest in due)) >> 1
+    reports = ranks.gather(torch.tensor([commits, failed is not None, len(group), work], device=ranks.device))
+    if not failed and (reports[:, 1:] != reports[0, 1:]).any():
+        failed = UserError("the ranks read different documents; --documents must be the same for all of them")
+    return bool(reports[:, :2].any()), failed
 
 
 def encode_records(model, tokenizer, due, layout):

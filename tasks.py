@@ -54,6 +54,9 @@ class Question:
         return replace(self, gold=tuple(tuple(int(place[document]) for document in hop) for hop in self.gold))
 
 
+SPLITS = "test", "validation", "train"
+
+
 class Words:
     """The words of wonderwords, and the division of all pairs (adjective, noun) into three splits."""
 
@@ -71,13 +74,17 @@ class Words:
         draw = np.random.default_rng(0).random(len(self.adjectives) * len(self.nouns), dtype=np.float32)
         self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # 0 test, 1 validation, 2 train
 
+    def of_split(self, split):
+        """Which pairs are of a split, "test", "validation" or "train": bool, by their number."""
+        return self.split == SPLITS.index(split)
+
     def key(self, pair):
         """The key "adjective-noun" of pair number `pair`."""
         return f"{self.adjectives[pair // len(self.nouns)]}-{self.nouns[pair % len(self.nouns)]}"
 
     def pairs(self, split, count, rng):
         """`count` distinct pairs of one split ("test", "validation", "train"), shuffled."""
-        pairs = np.flatnonzero(self.split == ("test", "validation", "train").index(split))
+        pairs = np.flatnonzero(self.of_split(split))
         if count > len(pairs):
             raise UserError(f"{count:,} keys were asked for, but there are {len(pairs):,} {split} pairs; "
                             "ask for a smaller memory")
@@ -88,7 +95,7 @@ class Words:
 
         alike: the share of these whose other words are neighbours in the dictionary, and often begin alike.
         """
-        code = ("test", "validation", "train").index(split)
+        code = SPLITS.index(split)
         chosen = []
         while len(chosen) < count:
             adjective, noun = int(rng.integers(len(self.adjectives))), int(rng.integers(len(self.nouns)))
@@ -243,14 +250,13 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0, rank
     example = make_memory(words, task, 64, 1, seed, filler)[0][-1]
     count = lengths[-1] // (len(tokenizer.encode(example)) + 8) + questions  # a guess
     if not single:
-        count = min(count, int((words.split == 0).sum()))  # the guess for 100m is more than all test keys
+        count = min(count, int((words.of_split("test")).sum()))  # the guess for 100m is above all test keys
     while True:
         texts, asked = make_memory(words, task, count, questions, seed, filler)
         needles = texts[:questions] if single else []
         texts = texts[questions - 1:] if single else texts
         numbers = rng.permutation(len(texts)).tolist()
-        around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(len(texts))))]
-        frames = np.array([around[len(str(number)) - 1] for number in numbers])  # tokens around texts
+        frames = frame_tokens(tokenizer, numbers)
         sizes = count_tokens(tokenizer, texts, ranks)
         ends = np.cumsum(sizes + frames)
         if ends[-1] >= lengths[-1]:
@@ -268,6 +274,12 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0, rank
     ends = np.cumsum(sizes[source] + frames[:counts[-1]])
     asked = [replace(question, gold=((0,),)) if single else question.moved(place) for question in asked]
     return GrowingMemory([texts[i] for i in source], numbers[:counts[-1]], ends, counts, asked, needles)
+
+
+def frame_tokens(tokenizer, numbers):
+    """(M,) tokens that stand around the texts of documents: their numbers and punctuation."""
+    around = [len(tokenizer.document(10 ** digits, [])) for digits in range(len(str(max(numbers))))]
+    return np.array([around[len(str(number)) - 1] for number in numbers])
 
 
 def count_tokens(tokenizer, texts, ranks=None, batch=20000):

@@ -303,7 +303,7 @@ def special_tokens(first, number_tokens):
     return {name: first + i for i, name in enumerate(names)}
 
 
-def train_encoding(texts, vocab_size, number_tokens=False, name="bpe"):
+def train_encoding(texts, vocab_size, number_tokens=False):
     """Train a byte-level BPE of `vocab_size` tokens (special tokens included) on an iterator of texts."""
     try:
         import rustbpe
@@ -316,7 +316,7 @@ def train_encoding(texts, vocab_size, number_tokens=False, name="bpe"):
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), vocab_size - own, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return Tokenizer(tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
+    return Tokenizer(tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
                                        special_tokens=special_tokens(len(ranks), number_tokens)))
 
 

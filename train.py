@@ -13,7 +13,7 @@ A step reads one pool of documents per rank, encodes it once, and asks all of th
 (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
 it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state/ (for --resume, on
 any number of ranks), log.jsonl and curves.png. A step is measured before it changes the weights: the row of
-step 1 is the untrained model's. Every memory layer's recall is its own, nothing forced.
+step 1 is the untrained model's. Every memory layer's recall is of what it selects itself.
 """
 import contextlib
 import math
@@ -127,7 +127,7 @@ def start_from(config, folder, tokenizer, device, dtype):
                         f"{config.init_from} is not; leave it out")
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
-    changes = settings(config, loaded, ("second_look",) if config.rank else free)
+    changes = own_settings(config, loaded, ("second_look",) if config.rank else free)
     if config.rank:
         changes["second_look"] = changes["second_look"] or loaded.second_look
     elif backbone:
@@ -153,7 +153,7 @@ ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "rou
            "query_reduction", "routing_dim", "document_share")  # new routers are free to have
 
 
-def settings(config, loaded, names):
+def own_settings(config, loaded, names):
     """The fields `names` of config.model. Raises UserError for another that differs from `init_from`'s."""
     for name, default in asdict(ModelConfig()).items():
         asked, own = getattr(config.model, name), getattr(loaded, name)
@@ -320,15 +320,15 @@ def plot(rows, path, routes):
               (left, "answer", "next token, answers"), (left, "aux", "routing (Eq. 5)"))
     shares = (middle, "named", "number and stop" if routes else "not found"), (middle, "answered", "answer")
     for axes, name, label in (*losses[:3 if routes else 2], *shares):
-        draw(axes, label, lambda row, name=name: row[name], lw=0.8)
+        draw(axes, label, lambda row: row[name], lw=0.8)
     layers = len(train[0]["recall"]) - 1
     right.set_visible(routes)
     for i, label in enumerate([*(f"memory layer {i}" for i in range(layers)), "mean score"]):
-        draw(right, label, lambda row, i=i: row["recall"][i], lw=0.8)
+        draw(right, label, lambda row: row["recall"][i], lw=0.8)
     right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
     middle.set(xlabel="step", ylabel="share of samples wholly right", ylim=(0, 1.02), title="named, answered")
-    right.set(xlabel="step", ylabel="recall@k, nothing forced", ylim=(0, 1.02), title="routing")
+    right.set(xlabel="step", ylabel="recall@k", ylim=(0, 1.02), title="routing")
     for axes in panels:
         axes.legend()
     with atomic_file(path, "wb") as file:
@@ -362,11 +362,11 @@ def prepare(config, folder, device, dtype):
     if config.model.prompts != "nanomsa":
         raise UserError(f"model.prompts is {config.model.prompts!r}; leave it out: models that train.py "
                         'makes are asked as "nanomsa", or with a rank as --init-from is')
-    if config.data.documents:
-        config.model.max_document_tokens = config.data.max_document_tokens
     torch.manual_seed(config.seed)
-    weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)  # or autocast
+    weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
+    if config.data.documents:  # sample.py and eval.py cut them alike
+        model.config.max_document_tokens = config.data.max_document_tokens
     config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
@@ -492,6 +492,27 @@ def telling_of_lost_ranks(config):
                         f"from the last checkpoint in {config.out}") from None
 
 
+def step_gradients(model, called, taken, config, step, device, dtype, world):
+    """The gradients of a step's pools: (their metrics added up, tokens, operations); called: of share_out."""
+    aux_weight, lm_weight = (1.0, config.router_lm_weight) if step < config.router_steps else (0.1, 1.0)
+    metrics, tokens, work = 0.0, 0, 0
+    for micro in range(config.accumulate):
+        documents, numbers, batches = next(taken)
+        last = micro == config.accumulate - 1  # gradients are added up over ranks once
+        if is_shared(model):
+            model.set_requires_gradient_sync(last)
+        elif world > 1:
+            called.require_backward_grad_sync = last
+        with autocast(device, dtype):
+            losses = called(documents, numbers, batches)
+        ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
+        metrics = metrics + flatten_metrics(losses)
+        lengths, parts = [*map(len, documents)], sizes(batches)
+        tokens += sum(lengths) + sum(rows * length + shared for rows, length, shared, _ in parts)
+        work += operations(config.model, lengths, parts, 5 / 3 if config.rank else 3)
+    return metrics, tokens, work
+
+
 def script():
     config = command_line(TrainConfig, __doc__)
     keep_freed_memory()
@@ -555,25 +576,10 @@ def train(config, device, dtype, rank, world, say):
     if step and unseen and due(step):  # the run was killed before it
         evaluate()
     while step < config.max_steps and not stop:
-        first_phase = step < config.router_steps
-        aux_weight, lm_weight = (1.0, config.router_lm_weight) if first_phase else (0.1, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        metrics = 0.0
-        for micro in range(config.accumulate):
-            documents, numbers, batches = next(taken)
-            last = micro == config.accumulate - 1  # gradients are added up over ranks once
-            if is_shared(model):
-                model.set_requires_gradient_sync(last)
-            elif world > 1:
-                called.require_backward_grad_sync = last
-            with autocast(device, dtype):
-                losses = called(documents, numbers, batches)
-            ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
-            metrics = metrics + flatten_metrics(losses)
-            lengths, parts = [*map(len, documents)], sizes(batches)
-            tokens_done += sum(lengths) + sum(rows * tokens + shared for rows, tokens, shared, _ in parts)
-            work_done += operations(config.model, lengths, parts, 5 / 3 if config.rank else 3)
+        metrics, tokens, work = step_gradients(model, called, taken, config, step, device, dtype, world)
+        tokens_done, work_done = tokens_done + tokens, work_done + work
         position += config.accumulate * world
         norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
         optimizer.step()

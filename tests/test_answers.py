@@ -9,7 +9,7 @@ import torch
 import answers
 import batches
 from answers import (
-    choose,
+    draw,
     f1,
     interval,
     measure,
@@ -80,13 +80,13 @@ def test_interval():
     assert interval([0.25] * 7, 1) == [0.25] * 3
 
 
-def test_choose():
+def test_draw():
     """Questions would change from run to run, be doubled, or be some that nothing is known to answer."""
-    questions = [SetQuestion(str(i), (), ("x",) * (i % 3)) for i in range(60)]
-    chosen = choose(questions, 20, 1)
-    assert chosen == choose(questions, 20, 1) != choose(questions, 20, 2)
-    assert chosen == sorted({*chosen}) and len(chosen) == 20 and all(i % 3 for i in chosen)
-    assert choose(questions, 1000, 1) == [i for i in range(60) if i % 3]
+    some = [i for i in range(60) if i % 3]
+    chosen = draw(some, 20, 1)
+    assert chosen == draw(some, 20, 1) != draw(some, 20, 2)
+    assert chosen == sorted({*chosen}) and len(chosen) == 20 and {*chosen} <= {*some}
+    assert draw(some, 1000, 1) == some
 
 
 TEXTS = [f"document {i}" for i in range(40)]
@@ -167,7 +167,11 @@ def test_measure_of_passages(scripted):
     found = {row["method"]: (row["recall_at_1"], row["recall_at_5"], row["all_gold_at_16"]) for row in rows}
     assert found["bm25"] == (0, 1, 1) and found["memory"] == (0.5, 1, 1)
     assert {tuple(documents) for _, documents in seen} == {(), (1, 2, 3, 4), (0, 1), (3, 2)}
-    assert answers.shown((0, 1), [0] * 20 + [1]) == [*range(8), 20]
+    both, owner = SetQuestion("q", (0, 1), ("The End",)), [0] * 20 + [1]
+    assert answers.shown(both, owner, None) == [0, 1, 2, 3, 20] and answers.shown(both, None, None) == (0, 1)
+    texts = ["so"] * 17 + ["the end", "so", "THE END."] + ["so"]
+    assert answers.shown(both, owner, texts) == [0, 1, 17, 19, 20]
+    assert answers.shown(both._replace(gold=(0,)), owner, texts) == [*range(6), 17, 19]
 
 
 def test_measure_of_a_second_look(scripted):
@@ -178,7 +182,7 @@ def test_measure_of_a_second_look(scripted):
     def noting(method, find=finders["memory"]):
         return lambda texts: asked[method].extend(texts) or find(texts)
     both = dict(bm25=finders["bm25"], memory=noting("memory"), routing=noting("routing"))
-    rows = measure(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True)
+    rows = measure(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True, looked=[1, 3])
     found = {row["method"]: row for row in rows}
     assert [*found] == ["none", "oracle", "bm25", "routing", "memory"]
     assert len(asked["routing"]) == 4 and asked["memory"] == [questions[i].text for i in (1, 3)]

@@ -57,10 +57,6 @@ def place(tiny, checkpoint, tokenizer, tmp_path_factory):
         for key, value in edits.items():
             (config["msa_config"] if key in config["msa_config"] else config)[key] = value
         (folder / name / "config.json").write_text(json.dumps(config))
-    shutil.copytree(checkpoint, folder / "full")
-    about = json.loads((folder / "full" / "config.json").read_text())
-    about["msa_config"]["full_attention"] = True  # a baseline of before it had a file of its own
-    (folder / "full" / "config.json").write_text(json.dumps(about))
     (folder / "no_tokenizer" / "tokenizer_msa.json").unlink()
     (folder / "no_weights" / "model.safetensors").unlink()
     weights = folder / "half" / "model.safetensors"
@@ -196,12 +192,16 @@ MISTAKES = [
      "error: --json docs: not a regular file"),
     (evaluation, "--checkpoint good --data good.jsonl --documents docs --json good.jsonl",
      "error: --json good.jsonl: is good.jsonl, which would be lost"),
+    (evaluation, "--checkpoint good --data good.jsonl --documents docs --json docs/rows.json",
+     "error: --json docs/rows.json: lies in --documents docs, and would be read, too; give another place"),
+    (evaluation, "--checkpoint good --data good.jsonl --documents docs --memory docs/bank",
+     "error: --memory docs/bank: lies in --documents docs, and would be read, too"),
+    (sample, "--checkpoint good --documents docs --questions good.jsonl --json docs/a.txt",
+     "error: --json docs/a.txt: lies in --documents docs"),
     (evaluation, "--checkpoint good --json rows --plot rows", "error: --plot rows: is rows, which would be"),
     (train, "tiny.toml --out odd_data --data.out odd_data", "error: --out is odd_data, which holds the prep"),
     (needles, "--out docs", "error: --out docs: is there, and not empty"),
     # checkpoints
-    (sample, "--checkpoint full --documents docs q",
-     "error: full/config.json: a baseline without a memory; train it anew with baseline.py"),
     (evaluation, "--checkpoint good --baseline oracle --zero-values",
      "zero-values is about the memory, --baseline oracle has none"),
     (evaluation, "--checkpoint good --baseline bm25 --routing-keys int8",

@@ -13,9 +13,12 @@ from documents import (
     LONG,
     PASSAGE,
     Document,
+    Titled,
     documents_size,
+    find_headings,
     passages,
     read_documents,
+    split_text,
     tell_skipped,
 )
 
@@ -218,7 +221,8 @@ def test_encodings(tmp_path, encoding, text):
 
 
 @pytest.mark.parametrize("line", [b'{"id": "a", "text": "Gr\xfc\xdfe"}', b'{"id": "a", "text": "\\ud83d"}',
-                                  b'{"id": "a"}', b'["a", "b"]', b'{"id": 3, "text": "a"}', b"{", b"\0"])
+                                  b'{"id": "a"}', b'["a", "b"]', b'{"id": 3.5, "text": "a"}',
+                                  b'{"id": true, "text": "a"}', b"{", b"\0"])
 def test_bad_lines_of_jsonl(tmp_path, line):
     """A bad line would end in a traceback that does not name it."""
     (tmp_path / "docs.jsonl").write_bytes(b'{"id": "good", "text": "a"}\n\n' + line + b"\n")
@@ -348,6 +352,15 @@ def test_headings(tmp_path):
         ("# no heading\nx = 1", "", "c.py:1-2")]
 
 
+@pytest.mark.parametrize("text,markdown,expected", [
+    ("# A\n~~~\n# no\n~~~\n# B", True, [(1, "A"), (5, "B")]), ("A word\n~~~~~~", False, [(1, "A word")]),
+    ("````\n```\n# no\n```\n# no\n````\n# B", True, [(7, "B")]), ("```a``` b\n# B", True, [(2, "B")]),
+    ("# A\n---\nb", True, [(1, "A")]), ("```\nno\n---\n```", True, [])])
+def test_headings_beside_code(text, markdown, expected):
+    """A comment in code would be a heading, or one behind the code none."""
+    assert find_headings(list(enumerate(text.split("\n"), start=1)), markdown) == expected
+
+
 @pytest.mark.parametrize("title,text,spelled", [
     ("", "Text.", "Text."), ("Boats", "They float.", "Boats\nThey float."),
     ("Boats", "# Boats\n\nText", None), ("Boats", "=====\nBoats\n=====\nText", None),
@@ -377,12 +390,27 @@ def test_passages():
     body = [f"w{i}" for i in range(3000)]
     long = "The Mill\n" + "\n\n".join(" ".join(body[i:i + 100]) for i in range(0, 3000, 100))
     bare = " ".join(body)  # one line, which is no title
-    texts = ["A\nshort one", long, "word " * LONG, bare, ""]
+    texts = ["A\nshort one", Titled(long), "word " * LONG, bare, "", "Ann: so\n" + bare]
     found, owner = passages(texts, count)
-    assert owner == sorted(owner) and {*owner} == {*range(5)} and owner[0] == 0
+    assert owner == sorted(owner) and {*owner} == {*range(6)} and owner[0] == 0
     own = lambda place: [text for text, of in zip(found, owner) if of == place]
     assert own(0) == texts[:1] and own(2) == texts[2:3] and own(4) == [""]
     for place, head in ((1, ["The", "Mill"]), (3, [])):
         assert len(own(place)) >= 6 and all(count(text) <= PASSAGE for text in own(place))
         assert [word for text in own(place) for word in text.split()[len(head):]] == body
         assert all(text.split()[:len(head)] == head for text in own(place))
+    assert " ".join(own(5)).split() == ["Ann:", "so", *body]  # a first line that is no title
+
+
+def test_passages_of_signs():
+    """A text whose characters are several tokens each would be read as a whole."""
+    found, owner = passages(["\U00012000 " * 600], lambda text: len(text.encode()))
+    assert {*owner} == {0} and len(found) > 1
+
+
+def test_long_lines_end_with_sentences():
+    """An article in one line would be cut within a sentence, and the reader see two halves of it."""
+    sentences = [f"Number {i} is what {'the ' * (i % 5)}line says here." for i in range(40)]
+    pieces = list(split_text([(1, " ".join(sentences))], [], lambda text: len(text.split()), 30))
+    assert len(pieces) > 5 and all(piece.text.endswith(".") for piece in pieces)
+    assert " ".join(piece.text for piece in pieces) == " ".join(sentences)

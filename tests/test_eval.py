@@ -41,7 +41,7 @@ def test_lengths_that_are_none(text):
 
 
 def rounds(*routed_and_named):
-    return [Round([(n, 1.0) for n in routed], named, sorted(named)) for routed, named in routed_and_named]
+    return [Round([(n, 1.0) for n in routed], named) for routed, named in routed_and_named]
 
 
 @pytest.mark.parametrize("gold,found,answer,expected", [
@@ -155,7 +155,7 @@ def test_counting(evaluate, task, kind, expected):
         gold, value = gold_of(texts, question)
         others = [i for i in range(len(texts)) if i not in gold]
         named = {"right": gold, "wrong": others[:1], "first hop": gold[:1], "backwards": gold[::-1]}[kind]
-        found = [Round([(memory.numbers[i], 1.0)], [memory.numbers[i]], [memory.numbers[i]]) for i in named]
+        found = [Round([(memory.numbers[i], 1.0)], [memory.numbers[i]]) for i in named]
         return value if kind in ("right", "backwards") else "0", found
     rows, _ = evaluate("--task", task, "--lengths", "400", "--questions", 3, answer=answer)
     share = (0.0 if kind == "backwards" else 0.5) if task == "two_hop" else 1.0
@@ -451,7 +451,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
             return [answer(tokenizer, *one) for one in asked]
 
         def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
-            assert model.config.top_k == (16 if len(memory) < 20 else 64)
+            assert model.config.top_k == (16 if len(memory) < 20 else min(64, len(memory)))
             return [(list(range(len(memory)))[::-1], 20, len(question) / 100) for question in questions]
         with monkeypatch.context() as patch:
             patch.setattr(answers, "answers_from_texts", answer_all)
@@ -567,7 +567,42 @@ def test_own_questions(evaluate_set, tmp_path):
     assert [numbers for _, numbers, _ in seen if len(numbers) == 2][-1] == [2, 1]
 
 
+def test_questions_about_whole_files(evaluate_set, tmp_path):
+    """A file that is named as a whole would be refused, or its first piece alone pass for it."""
+    (tmp_path / "notes").mkdir()
+    lines = [f"The otter has {i} fish, {'and ' * 40}so on." for i in range(9)]
+    (tmp_path / "notes" / "fish.md").write_text("\n\n".join(lines))
+    (tmp_path / "notes" / "line.md").write_text(" ".join(lines))
+    (tmp_path / "notes" / "b.md").write_text("The bb is B")
+    questions = [{"question": "What is bb?", "answers": ["b"], "documents": ["b.md"]},
+                 {"question": "How many fish?", "answers": ["8 fish"], "documents": ["fish.md"]},
+                 {"question": "Which line?", "answers": ["8 fish"], "documents": ["line.md:1"]}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    rows, seen, out = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
+                                   "--k", 1, "--max-answer-tokens", 5)
+    assert "3 documents in " in out and {row["documents"] for row in rows} == {3}
+    given = [texts for question, _, texts in seen if question != "What is bb?"]
+    assert max(map(len, given)) > 1 and any("8 fish" in text for texts in given for text in texts)
+
+
+def test_a_set_without_answers(evaluate_set, checkpoint, tmp_path):
+    """A set that nobody answers would have a second look taken at each of its questions, for hours."""
+    data = write_set(tmp_path / "set", "amber teal otter heron khaki".split())
+    lines = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    (data / "queries.jsonl").write_text("".join(json.dumps({"_id": row["_id"], "text": row["text"]}) + "\n"
+                                                for row in lines))
+    shutil.copytree(checkpoint, tmp_path / "looks")
+    about = json.loads((checkpoint / "config.json").read_text())
+    about["msa_config"]["second_look"] = 2
+    (tmp_path / "looks" / "config.json").write_text(json.dumps(about))
+    for count, looked in ((2, 2), (0, len(lines))):
+        rows, _, _ = evaluate_set("--data", data, "--questions", count, "--checkpoint", tmp_path / "looks")
+        found = {row["method"]: row["questions_of_recall"] for row in rows}
+        assert found == dict(bm25=len(lines), routing=len(lines), memory=looked)
+
+
 @pytest.mark.parametrize("flags,message", [
+    (["--data", "own.jsonl", "--documents", "notes", "--split", "dev"], "--split is about a set; questions"),
     (["--data", "set", "--task", "two_hop"], "--task is not for --data"),
     (["--data", "set", "--zero-values"], "--zero-values is not for --data"),
     (["--split", "dev"], "--split is about a set; give its --data"),

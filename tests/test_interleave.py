@@ -173,7 +173,7 @@ def test_only_candidates_are_named(tokenizer, ask, wanted):
 def test_nothing_is_routed(tokenizer, ask, nothing):
     """A question for which nothing is found would fail, or name what was not found."""
     answer, rounds, model = ask(model=Scripted(tokenizer, [[12], [3]], tokenizer.encode("ok"), [nothing]))
-    assert answer == "ok" and rounds == [Round([], [], [])] and len(model.prompts) == 1
+    assert answer == "ok" and rounds == [Round([], [])] and len(model.prompts) == 1
 
 
 def test_a_document_is_named_once(tokenizer, ask):

@@ -1,5 +1,6 @@
 """A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -103,6 +104,22 @@ def test_pools_of_sets(prepared, backbone):
                 assert answer == (about[-5:-1] if gold else NOT_FOUND) and (question[0] == "O") == bool(gold)
         assert kinds == {"Of", "Who"}
     assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
+
+
+def test_more_gold_documents_than_a_pool_has(places, backbone, run, tmp_path):
+    """A question of three documents in pools of two would end in a traceback."""
+    pytest.importorskip("bm25s")
+    shutil.copytree(places, tmp_path / "set")
+    for split in ("train", "test"):
+        path = tmp_path / "set" / "qrels" / f"{split}.tsv"
+        ids = [line.split("\t")[0] for line in path.read_text().splitlines()[1:]]
+        path.write_text("q\tc\ts\n" + "".join(f"{q}\t{q.split('-')[0]}-{part}\t1\n" for q in ids
+                                              for part in ("mill", "inn", "well")))
+    done = run(prepare_data, "--out", tmp_path / "data", "--data", tmp_path / "set", "--encoding", backbone,
+               "--pools", 4, "--validation-pools", 2, "--documents-per-pool", 2)
+    assert done.code == 0, done.err
+    documents, questions = Pools(tmp_path / "data" / "train", 261)[0]
+    assert len(documents) == 3 and {len(hop) for *_, gold, _ in questions for hop in gold} == {3}
 
 
 def test_cloze():
@@ -350,7 +367,8 @@ def test_own_notes(backbone, run, tmp_path):
     asked.write_text("".join(json.dumps({"question": f"How old is the {name}?", "answer": year, "documents":
                                          [f"{name}.txt"]}) + "\n"
                              for name, year in (("mill", "1871"), ("inn", "1902"))))
-    flags = ["--encoding", backbone, "--out", tmp_path / "data", "--documents-per-pool", 2, "--pools", 8]
+    flags = ["--encoding", backbone, "--out", tmp_path / "data", "--documents-per-pool", 2, "--pools", 8,
+             "--max-document-tokens", 150]
     both = run(prepare_data, "--data", f"{asked},{notes}", "--documents", notes, *flags)
     assert both.code == 0, both.err
     pools, found = Pools(tmp_path / "data" / "train", 261), set()
@@ -362,6 +380,12 @@ def test_own_notes(backbone, run, tmp_path):
             assert (answer == NOT_FOUND) == (not shown) and all(answer in text for text in shown)
             found.add(" ".join(question.split()[:3]))
     assert {"How old is", "Since what year"} & found == {"How old is", "Since what year"}, found
+    given = ["--data", f"{asked},{notes}", "--documents", notes, *flags]
+    trained = run(train, *(f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in given),
+                  "--init-from", backbone, "--rank", 2, "--router-steps", 0, "--max-steps", 1,
+                  "--device", "cpu", "--out", tmp_path / "out")
+    assert trained.code == 0, trained.err
+    assert MSA.from_pretrained(tmp_path / "out").config.max_document_tokens == 150  # asked as trained
     alone = run(prepare_data, "--data", notes, *flags)
     assert alone.code == 0 and "training pools" in alone.out, alone.err
     for given, message in ((["--data", asked], "data and documents go together"),

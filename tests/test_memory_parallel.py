@@ -615,7 +615,7 @@ def test_sample(run, here):
     (here / "docs" / "9.txt").write_text("A new one.")
     assert ask("--documents", "docs", "What?").startswith("bank: 1 added, 1 removed, 3 unchanged; ")
     out = ask("--info", "--verify")
-    assert "4 live, 1 deleted; the next number is 5" in out and "every sum is right" in out
+    assert "4 live, 1 deleted; the next number is 5" in out and "every checksum is right" in out
     assert Bank("bank").layout.fingerprint in out and "in 2 segments" in out
     assert "4 live, 0 deleted; the next number is 5" in ask("--compact", "--info")
     lines = [{"id": f"{i}", "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]

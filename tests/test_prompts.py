@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from cache import Cache
 from common import UserError
-from interleave import InterleaveConfig, answer_question, answers_from_texts
+from interleave import InterleaveConfig, answer_question, answers_from_texts, check_lengths
 from memory import Memory, Selection
 from model import ModelConfig
 from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
@@ -292,7 +292,7 @@ class Scripted:
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
         self.config = SimpleNamespace(prompts=prompts, vocab_size=tokenizer.vocab_size, top_k=4,
                                       router_temperature=0.1, routing_layers="", second_look=0)
-        self.device = torch.device("cpu")
+        self.device, self.others = torch.device("cpu"), {}
 
     def read(self, tokens, memory=None, routing_mask=None, cache=None, prefix_length=0, positions=None):
         t, row = self.tokenizer, tokens[0].tolist()
@@ -400,6 +400,39 @@ def test_chat(ask):
         f"<|im_start|>user\n[0]. zero\n\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}")
     assert asked[1].routed is None and asked[1].prefix == 0
     assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
+
+
+def test_context(ask, tmp_path, monkeypatch):
+    """A message would be longer than the backbone can read, or lack a document that fits; a question that
+    leaves no room would be asked all the same."""
+    _, _, (*_, both) = ask("chat", "", "So.<|im_end|>", max_documents=2)
+    tokenizer = load_tokenizer(tmp_path, ModelConfig(prompts="chat"))
+    message = tokenizer.message("Why?", [(0, "zero"), (3, "three")])
+    with_answer, init = len(message) + 64, Scripted.__init__
+
+    def limited(most):
+        def initialize(model, *args):
+            init(model, *args)
+            model.others = {"max_position_embeddings": most}
+        monkeypatch.setattr(Scripted, "__init__", initialize)
+    shown = {}
+    for most in (with_answer, with_answer - 1, 64):
+        limited(most)
+        shown[most] = ask("chat", "", "So.<|im_end|>", max_documents=2)[2][-1].text
+    assert shown[with_answer] == both.text and "[3]. three" in both.text
+    assert "[0]. zero\n\n" in shown[with_answer - 1] and "three" not in shown[with_answer - 1]
+    assert "zero" not in shown[64] and shown[64].startswith("<|im_start|>user\n")
+
+
+def test_lengths(tmp_path):
+    """A question of a book would take hours in place of a sentence."""
+    write(tmp_path)
+    model = SimpleNamespace(others={"max_position_embeddings": 100})
+    tokenizer = load_tokenizer(tmp_path, ModelConfig(prompts="chat"))
+    check_lengths(model, tokenizer, ["x" * 50, "Why?"])
+    check_lengths(SimpleNamespace(others={}), tokenizer, ["x" * 16384])
+    with pytest.raises(UserError, match="a question has 51 tokens, 'x{50}' and so on; this model takes 50"):
+        check_lengths(model, tokenizer, ["Why?", "x" * 51])
 
 
 def test_chat_in_shared_mode(ask, monkeypatch):

@@ -1,4 +1,5 @@
 """Reading of sets of questions, with what is wrong in the files that people have, and BM25."""
+import gzip
 import json
 import math
 import re
@@ -7,12 +8,13 @@ import sys
 import pytest
 
 from common import UserError
-from documents import read_documents
+from documents import Titled, read_documents
 from question_sets import (
     SetQuestion,
     bm25_search,
     choose_split,
     read_beir,
+    read_impossible,
     read_questions,
     read_set,
     read_squad,
@@ -44,9 +46,9 @@ def test_read_beir(tmp_path):
     said = []
     texts, questions = read_beir(beir_set(tmp_path / "set"), said.append)
     assert texts == ["Text 0.", "Title\nText 1.", "Text 2.", "Text 3."] and said == []
-    assert questions == {"train": [("Which is third?", (2,), ("d2", "the third"), False)],
-                         "test": [("Which are first?", (1, 0), (), False),
-                                  ("Which is third?", (3,), ("d2", "the third"), False)]}
+    assert questions == {"train": [SetQuestion("Which is third?", (2,), ("d2", "the third"))],
+                         "test": [SetQuestion("Which are first?", (1, 0)),
+                                  SetQuestion("Which is third?", (3,), ("d2", "the third"))]}
     assert read_set(tmp_path / "set", said.append) == (texts, questions)
     (tmp_path / "set" / "queries.jsonl").unlink()
     assert read_texts(tmp_path / "set") == texts
@@ -55,7 +57,10 @@ def test_read_beir(tmp_path):
 @pytest.mark.parametrize("text,gold,message", [
     # a question that is not there, and a document that is not
     (HEAD + "q9\td1\t1\nq0\td1\t1\nq0\td9\t1\n", {"q0": (1,)},
-     "skipped: unknown question or document (2)"),
+     "skipped: unknown question or document (2), "
+     "questions judged by the others of their documents alone (1)"),
+    (HEAD + "q0\td1\t1\t\t\nq1\td9\t0\nq1\td0\t1\n", {"q0": (1,), "q1": (0,)},
+     "skipped: unknown question or document (1)"),
     ("q0\td0\t1\nq0\td3\t1\n", {"q0": (0, 3)}, "no header (1)"),
     (HEAD + "q0\td0\t1.0\nq0\td1\t0.0\nq0\td2\t0.5\nq0\td3\t1\n", {"q0": (0, 2, 3)}, "decimal scores (3)"),
     ("q0\t0\td0\t1\nq1\t0\td2\t0\nq1\tQ0\td3\t2\n", {"q0": (0,), "q1": (3,)},
@@ -72,6 +77,29 @@ def test_odd_judgements(tmp_path, text, gold, message):
     names = {"Which is third?": "q0", "Which are first?": "q1"}
     assert {names[question.text]: question.gold for question in questions["test"]} == gold
     assert said == ([f"{folder}/qrels/test.tsv: {message}"] if message else [])
+
+
+def test_numbers_as_ids(tmp_path):
+    """A set whose ids are whole numbers would be refused, or lose its questions; a flag would be an id."""
+    folder = beir_set(tmp_path / "set")
+    (folder / "corpus.jsonl").write_text('{"_id": 0, "text": "a"}\n{"_id": 12, "text": "b"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": 7, "text": "Which?"}\n')
+    (folder / "qrels" / "test.tsv").write_text(HEAD + "7\t12\t1\n")
+    (folder / "impossible.jsonl").write_text('{"text": "Why?", "document": 12, "split": "test"}\n')
+    assert read_beir(folder)[1]["test"] == [SetQuestion("Which?", (1,))]
+    assert read_impossible(folder) == {"test": [("Why?", 1)]}
+    (folder / "queries.jsonl").write_text('{"_id": true, "text": "Which?"}\n')
+    with pytest.raises(UserError, match='queries.jsonl:1: a question needs an "_id", a string or a w'):
+        read_beir(folder)
+
+
+@pytest.mark.parametrize("answer", ["0", "false", "5", "true", "[]", "{}"])
+def test_answers_that_are_no_text(tmp_path, answer):
+    """A number that answers would be left out, and its question not be asked."""
+    folder = beir_set(tmp_path / "set")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "How many?", "answer": ' + answer + "}")
+    with pytest.raises(UserError, match='queries.jsonl:1: "answers" is .*; it must be a list of strings'):
+        read_beir(folder)
 
 
 @pytest.mark.parametrize("file,text,message", [
@@ -105,8 +133,14 @@ def test_choose_split():
     assert choose_split({"train": one, "dev": one * 2, "test": []}, "", "set") == (one * 2, "dev")
     assert choose_split({"train": one * 4, "test": []}, "", "set") == (one * 4, "train")
     assert choose_split({"train": one * 4, "test": one}, "train", "set") == (one * 4, "train")
-    for questions, split in (({"a": one, "b": one}, ""), ({"test": one}, "dev"), ({"test": []}, "test")):
-        with pytest.raises(UserError, match=f"--split '{split}': set has no questions of that split"):
+    other = [SetQuestion("!", (1,))]
+    assert choose_split({"train": one, "test": other + one, "dev": []}, "all", "set") == (one + other, "all")
+    for questions, split, message in (
+            ({"a": one, "b": one}, "", "set: several splits, none of them test or dev; give --split a or b"),
+            ({"test": one}, "dev", "set: no split 'dev' with questions; give --split test"),
+            ({"test": []}, "test", "set: no question of it has a document that answers; expected judgements"),
+            ({}, "all", "set: no question of it has a document that answers")):
+        with pytest.raises(UserError, match=f"^{message}"):
             choose_split(questions, split, "set")
 
 
@@ -119,10 +153,13 @@ def test_read_squad(tmp_path):
     path.write_text(json.dumps({"data": [article("A_b", (" Why? ", False), ("No?", True)), article("B"),
                                          article("C", ("Who?", False)),
                                          article("D", ("When?", False))]}))
-    texts, questions = read_squad(path)
+    said = []
+    texts, questions = read_squad(path, said.append)
+    assert said == [f"{path}: every fourth article is for testing: 1 questions; 2 of train; left out: 1 "
+                    "without an answer"]
     assert texts == ["A b\nA_b text.", "B\nB text.", "C\nC text.", "D\nD text."] == read_texts(path)
-    assert questions == {"train": [("Why?", (0,), ("A_b",), False), ("Who?", (2,), ("C",), False)],
-                         "test": [("When?", (3,), ("D",), False)]}
+    assert questions == {"train": [SetQuestion("Why?", (0,), ("A_b",)), SetQuestion("Who?", (2,), ("C",))],
+                         "test": [SetQuestion("When?", (3,), ("D",))]}
     typed = lambda context, answer: json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [
         {"question": "a", "answers": [{"text": answer}]}]}]}]})
     for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}', typed("b", 1912), typed(None, "c")):
@@ -131,11 +168,17 @@ def test_read_squad(tmp_path):
             read_squad(path)
     with pytest.raises(UserError, match="No such file"):
         read_squad(tmp_path / "none.json")
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UserError, match=f"^{path}: (?!not a file of SQuAD's)"):
+        read_squad(path)
+    path.write_text(json.dumps({"data": [article("A") | {"title": None}]}))
+    assert read_squad(path)[0] == ["A text."]
 
 
 def test_titled():
     """A document without a title would begin with an empty line, as if the title were one."""
     assert titled("A", "b") == "A\nb" and titled("", "b") == "b"
+    assert isinstance(titled("A", "b"), Titled) and not isinstance(titled("", "b"), Titled)
 
 
 def test_read_questions(tmp_path):
@@ -151,11 +194,19 @@ def test_read_questions(tmp_path):
                     '{"question": "Where?", "answer": "", "documents": []}\n'
                     '{"question": "When?", "answers": ["six"], "documents": []}\n')
     assert read_questions(path, documents) == [
-        ("Which?", (1, 3), ("five",), False), ("What?", (), (), False), ("Who?", (), ("eight",), False),
-        ("Where?", (), (), True), ("When?", (), ("six",), False)]
-    for line, message in (('{"question": "?", "documents": ["a.md"]}', "'a.md' names 3 documents, not one"),
-                          ('{"question": "?", "documents": ["a.md:2"]}', "'a.md:2' names 0 documents"),
-                          ('{"question": "?", "documents": ["c.md"]}', "'c.md' names 0 documents"),
+        SetQuestion("Which?", (1, 3), ("five",)), SetQuestion("What?", ()),
+        SetQuestion("Who?", (), ("eight",)), SetQuestion("Where?", (), nothing=True),
+        SetQuestion("When?", (), ("six",))]
+    path.write_text('{"question": "Which?", "documents": [["b.md", "a.md:5"]]}\n'  # a hop
+                    '{"question": "Where?", "documents": []}\n' * 2
+                    + '{"question": "Which?", "documents": ["b.md", "a.md"]}\n')
+    said = []
+    assert read_questions(path, documents, said.append) == [
+        SetQuestion("Which?", (3, 2)), SetQuestion("Where?", (), nothing=True),
+        SetQuestion("Which?", (3, 0), whole=True)]
+    assert said == [f"{path}: skipped: asked again (2)"]
+    for line, message in (('{"question": "?", "documents": ["a.md:2"]}', "'a.md:2' names no document"),
+                          ('{"question": "?", "documents": ["c.md"]}', "'c.md' names no document"),
                           ('{"question": "?", "documents": "b.md"}', "\"documents\" is 'b.md'"),
                           ('{"text": "?"}', 'not an object {"question"'), ("?", "not a JSON object")):
         path.write_text(f"\n{line}\n")
@@ -212,3 +263,9 @@ def test_bm25_needs_its_packages(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"bm25s and PyStemmer: pip install -e '\.\[baselines\]'"):
         bm25_search(["a text"])
+
+
+def test_bm25_without_words():
+    """A set of stop words alone would end in a traceback of the library's."""
+    search = bm25_search(["the", "a of", "x"])
+    assert search("the", 2) == [(0, 0.0), (1, 0.0)] and len(search("what", 9)) == 3

@@ -10,7 +10,17 @@ import torch
 import needles
 import ruler
 from common import UserError
-from needles import NOISE, PASSAGE, RULER, Draw, Haystack, Task, draw_question, essay_passages, passages
+from needles import (
+    NOISE,
+    PACKED,
+    RULER,
+    Draw,
+    Haystack,
+    Task,
+    draw_question,
+    essay_passages,
+    pack_sentences,
+)
 from prompts import load_checkpoint
 from sync import encode_texts
 
@@ -60,15 +70,15 @@ def test_definitions(words):
 def test_passages(folder):
     """A word would be lost or stand twice, a document be longer than it may, or tests would show what
     training has seen."""
-    long = "x" * (2 * PASSAGE + 7)
+    long = "x" * (2 * PACKED + 7)
     for text in ("", "One.", "A b! C d? E.", f"Before. {long} after. {'many words ' * 90}End", long,
                  " ".join((folder / "7.txt").read_text().split())):
-        found = passages(text)
+        found = pack_sentences(text)
         assert "".join("".join(passage) for passage in found).replace(" ", "") == text.replace(" ", "")
-        assert all(0 < len(" ".join(passage)) <= PASSAGE for passage in found)
+        assert all(0 < len(" ".join(passage)) <= PACKED for passage in found)
         if long not in text:
             assert " ".join(" ".join(passage) for passage in found).split() == text.split()
-    assert passages("A b! C d? E.") == [["A b!", "C d?", "E."]]
+    assert pack_sentences("A b! C d? E.") == [["A b!", "C d?", "E."]]
     sources = {split: {passage[0].split()[1] for passage in essay_passages(str(folder), split)
                        if passage[0].startswith("Essay")} for split in ("train", "test")}
     assert sources["train"] and not sources["train"] & sources["test"]
