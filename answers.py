@@ -11,7 +11,6 @@ Documents stand in the prompt in the order in which they were found. Recall is m
 that has gold documents; answers and second looks, which take longer, on some. Answers are compared as SQuAD
 compares them.
 """
-import contextlib
 import re
 import string
 import time
@@ -21,7 +20,7 @@ from collections import Counter
 import numpy as np
 
 from batches import Find, parts_of
-from common import UserError, atomic_file
+from common import drawing
 from interleave import answers_from_texts, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
 
@@ -266,22 +265,9 @@ def table(rows):
 # ------------------------------------------------------------------------------------------------------------
 # Drawings
 
-@contextlib.contextmanager
-def drawing(path, columns=1):
-    """Axes, or `columns` of them side by side, to draw on; the .png appears under `path` at the end."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    figure = Figure(figsize=(7 if columns == 1 else 4 * columns, 4), layout="constrained")
-    yield figure.subplots(1, columns)
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
 def plot_set(rows, path):
     """Recall and F1 of every method: bars, or curves where the memory has several sizes."""
-    with drawing(path, columns=3) as panels:
+    with drawing(path, (12, 4), columns=3) as panels:
         for axes, name in zip(panels, ("recall_at_1", "recall_at_16", "f1")):
             curves = {}  # label -> {tokens of memory: value}; recall does not depend on k
             for row in rows:

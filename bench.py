@@ -54,7 +54,16 @@ import torch.nn.functional as F
 
 import msa_kernel as K
 import routing as R
-from common import UserError, autocast, command_line, detect_device, keep_freed_memory, main, write_json
+from common import (
+    UserError,
+    autocast,
+    check_drawing,
+    command_line,
+    detect_device,
+    keep_freed_memory,
+    main,
+    write_json,
+)
 from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_numpy, to_records
@@ -556,8 +565,7 @@ def script():
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install -e '.[plot]'")
+    check_drawing(args.plot)
     if args.what == "plan":
         from train import TrainConfig
         if not (args.gpus > 0 and 0 < args.mfu <= 1):

@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -500,6 +501,25 @@ def atomic_file(path, mode="w"):
 
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+def check_drawing(path):
+    """Raises UserError where there is a `path` to draw to, and nothing to draw with."""
+    if path and not importlib.util.find_spec("matplotlib"):
+        raise UserError(f"--plot {path}: drawing needs matplotlib: pip install -e '.[plot]'")
+
+
+@contextlib.contextmanager
+def drawing(path, size=(7, 4), rows=1, columns=1):
+    """Axes to draw on, or an array of them, of a figure of `size` inches; the .png appears under `path` at
+    the end."""
+    check_drawing(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure.subplots(rows, columns)
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def write_json(path, value):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cache import Cache
-from common import atomic_file, autocast
+from common import autocast, drawing
 from memory import BATCH_TOKENS, Memory
 from model import MSA, Block, ModelConfig, rope_angles
 from msa_kernel import chunk_offsets, sparse_attention
@@ -308,22 +308,18 @@ def fitted(rows, unit, square):
 
 def plot(rows, title, path):
     """Time and memory of training steps and of questions against tokens, both logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
-    for line, what in zip(panels, ("training step", "question")):
-        for axes, unit, scale, label in zip(line, ("seconds", "bytes"), (1, 1e9), ("s", "GB beside weights")):
-            for kind in KINDS:
-                own = [row for row in rows if (row["what"], row["kind"]) == (what, kind)]
-                if own:
-                    axes.plot([row["tokens"] for row in own], [row[unit] / scale for row in own], "o-",
-                              ms=4, label=kind, color=f"C{KINDS.index(kind)}")
-            axes.set(xscale="log", yscale="log", xlabel="tokens of documents", ylabel=label, title=what)
-            axes.legend()
-    figure.suptitle(title)
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    units = ("seconds", 1, "s"), ("bytes", 1e9, "GB beside weights")
+    with drawing(path, (11, 7), rows=2, columns=2) as panels:
+        for line, what in zip(panels, ("training step", "question")):
+            for axes, (unit, scale, label) in zip(line, units):
+                for kind in KINDS:
+                    own = [row for row in rows if (row["what"], row["kind"]) == (what, kind)]
+                    if own:
+                        axes.plot([row["tokens"] for row in own], [row[unit] / scale for row in own], "o-",
+                                  ms=4, label=kind, color=f"C{KINDS.index(kind)}")
+                axes.set(xscale="log", yscale="log", xlabel="tokens of documents", ylabel=label,
+                         title=f"{title}: {what}")
+                axes.legend()
 
 
 def smollm2_config():

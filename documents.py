@@ -181,7 +181,7 @@ def find_headings(lines, markdown):
         fenced = re.match(r"(`{3,})[^`]*$|(~{3,})", line) if markdown else None
         marked = re.fullmatch(r"#{1,6}\s+(\S.*?)(\s+#+)?", line)
         underline = re.fullmatch(r"""([=~^"'#*+.:-])\1{2,}""", line)
-        if fenced and (fenced[1] or fenced[2]).startswith(fence):  # any opens, a longer one of its kind closes
+        if fenced and (fenced[1] or fenced[2]).startswith(fence):  # one as long, or longer, closes it
             fence, line = "" if fence else fenced[1] or fenced[2], ""
         elif marked and not fence:
             headings.append((number, marked[1]))

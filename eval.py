@@ -48,7 +48,6 @@ from tqdm import tqdm
 from answers import (
     AT,
     draw,
-    drawing,
     measure,
     plot_set,
     ranked,
@@ -60,10 +59,12 @@ from answers import (
 from checkpoint import find
 from common import (
     UserError,
+    check_drawing,
     check_output,
     check_outside,
     command_line,
     detect_device,
+    drawing,
     keep_freed_memory,
     main,
     read_text,
@@ -499,6 +500,7 @@ def script():
     for flag in ("json", "plot", "memory"):
         if config.documents and getattr(config, flag):
             check_outside(f"--{flag}", getattr(config, flag), config.documents)
+    check_drawing(config.plot)
     names = [Path(path).stem for path in given]
     beside = {name if names.count(name) == 1 else path: read_results(path)
               for name, path in zip(names, given)}

@@ -16,6 +16,7 @@ any number of ranks), log.jsonl and curves.png. A step is measured before it cha
 step 1 is the untrained model's. Every memory layer's recall is of what it selects itself.
 """
 import contextlib
+import importlib.util
 import math
 import os
 import signal
@@ -33,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import ROUTING_ONLY, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
-    atomic_file,
     autocast,
     command_line,
     detect_device,
+    drawing,
     end_process_group,
     keep_freed_memory,
     main,
@@ -303,13 +304,16 @@ def describe(row, config):
 def plot(rows, path, routes):
     """Draw a log's losses, its samples wholly right, and, of what routes, every memory layer's recall beside
     chance."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not importlib.util.find_spec("matplotlib"):
         return  # the plot extra is not installed
+    with drawing(path, (14, 4), columns=3) as panels:
+        draw_curves(rows, panels, routes)
+
+
+def draw_curves(rows, panels, routes):
+    """What `plot` draws, on three axes."""
+    left, middle, right = panels
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = panels = figure.subplots(1, 3)
 
     def draw(axes, label, of_row, **style):
         line, = axes.plot([r["step"] for r in train], [of_row(r) for r in train], label=label, **style)
@@ -331,8 +335,6 @@ def plot(rows, path, routes):
     right.set(xlabel="step", ylabel="recall@k", ylim=(0, 1.02), title="routing")
     for axes in panels:
         axes.legend()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
 
 
 def check_out(config, folder):
