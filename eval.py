@@ -56,14 +56,12 @@ from answers import (
     table,
     told_not_found,
 )
-from checkpoint import find
 from common import (
     UserError,
     check_drawing,
     check_output,
     check_outside,
     command_line,
-    detect_device,
     drawing,
     keep_freed_memory,
     main,
@@ -81,11 +79,10 @@ from interleave import (
     documents_of,
     rounds_of,
 )
-from memory import compile_blocks
+from memory import Memory, compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
-from model import MSA, Memory
-from prompts import NOT_FOUND, load_checkpoint
+from prompts import NOT_FOUND, open_checkpoint
 from question_sets import (
     SetQuestion,
     bm25_search,
@@ -489,9 +486,6 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
 def script():
     config = command_line(EvalConfig, __doc__)
     keep_freed_memory()
-    folder = find(config.checkpoint)
-    hidden_size = MSA.read_config(folder)[0].hidden_size
-    device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
     given = [path for path in config.beside.split(",") if path]
     inputs = [config.data, *given, *set_files(config.data)]
@@ -504,18 +498,18 @@ def script():
     names = [Path(path).stem for path in given]
     beside = {name if names.count(name) == 1 else path: read_results(path)
               for name, path in zip(names, given)}
-    model, tokenizer = load_checkpoint(folder, device, dtype)
+    model, tokenizer, on = open_checkpoint(config.checkpoint, config.device, config.dtype)
     if config.compile:
         compile_blocks(model)
     model.config.top_k = config.top_k or model.config.top_k
     held = config.memory and (Path(config.memory) / "manifest.json").exists()
     if held and model.trained_routers:  # better known before minutes of counting tokens
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
-    ranks = Ranks(device, config.timeout)
+    ranks = Ranks(model.device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     evaluate, rows = evaluate_set if config.data else evaluate_task, []
     with torch.no_grad():
-        for measured in evaluate(model, tokenizer, config, ranks, say, f"{device} ({reason})"):
+        for measured in evaluate(model, tokenizer, config, ranks, say, on):
             rows += measured
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early

@@ -32,7 +32,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from checkpoint import find
-from common import UserError, atomic_file, read_json, read_text
+from common import UserError, atomic_file, detect_device, read_json, read_text
 from model import MSA
 from tokenizer import HubEncoding, Tokenizer
 
@@ -233,3 +233,10 @@ def load_checkpoint(name, device, dtype=torch.float32):
     folder = find(name)
     model = MSA.from_pretrained(folder, device, dtype)
     return model, load_tokenizer(folder, model.config)
+
+
+def open_checkpoint(name, device="auto", dtype="auto"):
+    """(model, tokenizer, "cpu (why)") of a checkpoint, where and as the flags --device and --dtype say."""
+    folder = find(name)
+    device, dtype, reason = detect_device(device, dtype, MSA.read_config(folder)[0].hidden_size)
+    return *load_checkpoint(folder, device, dtype), f"{device} ({reason})"

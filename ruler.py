@@ -27,12 +27,10 @@ import numpy as np
 import torch
 import tyro
 
-from checkpoint import find
 from common import (
     UserError,
     check_output,
     command_line,
-    detect_device,
     keep_freed_memory,
     main,
     read_text,
@@ -47,9 +45,9 @@ from interleave import (
     rounds_of,
     run,
 )
-from model import MSA, Memory
+from memory import Memory
 from needles import RULER, Draw, Haystack, draw_question
-from prompts import load_checkpoint
+from prompts import open_checkpoint
 from question_sets import bm25_search
 from routers import make_routers
 from sync import encode_texts
@@ -345,19 +343,18 @@ def rows_before(path, about):
 def script():
     config = command_line(RulerConfig, __doc__)
     keep_freed_memory()
-    folder = find(config.checkpoint)
-    device, dtype, reason = detect_device(config.device, config.dtype, MSA.read_config(folder)[0].hidden_size)
+    torch.manual_seed(config.seed)
     check_output("--json", config.json)
     check_output("--answers", config.answers, config.json)
-    model, tokenizer = load_checkpoint(folder, device, dtype)
+    model, tokenizer, on = open_checkpoint(config.checkpoint, config.device, config.dtype)
     about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
-                 seed=config.seed, top_k=model.config.top_k, dtype=str(dtype), device=str(device),
-                 **asdict(config.interleave))
+                 seed=config.seed, top_k=model.config.top_k, device=str(model.device),
+                 dtype=str(model.model.embed_tokens.weight.dtype), **asdict(config.interleave))
     about |= dict(max_rounds=rounds_of(model, config.interleave),
                   max_documents=documents_of(model, config.interleave))
     rows = rows_before(config.json, about) if config.json else []
     done = {(row["task"], row["method"], row["length"]) for row in rows}
-    print(f"{config.checkpoint} on {device} ({reason})")
+    print(f"{config.checkpoint} on {on}")
     print(f"{'task':<11} {'method':<7} {'tokens':>10} {f'rec@{model.config.top_k}':>7} {'named':>6} "
           f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")
     began = time.perf_counter()

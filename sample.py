@@ -24,13 +24,12 @@ import tyro
 from tqdm import tqdm
 
 from batches import parts_of
-from checkpoint import SMOLLM2, find, packaged
+from checkpoint import SMOLLM2, packaged
 from common import (
     UserError,
     check_output,
     check_outside,
     command_line,
-    detect_device,
     encoding_of,
     keep_freed_memory,
     main,
@@ -43,8 +42,7 @@ from interleave import InterleaveConfig, answer_questions, check_lengths, interl
 from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
-from model import MSA
-from prompts import load_checkpoint
+from prompts import open_checkpoint
 from question_sets import question_of
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
@@ -249,19 +247,15 @@ def script():
         if config.documents:
             check_outside("--json", config.json, config.documents)
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
-    folder = find(config.checkpoint or default)
-    hidden_size = MSA.read_config(folder)[0].hidden_size
-    device, dtype, reason = detect_device(config.device, config.dtype, hidden_size)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_checkpoint(folder, device, dtype)
+    model, tokenizer, on = open_checkpoint(config.checkpoint or default, config.device, config.dtype)
     if config.compile:
         compile_blocks(model)
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
-    ranks = Ranks(device, config.timeout)
+    ranks = Ranks(model.device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))
     check_lengths(model, tokenizer, questions)
     say = print if ranks.rank == 0 else lambda *_, **__: None
-    on = f"{device} ({reason})"
     if not config.checkpoint and default == "checkpoints/demo":
         say("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
     if config.memory:

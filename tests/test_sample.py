@@ -13,6 +13,7 @@ import sample
 from common import detect_device
 from interleave import Round
 from memory_bank import Bank
+from model import MSA
 from sample import sources_of
 
 TEXTS = {3: "The lighthouse was built in 1862 by the engineer Ada Thornquist.",
@@ -164,7 +165,7 @@ def test_bfloat16_speed(monkeypatch):
 
 def test_batches_fit_the_device(checkpoint, monkeypatch):
     """Documents would be encoded in batches too large for a CPU's caches."""
-    model = sample.load_checkpoint(checkpoint, torch.device("cpu"))[0]
+    model = MSA.from_pretrained(checkpoint)
     texts, sizes = [torch.ones(100, dtype=torch.long)] * 50, []
     encode_batch = model.encode_batch
     monkeypatch.setattr(model, "encode_batch", lambda tokens, lengths: (
@@ -178,7 +179,7 @@ def test_batches_fit_the_device(checkpoint, monkeypatch):
 
 def test_the_demo_stays_float32():
     """The answers of a shipped checkpoint would depend on the CPU."""
-    assert sample.MSA.read_config("checkpoints/demo")[0].hidden_size < 512
+    assert MSA.read_config("checkpoints/demo")[0].hidden_size < 512
     assert common.HEAD_BYTES % 4 == 0  # a cut character would hide how a file is encoded
 
 
