@@ -87,7 +87,6 @@ from question_sets import (
     SetQuestion,
     bm25_search,
     choose_split,
-    read_impossible,
     read_questions,
     read_set,
     read_texts,
@@ -396,11 +395,11 @@ def load_set(config, model, tokenizer, say):
             questions = [question._replace(gold=tuple(dict.fromkeys(group[i] for i in question.gold)))
                          for question in questions]
     else:
-        texts, questions = read_set(config.data, say)
+        texts, questions, none = read_set(config.data, say)
         group = [*range(len(texts))]
         questions, split = choose_split(questions, config.split, config.data)
-        if Path(config.data).is_dir() and model.config.second_look:  # one that has learned to say NOT_FOUND
-            none = read_impossible(config.data).get(split, [])
+        if model.config.second_look:  # one that has learned to say NOT_FOUND
+            none = none.get(split, [])
             drawn = np.random.default_rng(config.seed).permutation(len(none)).tolist()
             drawn = sorted(drawn[:min(config.questions, IMPOSSIBLE)])
             questions = questions + [SetQuestion(none[i][0], (), (), True) for i in drawn]

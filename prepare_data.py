@@ -53,7 +53,6 @@ from question_sets import (
     bm25_search,
     pieces_of,
     place_of,
-    read_impossible,
     read_set,
     read_texts,
     tell_odd,
@@ -241,12 +240,12 @@ def cloze(text, rng):
 
 
 def read_training_set(path, documents, tokenizer, limit, rng):
-    """(texts, {split: list of SetQuestion}) of a SET; documents: what a .jsonl file of it asks about."""
+    """`read_set` of a SET that is one, is made of texts, or asks, as a .jsonl file, about `documents`."""
     own = lambda place: list_documents(place, lambda text: len(tokenizer.encode(text)), limit, print)
     if str(path).endswith(".jsonl"):
         found = own(documents)
         asked = [SetQuestion(q.text, tuple(q.documents), (q.answer,)) for q in read_questions(path, found)]
-        return [document.spelled() for document in found], {"train": asked}
+        return [document.spelled() for document in found], {"train": asked}, {}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
         return read_set(path)
     if (Path(path) / "corpus.jsonl").exists():
@@ -255,14 +254,14 @@ def read_training_set(path, documents, tokenizer, limit, rng):
         texts = [document.spelled() for document in own(path)]
     texts, asked = zip(*(cloze(text, rng) for text in texts))
     return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
-                             for question, answer in found]}
+                             for question, answer in found]}, {}
 
 
 class QuestionSet:
     """What training takes of a set: texts that may be shown, and questions by what they are about."""
 
     def __init__(self, path, tokenizer, limit, rng, documents=""):
-        texts, questions = read_training_set(path, documents, tokenizer, limit, rng)
+        texts, questions, none = read_training_set(path, documents, tokenizer, limit, rng)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
         tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
@@ -279,7 +278,7 @@ class QuestionSet:
                 found[0].append(Question(question.text, (question.gold,), answer))
         self.names = [(titles[gold[0]], name) for gold, (asked, _) in self.about.items()
                       for question in asked for name in NAME.findall(question.text) if name[0].isalpha()]
-        for text, place in read_impossible(path).get("train", ()) if Path(path).is_dir() else ():
+        for text, place in none.get("train", ()):
             if (place,) in self.about:
                 self.about[place,][1].append(Question(text, (), NOT_FOUND))
 

@@ -1,7 +1,8 @@
 """Sets of documents with questions about them, and BM25, which searches them by words.
 
-    texts, questions = read_set("squad")       # a folder in BEIR's layout, or SQuAD's own .json file
-    questions["test"][0]                       # SetQuestion(text="Who ...?", gold=(17,), answers=("...",))
+    texts, questions, none = read_set("squad")  # a folder in BEIR's layout, or SQuAD's own .json file
+    questions["test"][0]                        # SetQuestion(text="Who ...?", gold=(17,), answers=("...",))
+    none["test"][0]                             # ("Why ...?", 17): document 17 does not answer it
     search = bm25_search(texts)
     search("Who ...?", 5)                      # the five best, pairs (place in texts, score)
 
@@ -31,8 +32,9 @@ def titled(title, text):
 
 
 def read_set(path, say=print):
-    """A folder in BEIR's layout or SQuAD's .json file: (texts, {split: list of SetQuestion}).
+    """A folder in BEIR's layout or SQuAD's .json file: (texts, {split: list of SetQuestion}, none).
 
+    none: {split: pairs (question, place of the document that seems to answer it, but does not)}.
     say: told in one line of each file what of it could not be used. Raises UserError.
     """
     return read_beir(path, say) if Path(path).is_dir() else read_squad(path, say)
@@ -92,7 +94,8 @@ def read_beir(folder, say=print):
             asked[id] = question_of(row, "text", f"{path}:{number}")
     tell_odd(path, odd, say)
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
-    return [*corpus.values()], {path.stem: read_qrels(path, asked, place, say) for path in splits}
+    questions = {path.stem: read_qrels(path, asked, place, say) for path in splits}
+    return [*corpus.values()], questions, read_impossible(folder, place)
 
 
 def tell_odd(path, odd, say):
@@ -101,12 +104,11 @@ def tell_odd(path, odd, say):
         say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
 
 
-def read_impossible(folder):
-    """A folder's impossible.jsonl, {split: pairs (question, place of the document that does not answer it)};
-    {} without one. A line: {"text": "...", "document": an _id of the corpus, "split": "train"}."""
+def read_impossible(folder, place):
+    """`none` of a folder's impossible.jsonl; {} without one. place: of documents, by their ids. A line:
+    {"text": "...", "document": an _id of the corpus, "split": "train"}. Raises UserError."""
     path, found = Path(folder) / "impossible.jsonl", {}
-    place = {id: i for i, id in enumerate(read_corpus(folder, lambda _: None))} if path.is_file() else {}
-    for number, row in read_rows(path) if place else ():
+    for number, row in read_rows(path) if path.is_file() else ():
         document = name_in(row.get("document"))
         if not isinstance(document, str) or document not in place:
             raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
@@ -187,22 +189,23 @@ def read_qrels(path, asked, place, say=print):
 def read_squad(path, say=print):
     """SQuAD's own file: its paragraphs, titled by their article, and the questions about each. As `read_set`.
 
-    The splits are train and test: every fourth article is for testing. Questions that a paragraph does not
-    answer are left out. Raises UserError for another file.
+    The splits are train and test: every fourth article is for testing. Raises UserError for another file.
     """
-    texts, questions, none = [], {"train": [], "test": []}, 0
+    texts, questions, none = [], {"train": [], "test": []}, {"train": [], "test": []}
     try:
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
-            split = questions["test" if i % 4 == 3 else "train"]
+            split = "test" if i % 4 == 3 else "train"
             for paragraph in article["paragraphs"]:
                 for row in paragraph["qas"]:
-                    none += bool(row.get("is_impossible"))
-                    if not row.get("is_impossible"):
-                        answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
-                        split.append(SetQuestion(row["question"].strip(), (len(texts),), tuple(answers)))
-                        if not all(isinstance(answer, str) for answer in answers):
-                            raise TypeError(f"an answer of {row['question']!r} is no text")
+                    asked = row["question"].strip()
+                    if row.get("is_impossible"):
+                        none[split].append((asked, len(texts)))
+                        continue
+                    answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
+                    if not all(isinstance(answer, str) for answer in answers):
+                        raise TypeError(f"an answer of {asked!r} is no text")
+                    questions[split].append(SetQuestion(asked, (len(texts),), tuple(answers)))
                 if not isinstance(paragraph["context"], str):
                     raise TypeError("a context is no text")
                 texts.append(titled((article.get("title") or "").replace("_", " "), paragraph["context"]))
@@ -214,8 +217,8 @@ def read_squad(path, say=print):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
     say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
-        f"{len(questions['train']):,} of train; left out: {none:,} without an answer")
-    return texts, questions
+        f"{len(questions['train']):,} of train")
+    return texts, questions, none
 
 
 def read_questions(path, documents, say=print):

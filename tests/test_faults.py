@@ -25,6 +25,7 @@ import train
 from common import UserError, atomic_file, note, numbered, read_rows, read_text
 from documents import read_documents
 from memory_bank import Bank
+from model import MSA
 from pools import Pools, RaggedWriter
 from training_state import read_log
 
@@ -429,7 +430,7 @@ QUERIES = [{"_id": f"q{i}", "text": f"Question {i}?"} for i in range(3)]
 def test_sets_as_published(tmp_path, corpus, queries, qrels, gold, said):
     """One odd line of thousands would keep a set from being read, or be left out without a word."""
     told, folder = [], a_set(tmp_path / "set", corpus, queries, qrels)
-    texts, questions = question_sets.read_set(folder, told.append)
+    texts, questions, _ = question_sets.read_set(folder, told.append)
     assert {question.text: [texts[i] for i in question.gold] for question in questions["test"]} == {
         f"Question {i}?": [text] for i, text in gold.items()}
     assert told == [f"{folder}/{line}" for line in said]
@@ -468,7 +469,7 @@ def test_home(run, checkpoint, place, monkeypatch):
     assert not (place / "~").exists()
     (place / "home" / "model").mkdir()
     with pytest.raises(UserError, match=f"^{place}/home/model/config.json: no such file"):
-        sample.MSA.from_pretrained("~/model")
+        MSA.from_pretrained("~/model")
 
 
 @pytest.mark.parametrize("code, goes_on", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])

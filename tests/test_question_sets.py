@@ -14,7 +14,6 @@ from question_sets import (
     bm25_search,
     choose_split,
     read_beir,
-    read_impossible,
     read_questions,
     read_set,
     read_squad,
@@ -44,12 +43,12 @@ def test_read_beir(tmp_path):
     """Splits would be mixed, a title or the answers lost, a document counted that does not answer, or
     twice; a set without a fault would be complained about."""
     said = []
-    texts, questions = read_beir(beir_set(tmp_path / "set"), said.append)
+    texts, questions, none = read_beir(beir_set(tmp_path / "set"), said.append)
     assert texts == ["Text 0.", "Title\nText 1.", "Text 2.", "Text 3."] and said == []
     assert questions == {"train": [SetQuestion("Which is third?", (2,), ("d2", "the third"))],
                          "test": [SetQuestion("Which are first?", (1, 0)),
                                   SetQuestion("Which is third?", (3,), ("d2", "the third"))]}
-    assert read_set(tmp_path / "set", said.append) == (texts, questions)
+    assert read_set(tmp_path / "set", said.append) == (texts, questions, none) and none == {}
     (tmp_path / "set" / "queries.jsonl").unlink()
     assert read_texts(tmp_path / "set") == texts
 
@@ -73,7 +72,7 @@ def test_odd_judgements(tmp_path, text, gold, message):
     judgement for a positive; or nobody would be told what was skipped."""
     folder, said = beir_set(tmp_path / "set"), []
     (folder / "qrels" / "test.tsv").write_bytes(text.encode())
-    _, questions = read_beir(folder, said.append)
+    _, questions, _ = read_beir(folder, said.append)
     names = {"Which is third?": "q0", "Which are first?": "q1"}
     assert {names[question.text]: question.gold for question in questions["test"]} == gold
     assert said == ([f"{folder}/qrels/test.tsv: {message}"] if message else [])
@@ -86,8 +85,8 @@ def test_numbers_as_ids(tmp_path):
     (folder / "queries.jsonl").write_text('{"_id": 7, "text": "Which?"}\n')
     (folder / "qrels" / "test.tsv").write_text(HEAD + "7\t12\t1\n")
     (folder / "impossible.jsonl").write_text('{"text": "Why?", "document": 12, "split": "test"}\n')
-    assert read_beir(folder)[1]["test"] == [SetQuestion("Which?", (1,))]
-    assert read_impossible(folder) == {"test": [("Why?", 1)]}
+    _, questions, none = read_beir(folder)
+    assert questions["test"] == [SetQuestion("Which?", (1,))] and none == {"test": [("Why?", 1)]}
     (folder / "queries.jsonl").write_text('{"_id": true, "text": "Which?"}\n')
     with pytest.raises(UserError, match='queries.jsonl:1: a question needs an "_id", a string or a w'):
         read_beir(folder)
@@ -154,9 +153,9 @@ def test_read_squad(tmp_path):
                                          article("C", ("Who?", False)),
                                          article("D", ("When?", False))]}))
     said = []
-    texts, questions = read_squad(path, said.append)
-    assert said == [f"{path}: every fourth article is for testing: 1 questions; 2 of train; left out: 1 "
-                    "without an answer"]
+    texts, questions, none = read_squad(path, said.append)
+    assert said == [f"{path}: every fourth article is for testing: 1 questions; 2 of train"]
+    assert none == {"train": [("No?", 0)], "test": []}
     assert texts == ["A b\nA_b text.", "B\nB text.", "C\nC text.", "D\nD text."] == read_texts(path)
     assert questions == {"train": [SetQuestion("Why?", (0,), ("A_b",)), SetQuestion("Who?", (2,), ("C",))],
                          "test": [SetQuestion("When?", (3,), ("D",))]}
