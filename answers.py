@@ -1,7 +1,7 @@
 """How well a set's questions are answered: methods with the same prompt, reader and count of documents.
 
     none      the question alone
-    oracle    its gold documents, however many
+    oracle    its gold documents, however many; of long ones the passages that hold an answer come first
     bm25      the first k documents that BM25 finds
     routing   recall alone, before the second look, where a model has learned to look twice
     memory    the first k documents that the model finds in its memory: by routing, in one round or two, and

@@ -4,10 +4,12 @@
     python eval.py --data SET --checkpoint C --questions 200 --distractors SET,SET --json rows.json
     python eval.py --data questions.jsonl --documents notes --checkpoint C
 
-**Sets.** SET is a folder in BEIR's layout or SQuAD's .json file; questions.jsonl has one's own, in lines of
-{"question": "...", "answers": ["..."], "documents": ["a.md:12"]}. What the table says: answers.py. With
---max-rounds 2 a chat backbone finds its 16 documents in two rounds of 8. "documents": [] without answers says
-that nothing answers, and the question should be refused, as should those of a set's impossible.jsonl.
+**Sets.** SET is a folder in BEIR's layout or SQuAD's .json file, of whose articles every fourth is asked
+about (--split all: all); questions.jsonl has one's own, in lines of {"question": "...", "answers": ["..."],
+"documents": ["a.md:12"]}. Where one names a whole file that was split, recall is of files. "documents": []
+without answers says that nothing answers, and the question should be refused, as should those of a set's
+impossible.jsonl, and SQuAD's. What the table says: answers.py. With --max-rounds 2 a chat backbone finds its
+16 documents in two rounds of 8.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
