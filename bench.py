@@ -157,6 +157,7 @@ def bench_route(bench, most, cases):
         part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=-1))
     for B, T in cases:
         chunks = most if bench.cuda else min(most, 2 ** 24 // (B * T))
+        stored = B == 1 and T <= 64  # the peers store H * T scores of every chunk
         offsets, held = torch.arange(chunks + 1, device=device), full[:chunks]
         queries = torch.randn(B, T, H, D, device=device)
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -172,7 +173,7 @@ def bench_route(bench, most, cases):
             same = len(published & set(documents[0].tolist()))
             product = torch.bfloat16 if dtype == torch.int8 else dtype
             bench.measure(f"route {str(dtype)[6:]}, {B} x {T} tokens, {chunks:,} chunks", run,
-                          peers if B == 1 and dtype != torch.int8 else {}, keys.nbytes,
+                          peers if stored and dtype != torch.int8 else {}, keys.nbytes,
                           2 * B * T * G * D * chunks, product, f"same 16: {same}")
 
 
@@ -542,6 +543,15 @@ def bench_linear(bench, shape, shortest, longest, path):
         plot([row for row in bench.rows if "kind" in row], f"{shape}'s shape", path)
 
 
+def bench_memory(bench):
+    """Memories: banks on disk, where there is what they need, and of random contents."""
+    if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
+        bench_bank(bench)
+    bench_random_memory(bench)
+    bench_modes(bench, "Qwen3-4B", SHAPE)
+    bench_modes(bench, "SmolLM2-135M", SMALL)
+
+
 def script():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -579,36 +589,27 @@ def script():
     kernels = "Triton" if K.use_triton(torch.empty(0, device=device)) else "PyTorch"
     print(f"device: {name} ({reason}); torch {torch.__version__}; kernels: {kernels}")
     torch.manual_seed(1)
-    bench = Bench(device)
-    wanted = lambda name: args.what in (name, "all")
-    if wanted("route"):
-        chunks, questions = (2 ** 20, (1, 8, 64)) if bench.cuda else (200_000, (1,))
-        tokens = (1, 16, 64, 512) if bench.cuda else (16,)
-        questions, tokens = args.questions or questions, args.tokens or tokens
-        bench_route(bench, args.chunks or chunks, [(B, T) for B in questions for T in tokens])
-    if wanted("attend"):
-        bench_attend(bench, ATTEND)
-    if wanted("pool"):
-        bench_pool(bench, 64 if bench.cuda else 8)
-    if wanted("train"):
-        bench_train(bench, TRAIN if bench.cuda else TRAIN[:1])
-    if wanted("memory"):
-        if importlib.util.find_spec("safetensors") and importlib.util.find_spec("wonderwords"):
-            bench_bank(bench)
-        bench_random_memory(bench)
-        bench_modes(bench, "Qwen3-4B", SHAPE)
-        bench_modes(bench, "SmolLM2-135M", SMALL)
-    if args.what == "load":
-        bench_load(bench)
-    if args.what == "linear":
-        bench.dtype = getattr(torch, args.dtype) if args.dtype else bench.dtype
-        bench_linear(bench, args.shape, args.shortest, args.longest, args.plot)
-    if args.json:
-        path = Path(args.json).expanduser()
-        if path.is_dir():
-            path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-        write_json(path, dict(device=name, torch=torch.__version__, kernels=kernels, rows=bench.rows))
-        print(f"wrote {path}")
+    bench, path = Bench(device), Path(args.json).expanduser()
+    bench.dtype = getattr(torch, args.dtype) if args.dtype else bench.dtype
+    if path.is_dir():
+        path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    chunks, questions = (2 ** 20, (1, 8, 64)) if bench.cuda else (200_000, (1,))
+    tokens = (1, 16, 64, 512) if bench.cuda else (16,)
+    cases = [(B, T) for B in args.questions or questions for T in args.tokens or tokens]
+    runs = dict(route=lambda: bench_route(bench, args.chunks or chunks, cases),
+                attend=lambda: bench_attend(bench, ATTEND),
+                pool=lambda: bench_pool(bench, 64 if bench.cuda else 8),
+                train=lambda: bench_train(bench, TRAIN if bench.cuda else TRAIN[:1]),
+                memory=lambda: bench_memory(bench), load=lambda: bench_load(bench),
+                linear=lambda: bench_linear(bench, args.shape, args.shortest, args.longest, args.plot))
+    for what, run in runs.items():
+        if args.what == what or args.what == "all" and what not in ("load", "linear"):
+            run()
+            if args.json:  # after each: what a later one cannot do does not lose it
+                write_json(path, dict(device=name, torch=torch.__version__, kernels=kernels, rows=bench.rows))
+                print(f"wrote {path}")
+            if bench.cuda:
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -217,8 +217,12 @@ def detect_device(device="auto", dtype="auto", hidden_size=0):
         names = ", ".join(name for name in available if available[name])
         raise UserError(f"--device {device}: not available here; available: {names}")
     index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"this machine has {count} GPUs, none of them for rank {index}; give torchrun "
+                        f"--nproc_per_node={count}, or --device cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if dtype == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
+    if dtype == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, reason = "bfloat16", f"{reason}; bfloat16 is fast here"
     elif dtype == "auto" and kind == "cpu" and hidden_size >= 512 and world == 1:
         speed = bfloat16_speed()
@@ -274,7 +278,8 @@ def start_process_group(device, timeout):
     else:
         atexit.register(end_process_group)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(seconds=timeout))
+                            world_size=world, timeout=timedelta(seconds=timeout),
+                            device_id=device if device.type == "cuda" else None)
     return store
 
 

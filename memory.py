@@ -190,6 +190,7 @@ def apply(function, *inputs, again):
 def compile_blocks(model):
     """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
     out: it has its own kernels, and shapes that the data decide."""
+    torch._dynamo.config.recompile_limit = 64  # layers share their code: with a gradient or none, one row
     for layer in model.model.layers:
         attention = layer.self_attn
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
@@ -233,7 +234,7 @@ def follow(queries, mask, memory, found):
     own = memory.document_queries(documents.flatten().tolist()).unflatten(0, (B, n))        # (B, n, R, W)
     own = (weights[..., None, None] * own).repeat(1, T, 1, 1)                               # (B, T * n, R, W)
     both = {place: query.repeat_interleave(n, 1) for place, query in queries.items()}
-    both |= {own.size(2) + place: own[:, :, place] for place in queries}
+    both |= {own.size(2) + place: own[:, :, place].contiguous() for place in queries}
     return both, mask.repeat_interleave(n, 1)
 
 

@@ -409,7 +409,10 @@ class ParallelMemory:
             if x.numel():  # else all is on the devices already
                 self.ranks.sum(x)  # what other ranks own is zero here: the sum is exact
         counts = np.diff(ends).tolist()
-        return list(zip(rows.split(counts), scales.split(counts)))
+        if len(counts) == 1:
+            return [(rows, scales)]
+        # Each by itself: a part of one tensor would keep all of it
+        return [(x.clone(), scale.clone()) for x, scale in zip(rows.split(counts), scales.split(counts))]
 
     def content(self, position):
         """A document's keys and values (chunks, L, 2, G, D), scales or None, from the host or the disk."""

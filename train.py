@@ -521,7 +521,7 @@ def script():
     device, dtype, reason = detect_device(config.device, config.dtype)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        start_process_group(device, timeout=600)
+        start_process_group(device, timeout=3600)  # while rank 0 writes, the others wait
     say = print if rank == 0 else lambda *_, **__: None
     say(f"device: {device} ({reason}); ranks: {world}"
         + "; if one ends, the same command with --resume goes on from the last checkpoint" * (world > 1))

@@ -23,7 +23,8 @@ import routing as R  # noqa: E402
 
 # forward, gradients
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-3, 1e-2), torch.bfloat16: (1e-2, 4e-2)}
-HEADS = [(1, 1, 16), (3, 1, 64), (8, 2, 96), (6, 2, 16), (4, 4, 128)]  # H, G, D: ratios 1, 3 and 4
+# H, G, D: ratios 1, 2, 3 and 4
+HEADS = [(1, 1, 16), (3, 1, 64), (8, 2, 96), (6, 2, 16), (4, 4, 128), (4, 2, 128)]
 
 # lengths, chunk size, closing tokens, G, D
 POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65, 129], 64, 0, 1, 128),
@@ -33,13 +34,16 @@ POOL = [([1], 64, 0, 1, 16), ([5, 1, 4, 3, 8, 9], 4, 0, 2, 96), ([1, 63, 64, 65,
 ROUTE = [([1], 1, 1, "all", HEADS[0]), ([1, 1, 1], 8, 3, "all", HEADS[1]),
          ([2, 1, 4, 3, 1], 3, 17, "some", HEADS[2]), ([3, 129, 2], 5, 16, "some", (1, 1, 27)),
          ([2, 1], 70, 1, "all", HEADS[0]), ([2, 2], 1, 130, "late", HEADS[0]),
-         ([1, 1], 2, 65, "some", HEADS[0]), ([1, 2], 3, 20, "none", HEADS[3])]
+         ([1, 1], 2, 65, "some", HEADS[0]), ([1, 2], 3, 20, "none", HEADS[3]),
+         ([2, 70, 1], 2, 130, "some", HEADS[5])]
 # tokens, past, slots of 3 questions (None: no memory), prefix, bias, (H, G, D)
 ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEADS[1]),
           (5, 0, [0, 0, 0], 0, False, HEADS[2]), (5, 2, [3, 3, 2], 4, True, HEADS[3]),
           (3, 2, [1, 3, 2], 9, True, HEADS[4]), (70, 3, [70, 1, 65], 0, True, HEADS[0]),
           (23, 50, [3, 67, 0], 60, False, HEADS[3]), (6, 3, None, 0, False, HEADS[1]),
-          (2, 70, [40, 33, 32], 0, False, HEADS[4])]
+          (2, 70, [40, 33, 32], 0, False, HEADS[4]),
+          # the largest tile, of training and prefill, at the head size of Qwen3
+          (70, 3, [70, 1, 65], 5, True, HEADS[5]), (70, 0, None, 0, False, HEADS[5])]
 
 # parts of a question's keys, tokens of a branch, memory, bias: rows of a cache
 ROWS = [(1, 5, False, False), (2, 1, True, False), (4, 2, True, True)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import Reference, Sample
 
+import msa_kernel
 from cache import Cache
 from common import UserError
 from memory import Memory, Selection, hit_rate, leave_out, rank_documents
@@ -336,6 +337,22 @@ def test_find_runs_the_routing_layers_alone(monkeypatch):
     assert len(memory.routing_keys) == 2 and not memory.keys and not memory.values
     selection = model.find(stack(QUESTIONS), memory, stack(ROUTES))
     assert selection.documents.shape == (3, 2) and not selection.keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name.startswith("shared")])
+def test_second_round_of_kernels(shape, monkeypatch):
+    """On a GPU, where the kernels route, the second round would be refused, or find something else."""
+    pytest.importorskip("triton")
+    model, found = make(**SHAPES[shape]).float(), {}
+    memory, rows, mask = model.encode(tokens(*LENGTHS)), stack(QUESTIONS), stack(ROUTES)
+    for kernel in ("torch", "triton"):
+        monkeypatch.setattr(msa_kernel, "KERNEL", kernel)
+        first = model.find(rows, memory, mask)
+        found[kernel] = first, model.find(rows, memory, mask, first=first)
+    for ours, expected in zip(found["triton"], found["torch"]):
+        assert torch.equal(ours.documents, expected.documents)
+        torch.testing.assert_close(ours.scores, expected.scores, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

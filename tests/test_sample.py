@@ -152,6 +152,17 @@ def test_the_type_on_a_cpu(monkeypatch, speed, hidden_size, world, expected):
     assert detect_device("cpu", "bfloat16", hidden_size)[1] == torch.bfloat16
 
 
+def test_a_rank_without_a_gpu(monkeypatch):
+    """Two ranks on a machine of one GPU would end in a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert detect_device()[:2] == (torch.device("cuda", 0), torch.float32)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(common.UserError, match="has 1 GPUs, none of them for rank 1; .*--nproc_per_node=1, or"):
+        detect_device()
+
+
 def test_bfloat16_speed(monkeypatch):
     """The measure would fail, mean the inverse, or be made where there are no instructions for it."""
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
