@@ -185,6 +185,8 @@ def merge(config, table, path, prefix=""):
         old = getattr(config, key)
         if dataclasses.is_dataclass(old) and isinstance(value, dict):
             value = merge(old, value, path, f"{prefix}{key}.")
+        elif dataclasses.is_dataclass(old):
+            raise UserError(f"{path}: {prefix}{key} = {value!r}; it must be a table, [{prefix}{key}]")
         elif type(old) is float and type(value) is int:
             value = float(value)
         elif old is not None and type(value) is not type(old):
@@ -469,12 +471,13 @@ def check_output(flag, path, *others):
                 raise UserError(f"{flag} {path}: is {other}, which would be lost; give another name")
 
 
-def check_outside(flag, path, documents):
-    """Raises UserError where what is written at `path` would be among the documents of a folder."""
+def check_outside(flag, path, documents, of="--documents"):
+    """Raises UserError where what is written at `path` would be among the documents of a folder, which the
+    flag `of` names."""
     inside, folder = Path(os.path.realpath(path)), os.path.realpath(documents)
     if inside.is_relative_to(folder):
         if not any(part.startswith(".") for part in inside.relative_to(folder).parts):  # hidden: not read
-            raise UserError(f"{flag} {path}: lies in --documents {documents}, and would be read, too; give "
+            raise UserError(f"{flag} {path}: lies in {of} {documents}, and would be read, too; give "
                             "another place")
 
 

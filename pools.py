@@ -124,18 +124,25 @@ class Pools:
         about = read_about(self.folder.parent)
         for name, dtype in array_types(about["vocab_size"]).items():
             setattr(self, name, Ragged(self.folder / name, dtype))
+        if not len(self):
+            raise UserError(f"{self.folder}: holds no pools; run prepare_data.py again")
 
     def __len__(self):
         return len(self.pool_documents)
 
     def __getitem__(self, i):
-        ids = self.pool_documents[i].tolist()
-        place = {document: at for at, document in enumerate(ids)}
-        documents, questions = [self.documents[d] for d in ids], []
-        for q in self.pool_questions[i].tolist():
-            hops = np.split(self.gold[q], self.hop_ends[q][:-1])
-            gold = [[place[document] for document in hop.tolist()] for hop in hops if len(hop)]
-            questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
+        if not 0 <= i < len(self):
+            raise IndexError(i)  # it ends loops
+        try:
+            ids = self.pool_documents[i].tolist()
+            place = {document: at for at, document in enumerate(ids)}
+            documents, questions = [self.documents[d] for d in ids], []
+            for q in self.pool_questions[i].tolist():
+                hops = np.split(self.gold[q], self.hop_ends[q][:-1])
+                gold = [[place[document] for document in hop.tolist()] for hop in hops if len(hop)]
+                questions.append((self.questions[q], self.answers[q], gold, bool(self.pooled[q][0])))
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"{self.folder}: pool {i} is damaged; run prepare_data.py again") from None
         rows = [*documents, *(row for question in questions for row in question[:2])]
         largest = max(int(row.max(initial=0)) for row in rows)
         if largest >= self.vocab_size:
@@ -163,7 +170,7 @@ def check_prepared(config):
     defaults = dataclasses.asdict(type(config)())  # of options newer than the data, which had no effect
     held = defaults | read_about(config.out)["config"]
     for name in [*asked, *held]:
-        if held.get(name) != asked.get(name):
+        if name != "out" and held.get(name) != asked.get(name):  # a folder may have moved
             raise UserError(f"{config.out}: prepared with {name} = {held.get(name)!r}, but this run says "
                             f"{asked.get(name)!r}; run prepare_data.py with the same configuration")
 
@@ -255,9 +262,9 @@ def collate_chat(pools, tokenizer, number_limit, rng):
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of several lines
-    has one for each gold document: those of the shown ones are said, in the order in which they are shown,
-    and some of these documents may not be shown.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of as
+    many lines as it has gold documents, two or more, has one for each: those of the shown ones are said, in
+    the order in which they are shown, and some of these documents may not be shown.
 
     Returns ([], [], batches). The samples of one pool are one batch: they begin with the same tokens,
     `shared` (1, P) int64, and go on with `tokens`. Those of several pools are whole: more to compute, in
@@ -276,7 +283,9 @@ def chat_samples(pool, tokenizer, number_limit, rng):
     texts = [tokenizer.decode(document.tolist()) for document in documents]
     asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
               [document for hop in gold for document in hop]) for question, answer, gold, _ in questions]
-    leaders = [(gold, "\n" in answer) for _, answer, gold in asked if gold]
+    asked = [(question, [line for line in answer.split("\n") if line.strip()], gold)
+             for question, answer, gold in asked]
+    leaders = [(gold, len(gold) == len(parts) > 1) for _, parts, gold in asked if gold]
     (gold, in_parts), samples = leaders[rng.integers(len(leaders))], []
     if in_parts:
         count = len(gold) if rng.random() < 0.5 else int(rng.integers(1, len(gold) + 1))
@@ -288,9 +297,10 @@ def chat_samples(pool, tokenizer, number_limit, rng):
         shown = [shown[i] for i in rng.permutation(len(shown))]
         numbers = rng.permutation(draw_numbers(len(shown), number_limit, rng)).tolist()
         appended, said = [(n, texts[i]) for n, i in zip(numbers, shown)], " ".join(texts[i] for i in shown)
-        for question, answer, needed in asked:
-            if "\n" in answer:
-                of = dict(zip(needed, answer.split("\n")))
+        for question, parts, needed in asked:
+            answer = ", ".join(parts)
+            if len(needed) == len(parts) > 1:
+                of = dict(zip(needed, parts))
                 answer = ", ".join(of[i] for i in shown if i in of) or NOT_FOUND
             elif not {*needed} <= {*shown}:
                 if {*needed} & {*shown} or answer.lower() in said.lower():

@@ -27,6 +27,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,8 @@ class DataConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if not self.out:
+            raise UserError("--out is empty; name a folder for the data")
         if not 0 <= self.alike <= 1:
             raise UserError(f"alike is {self.alike}; it must be between 0 and 1")
         if self.needles + self.chains + self.properties == 0:
@@ -99,7 +102,7 @@ class DataConfig:
         if self.data and not self.data.strip(","):
             raise UserError(f"data is {self.data!r}; name a set")
         if self.data:
-            own = any(path.endswith(".jsonl") for path in self.data.split(","))
+            own = any(map(is_questions, self.data.split(",")))
             if own != bool(self.documents) or self.questions:
                 raise UserError("data and documents go together where data has a .jsonl file of questions "
                                 "about them, and only there; questions is for neither")
@@ -122,10 +125,11 @@ def read_questions(path, documents):
             text, answer, names = row["question"], row["answer"], row["documents"]
             pooled = row.get("pooled", False)
             if not (isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
-                    and text and answer):
+                    and text.strip() and answer.strip()):
                 raise TypeError
             hops = [hop if isinstance(hop, list) else [hop] for hop in names]
-            gold = tuple(tuple(place_of(str(name), pieces, documents) for name in hop) for hop in hops)
+            gold = tuple(tuple(place_of(str(name), pieces, documents, answer) for name in hop)
+                         for hop in hops)
             question = Question(text, gold, answer, pooled)
             if not gold or not all(gold):
                 raise UserError("'documents' is empty, or a list in it is; name a document in each")
@@ -210,7 +214,8 @@ def write_own(config, folder):
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
 # Names, aside from a first word's capital, and numbers of two digits or more
-NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)*|\b\d[\d,.]*\d\b")
+UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"
+NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
 ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
@@ -221,7 +226,8 @@ def cloze(text, rng):
     """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
     numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
     title, end, body = text.partition("\n") if "\n" in text else ("", "", text)
-    starts = [0, *(space.end() for space in re.finditer(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", body)), len(body)]
+    spaces = re.finditer(rf"(?<=[.!?])\s+(?=[{UPPER}])|\n\s*\n", body)
+    starts = [0, *(space.end() for space in spaces), len(body)]
     for i in rng.permutation(len(starts) - 1).tolist():
         sentence, found = body[starts[i]:starts[i + 1]].strip(), []
         rest = (body[:starts[i]] + body[starts[i + 1]:]).rstrip()
@@ -239,19 +245,32 @@ def cloze(text, rng):
     return text, []
 
 
+def is_questions(path):
+    """Whether what `data` names are questions of one's own."""
+    return str(path).lower().endswith(".jsonl")
+
+
+def is_texts(path):
+    """Whether what `data` names is a folder of texts, not a set."""
+    return Path(path).is_dir() and not (Path(path) / "corpus.jsonl").exists()
+
+
+def own_folders(config):
+    """Of a DataConfig the folders and files of one's own documents, which sample.py cuts as they are cut."""
+    texts = [path for path in config.data.split(",") if path and is_texts(path)]
+    return [config.documents, *texts] if config.documents else texts
+
+
 def read_training_set(path, documents, tokenizer, limit, rng):
     """`read_set` of a SET that is one, is made of texts, or asks, as a .jsonl file, about `documents`."""
     own = lambda place: list_documents(place, lambda text: len(tokenizer.encode(text)), limit, print)
-    if str(path).endswith(".jsonl"):
+    if is_questions(path):
         found = own(documents)
         asked = [SetQuestion(q.text, tuple(q.documents), (q.answer,)) for q in read_questions(path, found)]
         return [document.spelled() for document in found], {"train": asked}, {}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
         return read_set(path)
-    if (Path(path) / "corpus.jsonl").exists():
-        texts = read_texts(path)
-    else:
-        texts = [document.spelled() for document in own(path)]
+    texts = [document.spelled() for document in own(path)] if is_texts(path) else read_texts(path)
     texts, asked = zip(*(cloze(text, rng) for text in texts))
     return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
                              for question, answer in found]}, {}
@@ -269,13 +288,21 @@ class QuestionSet:
         self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
                        if len(tokens) <= limit and titles[i] not in tested}
         self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
+        left_out = Counter()
         for question in questions.get("train", ()):
             answer = min(question.answers, key=len, default="")
-            short = len(answer.split()) <= ANSWER_WORDS or len(tokenizer.encode(answer)) <= ANSWER_TOKENS
-            if (answer and short
-                    and self.usable.issuperset(question.gold) and len(question.gold) <= MOST_SHOWN):
+            if not answer:
+                left_out["without an answer"] += 1
+            elif len(answer.split()) > ANSWER_WORDS and len(tokenizer.encode(answer)) > ANSWER_TOKENS:
+                left_out[f"with an answer of more than {ANSWER_TOKENS} tokens"] += 1
+            elif len(question.gold) > MOST_SHOWN:
+                left_out[f"about more than {MOST_SHOWN} documents"] += 1
+            elif not self.usable.issuperset(question.gold):
+                left_out[f"about a document of more than {limit} tokens, or one that is tested"] += 1
+            else:
                 found = self.about.setdefault(question.gold, ([], []))
                 found[0].append(Question(question.text, (question.gold,), answer))
+        tell_odd(f"{path}: questions left out", left_out, print)
         self.names = [(titles[gold[0]], name) for gold, (asked, _) in self.about.items()
                       for question in asked for name in NAME.findall(question.text) if name[0].isalpha()]
         for text, place in none.get("train", ()):
@@ -323,24 +350,27 @@ def write_sets(config, folder):
     rng = np.random.default_rng(config.seed)
     sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
             for path in paths}
-    held = {}
-    for path, own in sets.items():  # the same documents of a set, whatever other sets there are
-        draw = np.random.default_rng([config.seed, zlib.crc32(Path(path).name.encode())])
-        held[path] = {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
-        if own.about and not any(held[path] & {*gold} for gold in own.about):  # of few documents
-            held[path] |= {min(own.about)[0]}
+    folder_of = {path: config.documents if is_questions(path) else path for path in paths}
+    held = {folder: set() for folder in folder_of.values()}  # places that validation asks about
+    for path, own in sets.items():  # the same documents of a folder, whatever other sets there are
+        draw = np.random.default_rng([config.seed, zlib.crc32(Path(folder_of[path]).name.encode())])
+        places = held[folder_of[path]]
+        places |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
+        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents
+            places |= {min(own.about)[0]}
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
         trains, turns = split == "train", {}
         writer = PoolWriter(folder / split, tokenizer)
         for path, own in sets.items():
-            groups = [gold for gold in own.about if held[path].isdisjoint(gold) == trains]
+            groups = [gold for gold in own.about if held[folder_of[path]].isdisjoint(gold) == trains]
             if not groups:
-                raise UserError(f"{path}: it has no question with a short answer for {split}")
+                which = "; all are about the same document" if own.about else ", or no split train"
+                raise UserError(f"{path}: it has no question with a short answer for {split}{which}")
             turns[path] = endless(groups, rng)
         for i in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
             path = paths[i % len(paths)]
             own = sets[path]
-            allowed = own.usable - held[path] if trains else own.usable
+            allowed = own.usable - held[folder_of[path]] if trains else own.usable
             places, chosen = own.pool(next(turns[path]), allowed, config, rng)
             at = {place: i for i, place in enumerate(places)}
             texts, asked = [own.texts[place] for place in places], [q.moved(at) for q in chosen]
@@ -404,8 +434,8 @@ def replacing(out):
 def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
-    if config.documents:
-        check_outside("--out", out, config.documents)
+    for folder in own_folders(config):
+        check_outside("--out", out, folder, "--documents" if folder == config.documents else "--data")
     with replacing(out) as building:
         write = write_sets if config.data else write_own if config.documents else write_synthetic
         tokenizer = write(config, building)

@@ -110,6 +110,8 @@ class ChatTokenizer(Tokenizer):
         for name, data in self.files.items():
             with atomic_file(Path(folder) / name, "wb") as file:
                 file.write(data)
+        for name in ("tokenizer.tiktoken", "tokenizer_msa.json"):  # of an earlier model of ours
+            (Path(folder) / name).unlink(missing_ok=True)
 
 
 class MSATokenizer(ChatTokenizer):

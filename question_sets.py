@@ -281,9 +281,15 @@ def places_of(name, pieces, documents):
     return places
 
 
-def place_of(name, pieces, documents):
-    """The place of the one document that is meant, as by `places_of`. Raises UserError."""
+def place_of(name, pieces, documents, answer):
+    """The place of the one document that is meant, as by `places_of`; of a line that is several documents the
+    first one that holds the answer. Raises UserError."""
     places = places_of(name, pieces, documents)
+    if len(places) > 1 and len({documents[place].where() for place in places}) == 1:
+        places = [place for place in places if answer.lower() in documents[place].text.lower()][:1]
+        if not places:
+            raise UserError(f"{name!r} is a line that was split, and no piece of it holds {answer!r}; give a "
+                            "larger max_document_tokens, or break the line")
     if len(places) != 1:
         raise UserError(f"{name!r} names {len(places)} documents, not one; give a file below --documents, or "
                         'an id, and a line of it if the file was split: "notes.md:12"')

@@ -35,6 +35,7 @@ from checkpoint import ROUTING_ONLY, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
     autocast,
+    check_outside,
     command_line,
     detect_device,
     drawing,
@@ -48,7 +49,7 @@ from low_rank import add_factors, factors
 from memory import compile_blocks
 from model import MSA, ModelConfig
 from pools import Pools, check_prepared, collate, collate_chat
-from prepare_data import CODERS, DataConfig
+from prepare_data import CODERS, DataConfig, own_folders
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
@@ -96,6 +97,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.number_limit > 10 ** 18:
             raise UserError(f"number_limit is {self.number_limit}; it must be at most 10 ** 18")
+        if not self.out:
+            raise UserError("--out is empty; name a folder for the checkpoint")
         if self.rank and not self.init_from:
             raise UserError(f"rank is {self.rank}: of changes to a chat backbone; give it with --init-from")
         if self.pools_together > 1 and not self.rank:
@@ -126,13 +129,16 @@ def start_from(config, folder, tokenizer, device, dtype):
     if config.rank and loaded.prompts != "chat":
         raise UserError(f"rank is {config.rank}, of changes to a chat backbone, which --init-from "
                         f"{config.init_from} is not; leave it out")
+    if config.rank > loaded.hidden_size:
+        raise UserError(f"rank is {config.rank}; at most {loaded.hidden_size}, the width of --init-from "
+                        f"{config.init_from}")
     backbone = loaded.prompts != "nanomsa"
     free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
     changes = own_settings(config, loaded, ("second_look",) if config.rank else free)
     if config.rank:
         changes["second_look"] = changes["second_look"] or loaded.second_look
     elif backbone:
-        changes |= dict(attend_memory=True, prompts="nanomsa")
+        changes |= dict(attend_memory=True, prompts="nanomsa", second_look=0)
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "
@@ -284,21 +290,22 @@ def flatten_metrics(losses):
 
 
 def name_metrics(sums):
-    """The means of what `flatten_metrics` made, by name."""
-    values = [round(v, 6) for v in (sums[0] / sums[1].clamp(min=1)).tolist()]
+    """The means of what `flatten_metrics` made, by name; None of what there was none of."""
+    values = [round(total / count, 6) if count else None for total, count in zip(*sums.tolist())]
     return {**dict(zip(METRICS, values)), "recall": values[len(METRICS):]}
 
 
 def describe(row, config):
     """A log row in a line: losses, samples wholly right, recall of each layer and of the mean score. A chat
     backbone does not route in training: its two kinds of answers."""
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    both = lambda loss, right: f"{number(row[loss], 3)} {number(row[right], 2)}"
     if config.rank:
-        return (f"| answer {row['answer']:.3f} {row['answered']:.2f} | not found {row['naming']:.3f} "
-                f"{row['named']:.2f}")
-    recall = " ".join(f"{r:.2f}" for r in row["recall"])
-    return (f"| naming {row['naming']:.3f} {row['named']:.2f} | answer {row['answer']:.3f} "
-            f"{row['answered']:.2f} | aux {row['aux']:.3f} | recall@{config.model.top_k} {recall} "
-            f"(chance {row['chance']:.2f}) | top-1 {row['top1']:.2f}")
+        return f"| answer {both('answer', 'answered')} | not found {both('naming', 'named')}"
+    recall = " ".join(number(share, 2) for share in row["recall"])
+    return (f"| naming {both('naming', 'named')} | answer {both('answer', 'answered')} "
+            f"| aux {number(row['aux'], 3)} | recall@{config.model.top_k} {recall} "
+            f"(chance {number(row['chance'], 2)}) | top-1 {number(row['top1'], 2)}")
 
 
 def plot(rows, path, routes):
@@ -316,9 +323,9 @@ def draw_curves(rows, panels, routes):
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
 
     def draw(axes, label, of_row, **style):
-        line, = axes.plot([r["step"] for r in train], [of_row(r) for r in train], label=label, **style)
-        dots = [r["step"] for r in validation], [of_row(r) for r in validation]
-        axes.plot(*dots, "o", color=line.get_color(), ms=4)
+        known, dots = ([r for r in some if of_row(r) is not None] for some in (train, validation))
+        line, = axes.plot([r["step"] for r in known], [*map(of_row, known)], label=label, **style)
+        axes.plot([r["step"] for r in dots], [*map(of_row, dots)], "o", color=line.get_color(), ms=4)
 
     losses = ((left, "naming", "next token, naming" if routes else "next token, not found"),
               (left, "answer", "next token, answers"), (left, "aux", "routing (Eq. 5)"))
@@ -329,7 +336,7 @@ def draw_curves(rows, panels, routes):
     right.set_visible(routes)
     for i, label in enumerate([*(f"memory layer {i}" for i in range(layers)), "mean score"]):
         draw(right, label, lambda row: row["recall"][i], lw=0.8)
-    right.plot([r["step"] for r in train], [r["chance"] for r in train], "k:", label="chance")
+    draw(right, "chance", lambda row: row["chance"], color="k", ls=":")
     left.set(xlabel="step", ylabel="loss", yscale="log", title="losses (dots: validation)")
     middle.set(xlabel="step", ylabel="share of samples wholly right", ylim=(0, 1.02), title="named, answered")
     right.set(xlabel="step", ylabel="recall@k", ylim=(0, 1.02), title="routing")
@@ -340,10 +347,15 @@ def draw_curves(rows, panels, routes):
 def check_out(config, folder):
     """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
     out = Path(config.out)
-    if folder and folder.resolve() == out.resolve():
-        raise UserError(f"--out is {config.out}, which --init-from reads; give another")
+    while folder:  # and what its low-rank changes are of
+        if folder.resolve() == out.resolve():
+            raise UserError(f"--out is {config.out}, which --init-from reads; give another")
+        base = MSA.read_config(folder)[1].get("base")
+        folder = find_base(base) if base else None
     if out.resolve() == Path(config.data.out).resolve():
         raise UserError(f"--out is {config.out}, which holds the prepared data; give another")
+    for own in own_folders(config.data):
+        check_outside("--out", out, own, "the documents of")
     ours = "config.json", WEIGHTS, *CODERS, "training_state/about.json"
     held = any((out / name).exists() for name in ours)
     if held and not (config.overwrite or config.resume):
@@ -367,7 +379,7 @@ def prepare(config, folder, device, dtype):
     torch.manual_seed(config.seed)
     weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
-    if config.data.documents:  # sample.py and eval.py cut them alike
+    if own_folders(config.data):  # sample.py and eval.py cut them alike
         model.config.max_document_tokens = config.data.max_document_tokens
     config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
@@ -567,6 +579,7 @@ def train(config, device, dtype, rank, world, say):
 
     def finish_step(number, _):
         """Ctrl-C: finish the step, save, stop. A second one stops at once."""
+        say("stopping behind this step, which is saved; once more: at once", flush=True)
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 

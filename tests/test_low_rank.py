@@ -16,12 +16,13 @@ import checkpoint
 import prepare_data
 import train
 from batches import Server, choose, likelihoods, serve
-from common import UserError
+from common import UserError, command_line
 from interleave import look_again, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
 from pools import Pools, chat_samples, collate_chat
-from prompts import NOT_FOUND, ChatTokenizer
+from prompts import NOT_FOUND, ChatTokenizer, load_tokenizer
+from tokenizer import Tokenizer
 from train import next_pool
 
 TITLES = [f"Town {letter}" for letter in "ABCDEFGHIJKLMNOPQRST"]
@@ -104,6 +105,31 @@ def test_pools_of_sets(prepared, backbone):
                 assert answer == (about[-5:-1] if gold else NOT_FOUND) and (question[0] == "O") == bool(gold)
         assert kinds == {"Of", "Who"}
     assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
+
+
+def test_held_out_documents_of_a_folder(backbone, run, tmp_path):
+    """Validation would ask about texts of a folder that questions of one's own, or made ones, train on."""
+    pytest.importorskip("bm25s")
+    notes, decode = tmp_path / "notes", ChatTokenizer(backbone).decode
+    notes.mkdir()
+    for i in range(40):
+        (notes / f"{i}.txt").write_text(f"Mill {i} is of {1800 + i}. Since {1800 + i} it leaks. It is nice.")
+    lines = [json.dumps({"question": f"How old is mill {i}?", "answer": str(1800 + i),
+                         "documents": [f"{i}.txt"]}) for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    done = run(prepare_data, "--data", f"{tmp_path / 'q.jsonl'},{notes}", "--documents", notes, "--encoding",
+               backbone, "--out", tmp_path / "data", "--documents-per-pool", 4, "--pools", 80,
+               "--validation-pools", 12)
+    assert done.code == 0, done.err
+    mills = {"train": set(), "validation": set()}
+    for split, seen in mills.items():
+        pools = Pools(tmp_path / "data" / split, 261)
+        for i in range(len(pools)):
+            documents, questions = pools[i]
+            gold = {d for *_, hops, _ in questions for hop in hops for d in hop}
+            shown = gold if split == "validation" else range(len(documents))
+            seen |= {decode(documents[d].tolist()).split()[1] for d in shown}
+    assert mills["validation"] and len(mills["train"]) > 20 and not mills["train"] & mills["validation"]
 
 
 def test_more_gold_documents_than_a_pool_has(places, backbone, run, tmp_path):
@@ -216,6 +242,53 @@ def test_collate_chat(backbone):
 
 
 @torch.no_grad()
+def test_answers_of_several_lines(backbone):
+    """An answer of three lines about one document would lose two of them, or be shared out to documents."""
+    t, pool = ChatTokenizer(backbone), lambda answer, gold: (
+        [np.array(t.encode(text)) for text in ("one", "two")],
+        [(np.array(t.encode("Which days?")), np.array(t.encode(answer)), gold, False)])
+    said = set()
+    for answer, gold in (("Monday\nTuesday\nFriday", [[0]]), ("yes\n", [[0, 1]]), ("no\n\nyes", [[0], [1]])):
+        for seed in range(20):
+            samples = chat_samples(pool(answer, gold), t, 100, np.random.default_rng(seed))
+            said |= {t.decode(target[:-1]).strip() for _, target, answers in samples if answers}
+    assert said - {"no"} == {"Monday, Tuesday, Friday", "yes", "no, yes", "yes, no"}
+
+
+def test_damaged_pools(prepared, tmp_path):
+    """Another preparation's files, or none, would end in a traceback."""
+    shutil.copytree(prepared[1], tmp_path / "data")
+    gold = np.fromfile(tmp_path / "data" / "train" / "gold.bin", np.int64)
+    (gold + 1_000_000).tofile(tmp_path / "data" / "train" / "gold.bin")
+    pools = Pools(tmp_path / "data" / "train", 261)
+    with pytest.raises(UserError, match=r"train: pool \d+ is damaged; run prepare_data.py again"):
+        list(pools)
+    with pytest.raises(IndexError):
+        pools[len(pools)]
+    for name in ("pool_documents", "pool_questions"):
+        (tmp_path / "data" / "train" / f"{name}.bin").write_bytes(b"")
+        np.zeros(1, np.int64).tofile(tmp_path / "data" / "train" / f"{name}.offsets")
+    with pytest.raises(UserError, match="train: holds no pools; run prepare_data.py again"):
+        Pools(tmp_path / "data" / "train", 261)
+
+
+def test_what_was_not_measured():
+    """A loss of nothing would be printed and drawn as 0: as if all were learned."""
+    names = len(train.METRICS)
+    values, counts = torch.zeros(names + 1), torch.ones(names + 1)
+    values[train.METRICS.index("answer")], counts[train.METRICS.index("naming")] = 2.5, 0
+    row = train.name_metrics(torch.stack([values, counts]))
+    assert row["naming"] is None and row["answer"] == 2.5 and row["recall"] == [0.0]
+    said = train.describe(row, SimpleNamespace(rank=2))
+    assert said == "| answer 2.500 0.00 | not found - 0.00"
+    line, drawn = SimpleNamespace(get_color=str), []
+    axes = SimpleNamespace(plot=lambda x, y, *_, **__: drawn.append((x, y)) or [line],
+                           set_visible=str, set=lambda **_: 0, legend=str)
+    rows = [row | dict(step=1, split="train"), row | dict(step=2, split="train", naming=0.5)]
+    train.draw_curves(rows, [axes] * 3, False)
+    assert drawn[:2] == [([2], [0.5]), ([], [])]
+
+
 def test_shared_beginnings(backbone, prepared):
     """Samples that share a beginning would see another text than when each is read alone."""
     model, t = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
@@ -330,6 +403,34 @@ def test_delta(backbone, tmp_path):
                                second.read(tokens).logits, atol=0.02, rtol=0.02)  # bfloat16
 
 
+def test_out_is_a_base(backbone, prepared, run, tmp_path):
+    """The checkpoint that changes are of would be replaced, and both be lost."""
+    shutil.copytree(backbone, tmp_path / "base")
+    model = changed(tmp_path / "base")
+    model.others["base"] = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "delta")
+    load_tokenizer(backbone, model.config).save(tmp_path / "delta")
+    data = [f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in prepared]
+    refused = run(train, *data, "--init-from", tmp_path / "delta", "--rank", 2, "--out", tmp_path / "base",
+                  "--overwrite", "--device", "cpu")
+    assert refused.code == 2 and f"--out is {tmp_path / 'base'}, which --init-from reads" in refused.error
+    wide = run(train, *data, "--init-from", backbone, "--rank", 17, "--out", tmp_path / "out", "--device",
+               "cpu")
+    assert wide.code == 2 and "rank is 17; at most 16, the width of --init-from" in wide.error
+
+
+def test_all_weights_of_a_reader(backbone, prepared, monkeypatch):
+    """A model of ours that goes on from one that looks twice would be asked as that one is."""
+    flags = [f"--data.{flag[2:]}" if str(flag).startswith("--") else str(flag) for flag in prepared]
+    config = command_line(train.TrainConfig, "", [*map(str, flags), "--init-from", str(backbone),
+                                                  "--model.top-k", "3"])
+    looks = replace(MSA.read_config(backbone)[0], second_look=8)
+    monkeypatch.setattr(MSA, "read_config", classmethod(lambda cls, folder: (looks, {})))
+    tokenizer = Tokenizer.load(config.data.out)
+    model = train.start_from(config, backbone, tokenizer, torch.device("cpu"), torch.float32)
+    assert model.config.prompts == "nanomsa" and model.config.second_look == 0 and model.config.top_k == 3
+
+
 def test_delta_mistakes(backbone, tmp_path, monkeypatch):
     """A base that is not at hand, or another one, would end in a traceback, or in a model of noise."""
     model = changed(backbone)
@@ -354,6 +455,30 @@ def test_delta_mistakes(backbone, tmp_path, monkeypatch):
     small.save_pretrained(package / "a.gguf")
     with pytest.raises(UserError, match="model.layers.2.* is missing"):
         MSA.from_pretrained(tmp_path)
+
+
+def test_a_line_that_is_split(backbone, run, tmp_path):
+    """A question about a long line would be refused, or be asked of a piece that does not answer it."""
+    pytest.importorskip("bm25s")
+    (tmp_path / "notes").mkdir()
+    line = " ".join(f"Mill {i} is of {1800 + i}." for i in range(20))
+    (tmp_path / "notes" / "a.md").write_text(f"{line}\n\nb")
+    ask = lambda answer: json.dumps({"question": f"What of {answer}?", "answer": answer,
+                                     "documents": ["a.md:1"]})
+    flags = ["--data", tmp_path / "q.jsonl", "--documents", tmp_path / "notes", "--encoding", backbone,
+             "--out", tmp_path / "data", "--max-document-tokens", 60, "--pools", 8, "--documents-per-pool", 3]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(ask, ("1801", "1817"))))
+    done, decode = run(prepare_data, *flags), ChatTokenizer(backbone).decode
+    assert done.code == 0, done.err
+    pools = Pools(tmp_path / "data" / "train", 261)
+    for documents, questions in (pools[i] for i in range(len(pools))):
+        for _, answer, gold, _ in questions:
+            texts = [decode(documents[d].tolist()) for hop in gold for d in hop]
+            assert all(decode(answer.tolist()) in text for text in texts)
+    (tmp_path / "q.jsonl").write_text("\n".join(map(ask, ("1801", "Oslo"))))
+    refused = run(prepare_data, *flags)
+    assert refused.code == 2
+    assert "q.jsonl:2: 'a.md:1' is a line that was split, and no piece of it holds 'Oslo'" in refused.error
 
 
 def test_own_notes(backbone, run, tmp_path):
@@ -389,6 +514,7 @@ def test_own_notes(backbone, run, tmp_path):
     alone = run(prepare_data, "--data", notes, *flags)
     assert alone.code == 0 and "training pools" in alone.out, alone.err
     for given, message in ((["--data", asked], "data and documents go together"),
+                           (["--data", notes, "--out", notes / "data"], f"lies in --data {notes}, and would"),
                            (["--data", notes, "--documents", notes], "data and documents go together"),
                            (["--data", asked, "--documents", notes, "--encoding", "train"],
                             "give its checkpoint, such as --encoding checkpoints/smollm2")):
