@@ -23,7 +23,7 @@ from prompts import END_OF_RETRIEVE, NOT_FOUND
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .03 are refused, .24 without it
 GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
-UNLIKELY = -0.693     # log(1 / 2): a document answers where the log p of NOT_FOUND is below it
+CERTAIN = -0.105      # log 0.9: a document has something of the answer where log p of NOT_FOUND is below it
 
 
 @dataclass
@@ -68,14 +68,18 @@ class Round:
 
 def rounds_of(model, config):
     """`max_rounds` of an InterleaveConfig, for a model where it does not say how many."""
-    most = 4 if model.config.prompts != "chat" else 2 if model.config.second_look else 1
-    return config.max_rounds if config.max_rounds >= 0 else most
+    if config.max_rounds >= 0:
+        return config.max_rounds
+    if model.config.prompts != "chat":
+        return 4
+    return 2 if model.config.second_look else 1
 
 
 def documents_of(model, config):
     """`max_documents` of an InterleaveConfig, for a model where it does not say how many."""
-    # More text costs a small backbone's answers more than it brings
-    return config.max_documents if config.max_documents > 0 else 2 if model.config.second_look else 8
+    if config.max_documents > 0:
+        return config.max_documents
+    return 2 if model.config.second_look else 8  # more text costs a small backbone more than it brings
 
 
 def context_of(model):
@@ -245,8 +249,8 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
     which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A single
-    round names only documents with which NOT_FOUND is UNLIKELY, and at least one; but `most` of them where
-    that is `look` or more.
+    round names only documents that leave NOT_FOUND less than CERTAIN, and at least one; but `most` of them
+    where that is `look` or more.
     """
     named, rounds, before = [], [], 0.0
     for nth, ranked in enumerate(rankings, 1):
@@ -261,7 +265,7 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
             if named and (not log_p or before - log_p[0] < GAIN):
                 count = 0
             elif len(rankings) == 1 and most < look:
-                count = min(count, max(1, sum(p < UNLIKELY for p in log_p)))
+                count = min(count, max(1, sum(p < CERTAIN for p in log_p)))
             before = log_p[0] if log_p else 0.0
         rounds.append((left, count))
         named += [document for document, _ in left[:count]]

@@ -437,8 +437,10 @@ def script():
     for folder in own_folders(config):
         check_outside("--out", out, folder, "--documents" if folder == config.documents else "--data")
     with replacing(out) as building:
-        write = write_sets if config.data else write_own if config.documents else write_synthetic
-        tokenizer = write(config, building)
+        if config.data:
+            tokenizer = write_sets(config, building)
+        else:
+            tokenizer = (write_own if config.documents else write_synthetic)(config, building)
         tokenizer.save(building)
         about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)}
         write_json(building / "about.json", about)

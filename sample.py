@@ -231,21 +231,25 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
+def read_questions(config):
+    """The questions of --questions. Raises UserError, for a --json that cannot be written, too."""
+    questions = [question_of(row, "question", f"{config.questions}:{line}").text
+                 for line, row in read_rows(Path(config.questions))]
+    if not questions:
+        raise UserError(f"{config.questions}: no question in it")
+    check_output("--json", config.json, config.questions, config.documents)
+    if config.documents:
+        check_outside("--json", config.json, config.documents)
+    return questions
+
+
 def script():
     config = command_line(SampleConfig, __doc__, takes_file=False)
     if not config.documents and not config.memory:
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    questions = []
-    if config.questions:
-        questions = [question_of(row, "question", f"{config.questions}:{line}").text
-                     for line, row in read_rows(Path(config.questions))]
-        if not questions:
-            raise UserError(f"{config.questions}: no question in it")
-        check_output("--json", config.json, config.questions, config.documents)
-        if config.documents:
-            check_outside("--json", config.json, config.documents)
+    questions = read_questions(config) if config.questions else []
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     torch.manual_seed(config.seed)
     model, tokenizer, on = open_checkpoint(config.checkpoint or default, config.device, config.dtype)
@@ -266,9 +270,10 @@ def script():
         where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
     else:
         documents = list_documents(config.documents, count_tokens, config.max_document_tokens, say)
+        spelled = [document.spelled() for document in documents]
         if not model.trained_routers:
-            make_routers(model, tokenizer, [document.spelled() for document in documents])
-        texts = tokenizer.encode_batch([document.spelled() for document in documents])
+            make_routers(model, tokenizer, spelled)
+        texts = tokenizer.encode_batch(spelled)
         memory, speed = encode_texts(model, tokenizer, texts)
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")

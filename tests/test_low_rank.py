@@ -636,8 +636,8 @@ def test_look_again(gains, most, expected):
 
 
 @pytest.mark.parametrize("log_p, most, count", [
-    ((-3.0, -0.7, -0.6, -0.1), 4, 2), ((-3.0, -2.0, -1.0, -0.8), 3, 3), ((-0.1, -0.2, -0.3, -0.4), 4, 1),
-    ((), 4, 1), ((-3.0, -0.7, -0.6, -0.1), 8, 8)])
+    ((-3.0, -0.11, -0.1, -0.01), 4, 2), ((-3.0, -2.0, -1.0, -0.8), 3, 3), ((-0.1, -0.02, -0.03, -0.0), 4, 1),
+    ((), 4, 1), ((-3.0, -0.11, -0.1, -0.01), 8, 8)])
 def test_a_round_alone(log_p, most, count):
     """It would name documents with which nothing is found, or none; or, where all may be named, not all."""
     running = looks([[(d, 0.5) for d in range(len(log_p))]], 1.0, most, 8)
