@@ -590,7 +590,8 @@ def script():
     print(f"device: {name} ({reason}); torch {torch.__version__}; kernels: {kernels}")
     torch.manual_seed(1)
     bench, path = Bench(device), Path(args.json).expanduser()
-    bench.dtype = getattr(torch, args.dtype) if args.dtype else bench.dtype
+    if args.what == "linear" and args.dtype:
+        bench.dtype = getattr(torch, args.dtype)
     if path.is_dir():
         path /= f"{'gpu' if bench.cuda else 'bench'}-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     chunks, questions = (2 ** 20, (1, 8, 64)) if bench.cuda else (200_000, (1,))

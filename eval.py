@@ -71,7 +71,7 @@ from common import (
     return_freed_memory,
     write_json,
 )
-from documents import Document, list_documents, passages
+from documents import Document, Titled, list_documents, passages
 from interleave import (
     InterleaveConfig,
     Round,
@@ -98,7 +98,7 @@ from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
 from tasks import TASKS, Words, grow_memory, parse_lengths
 
-IMPOSSIBLE = 100  # questions of a set's impossible.jsonl that are asked, at most
+IMPOSSIBLE = 100  # of a set's questions that nothing answers, at most
 
 
 @dataclass
@@ -107,7 +107,7 @@ class EvalConfig:
     data: str = ""                    # a set of questions in place of a task; see above
     documents: str = ""               # what --data FILE.jsonl asks about: a folder, or a .jsonl file
     distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
-    split: str = ""                   # of --data; "": test, else dev, else the only one
+    split: str = ""                   # of --data; "": test, else dev, else the only one; "all"
     k: str = ""                       # of --data: documents in the prompt, commas between; "": as sample.py
     task: Literal[tuple(TASKS)] = "niah_multikey"  # what is asked
     filler: int = 0                   # noise sentences around every document's own; 2: about 64 tokens each
@@ -388,7 +388,9 @@ def load_set(config, model, tokenizer, say):
     count_tokens = lambda text: len(tokenizer.encode(text))
     if config.documents:
         documents = list_documents(config.documents, count_tokens, model.config.max_document_tokens, say)
-        texts, split = [document.spelled() for document in documents], ""
+        spelled = [document.spelled() for document in documents]
+        texts = [Titled(text) if document.title else text for text, document in zip(spelled, documents)]
+        split = ""
         questions, group = read_questions(config.data, documents, say), [*range(len(texts))]
         if any(question.whole for question in questions):
             files = [document.source for document in documents]
@@ -401,7 +403,8 @@ def load_set(config, model, tokenizer, say):
         group = [*range(len(texts))]
         questions, split = choose_split(questions, config.split, config.data)
         if model.config.second_look:  # one that has learned to say NOT_FOUND
-            none = none.get(split, [])
+            parts = none.values() if split == "all" else [none.get(split, [])]
+            none = [pair for part in parts for pair in part]
             drawn = np.random.default_rng(config.seed).permutation(len(none)).tolist()
             drawn = sorted(drawn[:min(config.questions, IMPOSSIBLE)])
             questions = questions + [SetQuestion(none[i][0], (), (), True) for i in drawn]
@@ -489,7 +492,8 @@ def script():
     keep_freed_memory()
     torch.manual_seed(config.seed)
     given = [path for path in config.beside.split(",") if path]
-    inputs = [config.data, *given, *set_files(config.data)]
+    sets = [config.data, *filter(None, config.distractors.split(","))]
+    inputs = [*sets, *given, *(file for path in sets for file in set_files(path))]
     check_output("--json", config.json, *inputs)
     check_output("--plot", config.plot, config.json, *inputs)
     for flag in ("json", "plot", "memory"):

@@ -96,14 +96,10 @@ def check_lengths(model, tokenizer, questions):
                             f"takes {most:,} at most: shorten it")
 
 
-def message_of(model, tokenizer, question, documents, config):
-    """A chat backbone's message about documents, pairs (number, text), without the last ones where with the
-    answer they would be more than it can read."""
-    message = tokenizer.message(question, documents)
-    while documents and len(message) + config.max_answer_tokens > context_of(model):
-        documents = documents[:-1]
-        message = tokenizer.message(question, documents)
-    return message
+def fits(model, message, config):
+    """Whether a model can read a message, a list of ids, and answer it."""
+    most = context_of(model)
+    return len(message) + min(config.max_answer_tokens, most // 4) <= most
 
 
 def reluctant(model, tokenizer, logits):
@@ -274,8 +270,8 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
 
 def interleave_chat(model, tokenizer, memory, texts, question, config):
     """Rounds share `max_documents`. What they name stands in the message that the backbone answers, round by
-    round, in order of the numbers."""
-    rankings, found, number_of = [], [], lambda d: int(memory.numbers[d])
+    round, in order of the numbers; what would be more than it can read is not named."""
+    rankings, number_of = [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = tokenizer.question(question)
         rounds = min(config.max_rounds, config.max_documents)
@@ -283,13 +279,16 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     look = model.config.second_look
     if len(rankings) == 1 and config.max_documents >= look:  # all are named
         look = 0
-    for ranked, count in (yield from look_again(model, tokenizer, question, rankings, texts, number_of,
-                                                config.router_weight, config.max_documents, look)):
-        named = sorted(d for d, _ in ranked[:count])
-        found += named
-        yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, named)))
-    documents = [(number_of(d), tokenizer.decode(texts[d])) for d in found]
-    yield Prompt(message_of(model, tokenizer, question, documents, config))
+    rounds = yield from look_again(model, tokenizer, question, rankings, texts, number_of,
+                                   config.router_weight, config.max_documents, look)
+    named = [[d for d, _ in ranked[:count]] for ranked, count in rounds]
+    message = lambda: tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d]))
+                                                   for part in named for d in sorted(part)])
+    while any(named) and not fits(model, message(), config):  # without the last in rank
+        next(part for part in reversed(named) if part).pop()
+    for (ranked, _), part in zip(rounds, named):
+        yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, sorted(part))))
+    yield Prompt(message())
     yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True)
 
 
@@ -366,7 +365,9 @@ def loop_from_text(model, tokenizer, question, appended, config):
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
     elif prompts == "chat":
-        prompt, stop = message_of(model, tokenizer, question, documents, config), tokenizer.ends
+        while documents and not fits(model, tokenizer.message(question, documents), config):
+            documents = documents[:-1]
+        prompt, stop = tokenizer.message(question, documents), tokenizer.ends
     else:
         named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
         read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),

@@ -190,7 +190,7 @@ def apply(function, *inputs, again):
 def compile_blocks(model):
     """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
     out: it has its own kernels, and shapes that the data decide."""
-    torch._dynamo.config.recompile_limit = 64  # layers share their code: with a gradient or none, one row
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients, of one row
     for layer in model.model.layers:
         attention = layer.self_attn
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):

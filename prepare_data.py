@@ -16,7 +16,7 @@ pooled memory of the one document, without its text.
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken; for a chat backbone it may also be a FILE.jsonl of your own questions about --documents, or a
 folder of your own documents. A pool is a passage, some questions about it, and passages that BM25 finds for
-them in its place; the questions of impossible.jsonl, which their passage does not answer, and questions in
+them in its place; questions that a passage does not answer (of impossible.jsonl, or SQuAD's own), and ones in
 which a name or number is another's, are answered by prompts.NOT_FOUND. Where a SET has no questions they are
 made: what a sentence says is asked of the rest of its document. Documents about which a test is asked stay
 out, with all that have the same title.
@@ -350,21 +350,16 @@ def write_sets(config, folder):
     rng = np.random.default_rng(config.seed)
     sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
             for path in paths}
-    folder_of = {path: config.documents if is_questions(path) else path for path in paths}
-    held = {folder: set() for folder in folder_of.values()}  # places that validation asks about
-    for path, own in sets.items():  # the same documents of a folder, whatever other sets there are
-        draw = np.random.default_rng([config.seed, zlib.crc32(Path(folder_of[path]).name.encode())])
-        places = held[folder_of[path]]
-        places |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
-        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents
-            places |= {min(own.about)[0]}
+    folder_of = {path: Path(config.documents if is_questions(path) else path).resolve() for path in paths}
+    held = hold_out(sets, folder_of, config.seed)
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):
         trains, turns = split == "train", {}
         writer = PoolWriter(folder / split, tokenizer)
         for path, own in sets.items():
             groups = [gold for gold in own.about if held[folder_of[path]].isdisjoint(gold) == trains]
             if not groups:
-                which = "; all are about the same document" if own.about else ", or no split train"
+                which = ("; all that it has are about documents of the other part" if own.about
+                         else ", or no split train")
                 raise UserError(f"{path}: it has no question with a short answer for {split}{which}")
             turns[path] = endless(groups, rng)
         for i in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
@@ -377,6 +372,24 @@ def write_sets(config, folder):
             writer.add_pool(*writer.add(texts, asked))
         writer.close()
     return tokenizer
+
+
+def hold_out(sets, folder_of, seed):
+    """The documents that validation asks about: {folder: places}; those of a folder are the same whatever
+    other sets there are, and for all sets that are about it. sets: QuestionSets by path; folder_of: path ->
+    the folder or file of its documents."""
+    held = {folder: set() for folder in folder_of.values()}
+    for path, own in sets.items():
+        draw = np.random.default_rng([seed, zlib.crc32(folder_of[path].name.encode())])
+        held[folder_of[path]] |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
+    for path, own in sets.items():
+        places = held[folder_of[path]]
+        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents: the first that
+            beside = [other.about for at, other in sets.items() if folder_of[at] == folder_of[path]]
+            firsts = sorted({gold[0] for gold in own.about})  # leaves every set something to train on
+            places.add(next((place for place in firsts if all(
+                any((places | {place}).isdisjoint(gold) for gold in about) for about in beside)), firsts[0]))
+    return held
 
 
 def endless(items, rng):

@@ -23,7 +23,7 @@ class SetQuestion(NamedTuple):
     gold: tuple           # places, in the list of documents, of those that answer; () where nobody said
     answers: tuple = ()   # all of them right; () where nobody said
     nothing: bool = False  # no document answers it
-    whole: bool = False    # gold are the first pieces of whole files, or of long lines
+    whole: bool = False    # gold are pieces of files that were meant as a whole
 
 
 def titled(title, text):
@@ -139,7 +139,7 @@ def read_corpus(folder, say=print):
 def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]} or {..., "answer": ""};
     where: file and line."""
-    text, answers = row.get(name), [] if row.get("answers") is None else row["answers"]
+    text, answers = row.get(name), [] if row.get("answers") in (None, "") else row["answers"]
     if answers == [] and row.get("answer") not in (None, ""):
         answers = [row["answer"]]
     if not isinstance(text, str) or not text.strip():
@@ -242,8 +242,10 @@ def read_questions(path, documents, say=print):
             raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)
         nothing = row.get("documents") == [] and not question.answers
-        question = question._replace(gold=tuple(dict.fromkeys(places[0] for places in found)),
-                                     nothing=nothing, whole=any(len(places) > 1 for places in found))
+        meant = [next((place for place in places if holds(documents[place], question.answers)), places[0])
+                 for places in found]  # of a line that was split the piece that answers
+        whole = any(len(places) > 1 and not share_a_line(places, documents) for places in found)
+        question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None
     if not questions:
@@ -258,8 +260,10 @@ def same(name):
 
 
 def pieces_of(documents):
-    """The places of each file's or id's Documents."""
-    pieces = {}
+    """The places of each file's or id's Documents. Raises UserError for an id that stands twice."""
+    pieces, (id, count) = {}, Counter(document.id for document in documents).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"two documents have the id {id.rpartition('#')[0]!r}; ids must differ")
     for place, document in enumerate(documents):
         pieces.setdefault(same(document.id.rpartition("#")[0]), []).append(place)
     return pieces
@@ -281,12 +285,22 @@ def places_of(name, pieces, documents):
     return places
 
 
+def share_a_line(places, documents):
+    """Whether documents at increasing places are pieces of a line that was split."""
+    return all(documents[place].first_line <= documents[places[0]].last_line for place in places)
+
+
+def holds(document, answers):
+    """Whether a Document's text has one of the answers in it."""
+    return any(answer.lower() in document.text.lower() for answer in answers)
+
+
 def place_of(name, pieces, documents, answer):
     """The place of the one document that is meant, as by `places_of`; of a line that is several documents the
     first one that holds the answer. Raises UserError."""
     places = places_of(name, pieces, documents)
-    if len(places) > 1 and len({documents[place].where() for place in places}) == 1:
-        places = [place for place in places if answer.lower() in documents[place].text.lower()][:1]
+    if len(places) > 1 and share_a_line(places, documents):
+        places = [place for place in places if holds(documents[place], [answer])][:1]
         if not places:
             raise UserError(f"{name!r} is a line that was split, and no piece of it holds {answer!r}; give a "
                             "larger max_document_tokens, or break the line")

@@ -231,7 +231,7 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
-def read_questions(config):
+def questions_of(config):
     """The questions of --questions. Raises UserError, for a --json that cannot be written, too."""
     questions = [question_of(row, "question", f"{config.questions}:{line}").text
                  for line, row in read_rows(Path(config.questions))]
@@ -249,7 +249,7 @@ def script():
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    questions = read_questions(config) if config.questions else []
+    questions = questions_of(config) if config.questions else []
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     torch.manual_seed(config.seed)
     model, tokenizer, on = open_checkpoint(config.checkpoint or default, config.device, config.dtype)
@@ -258,7 +258,7 @@ def script():
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
     ranks = Ranks(model.device, config.timeout)
     count_tokens = lambda text: len(tokenizer.encode(text))
-    check_lengths(model, tokenizer, questions)
+    check_lengths(model, tokenizer, questions or [config.question])
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if not config.checkpoint and default == "checkpoints/demo":
         say("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")

@@ -579,9 +579,10 @@ def train(config, device, dtype, rank, world, say):
 
     def finish_step(number, _):
         """Ctrl-C: finish the step, save, stop. A second one stops at once."""
-        say("stopping behind this step, which is saved; once more: at once", flush=True)
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError, RuntimeError):  # what reads the output may be gone, or it is in use
+            say("stopping after this step, which is saved; once more: at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish_step)

@@ -95,7 +95,7 @@ MISTAKES = [
     (train, "string.toml", "error: string.toml: max_steps = '5' is of type str; it must be of type int"),
     (train, "float.toml", "error: float.toml: max_steps = 5.5 is of type float; it must be of type int"),
     (train, "bool.toml", "error: bool.toml: model.top_k = True is of type bool; it must be of type int"),
-    (train, "table.toml", "error: table.toml: model = 3 is of type int"),
+    (train, "table.toml", r"error: table.toml: model = 3; it must be a table, \[model\]"),
     (train, "zero.toml", "error: zero.toml: model.top_k is 0; it must be at least 1"),
     (train, "device.toml", "error: .*tpu.*cpu"),
     (prepare_data, "none.toml", "error: none.toml: no such configuration file"),

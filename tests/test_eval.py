@@ -451,7 +451,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
             return [answer(tokenizer, *one) for one in asked]
 
         def ranked(model, tokenizer, memory, texts, questions, config, batch, look):
-            assert model.config.top_k == (16 if len(memory) < 20 else min(64, len(memory)))
+            assert model.config.top_k in (16, min(64, len(memory)))
             return [(list(range(len(memory)))[::-1], 20, len(question) / 100) for question in questions]
         with monkeypatch.context() as patch:
             patch.setattr(answers, "answers_from_texts", answer_all)
@@ -581,6 +581,11 @@ def test_questions_about_whole_files(evaluate_set, tmp_path):
     rows, seen, out = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
                                    "--k", 1, "--max-answer-tokens", 5)
     assert "3 documents in " in out and {row["documents"] for row in rows} == {3}
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, questions[::2])))  # of a line: its piece
+    _, asked, said = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
+                                  "--k", 1)
+    assert " documents in " not in said
+    assert [len(texts) for _, _, texts in asked if "8 fish" in " ".join(texts)] == [1]
     given = [texts for question, _, texts in seen if question != "What is bb?"]
     assert max(map(len, given)) > 1 and any("8 fish" in text for texts in given for text in texts)
 

@@ -20,7 +20,7 @@ from common import UserError, command_line
 from interleave import look_again, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
-from pools import Pools, chat_samples, collate_chat
+from pools import Pools, chat_samples, check_prepared, collate_chat
 from prompts import NOT_FOUND, ChatTokenizer, load_tokenizer
 from tokenizer import Tokenizer
 from train import next_pool
@@ -130,6 +130,20 @@ def test_held_out_documents_of_a_folder(backbone, run, tmp_path):
             shown = gold if split == "validation" else range(len(documents))
             seen |= {decode(documents[d].tolist()).split()[1] for d in shown}
     assert mills["validation"] and len(mills["train"]) > 20 and not mills["train"] & mills["validation"]
+
+
+def test_hold_out_of_few_documents(tmp_path):
+    """A folder of few notes would leave a set nothing to train on, or be two folders by another spelling."""
+    about = lambda *golds: SimpleNamespace(usable=set(range(3)), about={gold: ([], []) for gold in golds})
+    notes = tmp_path / "none"
+    for seed in range(40):
+        sets = {"q": about((0,), (1,)), "made": about((1,), (2,))}
+        held = prepare_data.hold_out(sets, dict(q=notes, made=notes), seed)[notes]
+        alone = prepare_data.hold_out(dict(q=sets["q"]), dict(q=notes), seed)[notes]
+        for own in sets.values():
+            assert any(held & {*gold} for gold in own.about)
+        if not alone - {0}:  # nothing was drawn: the first that may be taken
+            assert held in ({0, 2}, {1}, {0})
 
 
 def test_more_gold_documents_than_a_pool_has(places, backbone, run, tmp_path):
@@ -253,6 +267,21 @@ def test_answers_of_several_lines(backbone):
             samples = chat_samples(pool(answer, gold), t, 100, np.random.default_rng(seed))
             said |= {t.decode(target[:-1]).strip() for _, target, answers in samples if answers}
     assert said - {"no"} == {"Monday, Tuesday, Friday", "yes", "no, yes", "yes, no"}
+
+
+def test_data_that_moved(prepared, backbone, tmp_path):
+    """Prepared data would be refused for their new place, or a tokenizer of before stay beside the new one."""
+    shutil.copytree(prepared[1], tmp_path / "moved")
+    flags = [f"--data.{flag[2:]}" if str(flag).startswith("--") else str(flag) for flag in prepared]
+    config = command_line(train.TrainConfig, "", [*flags, "--data.out", str(tmp_path / "moved")])
+    check_prepared(config.data)
+    config.data.pools = 61
+    with pytest.raises(UserError, match="moved: prepared with pools = 60, but this run says 61"):
+        check_prepared(config.data)
+    Tokenizer.load(tmp_path / "moved").save(tmp_path / "moved")
+    (tmp_path / "moved" / "tokenizer_msa.json").write_text("{}")
+    ChatTokenizer(backbone).save(tmp_path / "moved")
+    assert not (tmp_path / "moved" / "tokenizer_msa.json").exists()
 
 
 def test_damaged_pools(prepared, tmp_path):
@@ -462,9 +491,9 @@ def test_a_line_that_is_split(backbone, run, tmp_path):
     pytest.importorskip("bm25s")
     (tmp_path / "notes").mkdir()
     line = " ".join(f"Mill {i} is of {1800 + i}." for i in range(20))
-    (tmp_path / "notes" / "a.md").write_text(f"{line}\n\nb")
+    (tmp_path / "notes" / "a.md").write_text(f"# Mills\n{line}\nThat is all.\n\nb")
     ask = lambda answer: json.dumps({"question": f"What of {answer}?", "answer": answer,
-                                     "documents": ["a.md:1"]})
+                                     "documents": ["a.md:2"]})
     flags = ["--data", tmp_path / "q.jsonl", "--documents", tmp_path / "notes", "--encoding", backbone,
              "--out", tmp_path / "data", "--max-document-tokens", 60, "--pools", 8, "--documents-per-pool", 3]
     (tmp_path / "q.jsonl").write_text("\n".join(map(ask, ("1801", "1817"))))
@@ -478,7 +507,7 @@ def test_a_line_that_is_split(backbone, run, tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(ask, ("1801", "Oslo"))))
     refused = run(prepare_data, *flags)
     assert refused.code == 2
-    assert "q.jsonl:2: 'a.md:1' is a line that was split, and no piece of it holds 'Oslo'" in refused.error
+    assert "q.jsonl:2: 'a.md:2' is a line that was split, and no piece of it holds 'Oslo'" in refused.error
 
 
 def test_own_notes(backbone, run, tmp_path):

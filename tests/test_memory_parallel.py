@@ -671,7 +671,7 @@ def test_mistakes(run, here, flags, message):
     """A mistake would end in a traceback, or cost what the bank holds."""
     run(sample, "--checkpoint", "good", "--memory", "bank", "--documents", "docs", "What?")
     before = held("bank")
-    (here / "bad.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": 1, "text": "b"}\n')
+    (here / "bad.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": 1.5, "text": "b"}\n')
     (here / "twice.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": "a", "text": "c"}\n')
     (here / "empty.jsonl").write_text("\n")
     (here / "half.jsonl").write_text('{"id": "a", "text": "\\ud83d"}')
