@@ -270,7 +270,7 @@ def test_answers_of_several_lines(backbone):
 
 
 def test_data_that_moved(prepared, backbone, tmp_path):
-    """Prepared data would be refused for their new place, or a tokenizer of before stay beside the new one."""
+    """Prepared data would be refused for their new place, or an old tokenizer stay beside the new one."""
     shutil.copytree(prepared[1], tmp_path / "moved")
     flags = [f"--data.{flag[2:]}" if str(flag).startswith("--") else str(flag) for flag in prepared]
     config = command_line(train.TrainConfig, "", [*flags, "--data.out", str(tmp_path / "moved")])
