@@ -23,6 +23,7 @@ from batches import Find, parts_of
 from common import drawing
 from interleave import answers_from_texts, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
+from question_sets import holds
 
 METHODS = ("none", "oracle", "bm25", "routing", "memory")
 AT = (1, 5, 16)     # recall is of the first so many
@@ -168,9 +169,9 @@ def reader(model, tokenizer, texts, config, batch):
 # ------------------------------------------------------------------------------------------------------------
 # The table
 
-def draw(indices, count, seed):
-    """`count` random ones of `indices`, in their order, fixed by the seed."""
-    return [indices[i] for i in sorted(np.random.default_rng(seed).permutation(len(indices))[:count])]
+def draw(items, count, seed):
+    """`count` random ones of a list, in their order, fixed by the seed."""
+    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
 
 
 def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None, texts=None,
@@ -236,8 +237,7 @@ def shown(question, owner, texts):
     of each, those with one of the answers before those without. owner, texts: as for `measure`."""
     if owner is None:
         return question.gold
-    found, said = [], [answer.lower() for answer in question.answers]
-    lacks = lambda place: texts is None or not any(answer in texts[place].lower() for answer in said)
+    found, lacks = [], lambda place: texts is None or not holds(texts[place], question.answers)
     for document in question.gold:
         places = range(bisect_left(owner, document), bisect_right(owner, document))
         found += sorted(sorted(places, key=lacks)[:max(1, SHOWN // len(question.gold))])

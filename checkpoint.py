@@ -70,6 +70,7 @@ def find_base(name):
 # ------------------------------------------------------------------------------------------------------------
 # config.json
 
+CONTEXT = 32768  # tokens that a model reads at once, where its configuration does not say how many
 # What a backbone must say, or leave out: key -> (value allowed, what another value would mean)
 PLAIN = {"hidden_act": ("silu", "an activation"), "attention_bias": (False, "biases in attention"),
          "mlp_bias": (False, "biases in the MLP"), "use_sliding_window": (False, "sliding windows"),
@@ -168,7 +169,7 @@ def write_config(folder, config, others, dtype):
     kind, architecture = ("qwen3", "Qwen3ForCausalLM") if normed else ("llama", "LlamaForCausalLM")
     others = {name: value for name, value in others.items() if name != "dtype"}  # newer for torch_dtype
     write_json(Path(folder) / "config.json", {
-        "max_position_embeddings": 32768, "hidden_act": "silu", "attention_bias": False, **others,
+        "max_position_embeddings": CONTEXT, "hidden_act": "silu", "attention_bias": False, **others,
         "architectures": [architecture], "model_type": kind, "torch_dtype": str(dtype).removeprefix("torch."),
         **plain, "msa_config": values})
 

@@ -236,8 +236,8 @@ def detect_device(device="auto", dtype="auto", hidden_size=0):
 
 
 def to_device(x, device):
-    """A CPU tensor, or numbers that make one, on the device; from pinned memory, so that the
-    host does not wait for the copy."""
+    """A CPU tensor, or numbers that make one, on the device; from pinned memory, so that the host does not
+    wait for the copy."""
     x = torch.as_tensor(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
@@ -473,7 +473,9 @@ def check_output(flag, path, *others):
 
 def check_outside(flag, path, documents, of="--documents"):
     """Raises UserError where what is written at `path` would be among the documents of a folder, which the
-    flag `of` names."""
+    flag `of` names; either may be "", which is nowhere."""
+    if not path or not documents:
+        return
     inside, folder = Path(os.path.realpath(path)), os.path.realpath(documents)
     if inside.is_relative_to(folder):
         if not any(part.startswith(".") for part in inside.relative_to(folder).parts):  # hidden: not read

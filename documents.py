@@ -253,12 +253,12 @@ def read_jsonl(path):
     """Yields (id, title, text) of the lines of a .jsonl file; the title may be ""."""
     wanted = 'an object {"id": "...", "title": "...", "text": "..."} of UTF-8 strings'
     for number, row in read_rows(path, wanted):
-        id, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text", 0)
+        id, title, text = name_in(row.get("_id", row.get("id"))), row.get("title") or "", row.get("text", 0)
         text = "" if text is None else text
-        for name, value in (("id", name_in(id)), ("title", title), ("text", text)):
+        for name, value in (("id", id), ("title", title), ("text", text)):
             if not isinstance(value, str):
                 raise UserError(f'{path}:{number}: not {wanted}; "{name}" is missing, or something else')
-        yield name_in(id), " ".join(title.split()), text
+        yield id, " ".join(title.split()), text
 
 
 def name_in(id):

@@ -89,6 +89,7 @@ from question_sets import (
     SetQuestion,
     bm25_search,
     choose_split,
+    is_questions,
     read_questions,
     read_set,
     read_texts,
@@ -139,7 +140,7 @@ class EvalConfig:
                 raise UserError(f"--{name.replace('_', '-')} {rule}")
         if self.documents and self.split:
             raise UserError("--split is about a set; questions of your own have none: leave it out")
-        if self.data and self.data.lower().endswith(".jsonl") != bool(self.documents):
+        if self.data and is_questions(self.data) != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
         if self.k and not all(k.isdecimal() and int(k) for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
@@ -404,10 +405,9 @@ def load_set(config, model, tokenizer, say):
         questions, split = choose_split(questions, config.split, config.data)
         if model.config.second_look:  # one that has learned to say NOT_FOUND
             parts = none.values() if split == "all" else [none.get(split, [])]
-            none = [pair for part in parts for pair in part]
-            drawn = np.random.default_rng(config.seed).permutation(len(none)).tolist()
-            drawn = sorted(drawn[:min(config.questions, IMPOSSIBLE)])
-            questions = questions + [SetQuestion(none[i][0], (), (), True) for i in drawn]
+            none = [text for part in parts for text, _ in part]
+            drawn = draw(none, min(config.questions, IMPOSSIBLE), config.seed)
+            questions = questions + [SetQuestion(text, (), nothing=True) for text in drawn]
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)
@@ -497,8 +497,7 @@ def script():
     check_output("--json", config.json, *inputs)
     check_output("--plot", config.plot, config.json, *inputs)
     for flag in ("json", "plot", "memory"):
-        if config.documents and getattr(config, flag):
-            check_outside(f"--{flag}", getattr(config, flag), config.documents)
+        check_outside(f"--{flag}", getattr(config, flag), config.documents)
     check_drawing(config.plot)
     names = [Path(path).stem for path in given]
     beside = {name if names.count(name) == 1 else path: read_results(path)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from batches import Find, Likelihood, Name, Pick, Prompt, Read, Server, choose, serve
+from checkpoint import CONTEXT
 from common import UserError
 from memory_parallel import ParallelMemory
 from prompts import END_OF_RETRIEVE, NOT_FOUND
@@ -84,7 +85,7 @@ def documents_of(model, config):
 
 def context_of(model):
     """How many tokens a model reads at once, as its configuration says."""
-    return model.others.get("max_position_embeddings", 32768)
+    return model.others.get("max_position_embeddings", CONTEXT)
 
 
 def check_lengths(model, tokenizer, questions):
@@ -284,11 +285,11 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     named = [[d for d, _ in ranked[:count]] for ranked, count in rounds]
     message = lambda: tokenizer.message(question, [(number_of(d), tokenizer.decode(texts[d]))
                                                    for part in named for d in sorted(part)])
-    while any(named) and not fits(model, message(), config):  # without the last in rank
+    while not fits(model, prompt := message(), config) and any(named):  # without the last in rank
         next(part for part in reversed(named) if part).pop()
     for (ranked, _), part in zip(rounds, named):
         yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, sorted(part))))
-    yield Prompt(message())
+    yield Prompt(prompt)
     yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True)
 
 
@@ -365,9 +366,9 @@ def loop_from_text(model, tokenizer, question, appended, config):
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
     elif prompts == "chat":
-        while documents and not fits(model, tokenizer.message(question, documents), config):
+        while not fits(model, prompt := tokenizer.message(question, documents), config) and documents:
             documents = documents[:-1]
-        prompt, stop = tokenizer.message(question, documents), tokenizer.ends
+        stop = tokenizer.ends
     else:
         named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
         read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),

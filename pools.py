@@ -262,9 +262,9 @@ def collate_chat(pools, tokenizer, number_limit, rng):
 
     One message a pool: some of its documents in random order, among them those of one of its questions, or
     none of those; then each of its questions. One whose documents are shown is answered, one of which none is
-    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of as
-    many lines as it has gold documents, two or more, has one for each: those of the shown ones are said, in
-    the order in which they are shown, and some of these documents may not be shown.
+    shown and whose answer stands nowhere is told NOT_FOUND, others are left out. An answer of as many
+    lines as it has gold documents, two or more, has one for each: those of the shown ones are said, in the
+    order in which they are shown, and some of these documents may not be shown.
 
     Returns ([], [], batches). The samples of one pool are one batch: they begin with the same tokens,
     `shared` (1, P) int64, and go on with `tokens`. Those of several pools are whole: more to compute, in
@@ -281,10 +281,9 @@ def chat_samples(pool, tokenizer, number_limit, rng):
     """The samples of one pool: (prompt, target, whether it is an answer)."""
     documents, questions = pool
     texts = [tokenizer.decode(document.tolist()) for document in documents]
-    asked = [(tokenizer.decode(question.tolist()), tokenizer.decode(answer.tolist()),
+    lines = lambda text: [line for line in text.split("\n") if line.strip()]
+    asked = [(tokenizer.decode(question.tolist()), lines(tokenizer.decode(answer.tolist())),
               [document for hop in gold for document in hop]) for question, answer, gold, _ in questions]
-    asked = [(question, [line for line in answer.split("\n") if line.strip()], gold)
-             for question, answer, gold in asked]
     leaders = [(gold, len(gold) == len(parts) > 1) for _, parts, gold in asked if gold]
     (gold, in_parts), samples = leaders[rng.integers(len(leaders))], []
     if in_parts:

@@ -52,6 +52,7 @@ from prompts import NOT_FOUND
 from question_sets import (
     SetQuestion,
     bm25_search,
+    is_questions,
     pieces_of,
     place_of,
     read_set,
@@ -213,8 +214,8 @@ def write_own(config, folder):
 
 
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
 # Names, aside from a first word's capital, and numbers of two digits or more
-UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"
 NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
 ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
@@ -243,11 +244,6 @@ def cloze(text, rng):
         if found:
             return title + end + rest, found
     return text, []
-
-
-def is_questions(path):
-    """Whether what `data` names are questions of one's own."""
-    return str(path).lower().endswith(".jsonl")
 
 
 def is_texts(path):
@@ -384,11 +380,12 @@ def hold_out(sets, folder_of, seed):
         held[folder_of[path]] |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
     for path, own in sets.items():
         places = held[folder_of[path]]
-        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents: the first that
+        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents
             beside = [other.about for at, other in sets.items() if folder_of[at] == folder_of[path]]
-            firsts = sorted({gold[0] for gold in own.about})  # leaves every set something to train on
-            places.add(next((place for place in firsts if all(
-                any((places | {place}).isdisjoint(gold) for gold in about) for about in beside)), firsts[0]))
+            leaves = lambda place: all(any((places | {place}).isdisjoint(gold) for gold in about)
+                                       for about in beside)  # every set something to train on
+            firsts = sorted({gold[0] for gold in own.about})
+            places.add(next(filter(leaves, firsts), firsts[0]))
     return held
 
 

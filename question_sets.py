@@ -40,6 +40,11 @@ def read_set(path, say=print):
     return read_beir(path, say) if Path(path).is_dir() else read_squad(path, say)
 
 
+def is_questions(path):
+    """Whether what --data names is a file of one's own questions, not a set."""
+    return str(path).lower().endswith(".jsonl")
+
+
 def set_files(path):
     """The files of a set that is a folder; none of another."""
     if not path or not Path(path).is_dir():
@@ -242,8 +247,8 @@ def read_questions(path, documents, say=print):
             raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)
         nothing = row.get("documents") == [] and not question.answers
-        meant = [next((place for place in places if holds(documents[place], question.answers)), places[0])
-                 for places in found]  # of a line that was split the piece that answers
+        answers = lambda place: holds(documents[place].text, question.answers)
+        meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
         whole = any(len(places) > 1 and not share_a_line(places, documents) for places in found)
         question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
         again += question in questions
@@ -290,9 +295,9 @@ def share_a_line(places, documents):
     return all(documents[place].first_line <= documents[places[0]].last_line for place in places)
 
 
-def holds(document, answers):
-    """Whether a Document's text has one of the answers in it."""
-    return any(answer.lower() in document.text.lower() for answer in answers)
+def holds(text, answers):
+    """Whether a text has one of the answers in it."""
+    return any(answer.lower() in text.lower() for answer in answers)
 
 
 def place_of(name, pieces, documents, answer):
@@ -300,7 +305,7 @@ def place_of(name, pieces, documents, answer):
     first one that holds the answer. Raises UserError."""
     places = places_of(name, pieces, documents)
     if len(places) > 1 and share_a_line(places, documents):
-        places = [place for place in places if holds(documents[place], [answer])][:1]
+        places = [place for place in places if holds(documents[place].text, [answer])][:1]
         if not places:
             raise UserError(f"{name!r} is a line that was split, and no piece of it holds {answer!r}; give a "
                             "larger max_document_tokens, or break the line")

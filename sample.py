@@ -238,8 +238,7 @@ def questions_of(config):
     if not questions:
         raise UserError(f"{config.questions}: no question in it")
     check_output("--json", config.json, config.questions, config.documents)
-    if config.documents:
-        check_outside("--json", config.json, config.documents)
+    check_outside("--json", config.json, config.documents)
     return questions
 
 
@@ -281,7 +280,6 @@ def script():
     about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
 
     def ask(question):
-        check_lengths(model, tokenizer, [question])
         if config.memory:
             memory.refresh()  # it may have changed since the last question
         show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
@@ -298,6 +296,7 @@ def script():
     else:
         for question in typed_questions(ranks):
             try:
+                check_lengths(model, tokenizer, [question])
                 ask(question)
             except UserError as error:  # what is in RAM is not lost for one question
                 if ranks.world > 1:
