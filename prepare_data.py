@@ -74,7 +74,7 @@ class DataConfig:
     hops: int = 2                   # documents in a chain
     noise: int = 4                  # noise documents in a pool
     properties: int = 0             # documents that state a colour; asked about, answered from pooled memory
-    alike: float = 0.0              # share of the keys with a common word that begin alike (tell, teller)
+    alike: float = 0.0              # share of the keys with a common word that begin or end alike: tell, bell
     filler: int = 0                 # up to so many noise sentences around each; 2: up to 64 tokens
     encoding: str = "train"         # "train" a BPE on this data, a name that tiktoken knows, or a checkpoint
     vocab_size: int = 4096          # of the trained BPE, special tokens included

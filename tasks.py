@@ -71,6 +71,9 @@ class Words:
             return sorted({word for word in found if word.isascii() and word.isalpha() and word.islower()})
 
         self.adjectives, self.nouns, self.verbs = words("adjective"), words("noun"), words("verb")
+        both = self.adjectives, self.nouns  # two dictionaries of numbers: by beginnings, by ends
+        self.dictionaries = ([range(len(found)) for found in both],
+                             [sorted(range(len(found)), key=lambda i: found[i][::-1]) for found in both])
         draw = np.random.default_rng(0).random(len(self.adjectives) * len(self.nouns), dtype=np.float32)
         self.split = np.digitize(draw, (0.60, 0.65)).astype(np.int8)  # 0 test, 1 validation, 2 train
 
@@ -93,7 +96,8 @@ class Words:
     def similar_pairs(self, split, count, rng, alike=0.0):
         """`count` distinct pairs of which half share the adjective or the noun with another: hard negatives.
 
-        alike: the share of these whose other words are neighbours in the dictionary, and often begin alike.
+        alike: the share of these whose other words are neighbours in a dictionary, which sorts words by their
+            beginnings or by their ends: tell and teller, or tell and bell.
         """
         code = SPLITS.index(split)
         chosen = []
@@ -104,8 +108,9 @@ class Words:
                 other_adjective, other_noun = divmod(other, len(self.nouns))
                 if alike and rng.random() < alike:
                     beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1)
-                    adjective = (other_adjective + beside) % len(self.adjectives)
-                    noun = (other_noun + beside) % len(self.nouns)
+                    dictionary = self.dictionaries[int(rng.random() < 0.5)]
+                    adjective, noun = (order[(order.index(word) + beside) % len(order)] for order, word in
+                                       zip(dictionary, (other_adjective, other_noun)))
                 if rng.random() < 0.5:
                     adjective = other_adjective
                 else:
