@@ -276,7 +276,7 @@ class ParallelMemory:
     @property
     def texts(self):
         """texts[position]: the token ids of a document's text."""
-        return Texts(self.bank)
+        return Texts(self)
 
     def load(self, positions):
         """Hold this rank's share of the documents at `positions`: one more block."""
@@ -428,11 +428,13 @@ class ParallelMemory:
 
 
 class Texts:
-    def __init__(self, bank):
-        self.bank = bank
+    """The texts of a ParallelMemory, read from the disk when asked for; they follow its `refresh`."""
+
+    def __init__(self, memory):
+        self.memory = memory
 
     def __getitem__(self, position):
-        return self.bank.document(position)[0].tolist()
+        return self.memory.bank.document(position)[0].tolist()
 
 
 def best_of(scores, numbers, k):

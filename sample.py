@@ -277,17 +277,17 @@ def script():
         tokens = sum(map(len, texts))
         say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
         where = lambda position: documents[position].where()
-    about, reaches = (model, tokenizer, memory), chance(model, tokenizer, memory)
+    about, reaches = (model, tokenizer, memory, texts, where), chance(model, tokenizer, memory)
 
     def ask(question):
         if config.memory:
             memory.refresh()  # it may have changed since the last question
-        show(*about, memory.texts if config.memory else texts, where, question, config, reaches, say)
+        show(*about, question, config, reaches, say)
 
     if config.questions:
         rows = []
         for part in parts_of(questions, "" if ranks.rank else "answering", config.batch):
-            rows += ask_all(*about, texts, where, part, config, reaches)
+            rows += ask_all(*about, part, config, reaches)
             if ranks.rank == 0:
                 write_json(config.json, rows)  # each time: long runs end early
         say(f"{config.json}: {len(rows):,} answers")
