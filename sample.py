@@ -232,13 +232,11 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
 
 
 def questions_of(config):
-    """The questions of --questions. Raises UserError, for a --json that cannot be written, too."""
+    """The questions of --questions. Raises UserError."""
     questions = [question_of(row, "question", f"{config.questions}:{line}").text
                  for line, row in read_rows(Path(config.questions))]
     if not questions:
         raise UserError(f"{config.questions}: no question in it")
-    check_output("--json", config.json, config.questions, config.documents)
-    check_outside("--json", config.json, config.documents)
     return questions
 
 
@@ -249,6 +247,8 @@ def script():
                         "or a bank (--memory)")
     keep_freed_memory()
     questions = questions_of(config) if config.questions else []
+    check_output("--json", config.json, config.questions, config.documents)
+    check_outside("--json", config.json, config.documents)
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     torch.manual_seed(config.seed)
     model, tokenizer, on = open_checkpoint(config.checkpoint or default, config.device, config.dtype)
@@ -266,7 +266,7 @@ def script():
         if memory is None:
             return ranks.end()
         texts = memory.texts
-        where = lambda position: printable(memory.bank.document(position)[1])  # an older bank's, too
+        where = lambda position: memory.bank.document(position)[1]
     else:
         documents = list_documents(config.documents, count_tokens, config.max_document_tokens, say)
         spelled = [document.spelled() for document in documents]
