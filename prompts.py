@@ -227,18 +227,16 @@ def read_template(folder, about):
         raise UserError(f"{folder}: its chat template cannot be used ({what})") from None
 
 
-def load_checkpoint(name, device, dtype=torch.float32):
-    """(model, tokenizer) of a checkpoint, a folder or a name on the Hugging Face Hub; weights in `dtype`.
-
-    Raises UserError when they do not belong together.
-    """
-    folder = find(name)
+def load_checkpoint(folder, device, dtype=torch.float32):
+    """(model, tokenizer) of a checkpoint folder; weights in `dtype`. Raises UserError when they do not belong
+    together."""
     model = MSA.from_pretrained(folder, device, dtype)
     return model, load_tokenizer(folder, model.config)
 
 
 def open_checkpoint(name, device="auto", dtype="auto"):
-    """(model, tokenizer, "cpu (why)") of a checkpoint, where and as the flags --device and --dtype say."""
+    """(model, tokenizer, "cpu (why)") of a checkpoint, a folder or a name on the Hugging Face Hub, where and
+    as the flags --device and --dtype say."""
     folder = find(name)
     device, dtype, reason = detect_device(device, dtype, MSA.read_config(folder)[0].hidden_size)
     return *load_checkpoint(folder, device, dtype), f"{device} ({reason})"

@@ -284,4 +284,4 @@ def test_vocabulary_of_another_size(hub, tmp_path):
     tokens = [*WEIGHTS_ONLY["tokens"], "one more"]
     path = write_gguf(tmp_path / "a.gguf", hub, "llama", tokens=tokens)
     with pytest.raises(UserError, match="the tokenizer has 98 tokens, the model only 97"):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(find(path), "cpu")
