@@ -402,12 +402,10 @@ def load_set(config, model, tokenizer, say):
     else:
         texts, questions, none = read_set(config.data, say)
         group = [*range(len(texts))]
-        questions, split = choose_split(questions, config.split, config.data)
+        questions, none, split = choose_split(questions, none, config.split, config.data)
         if model.config.second_look:  # one that has learned to say NOT_FOUND
-            parts = none.values() if split == "all" else [none.get(split, [])]
-            none = [text for part in parts for text, _ in part]
             drawn = draw(none, min(config.questions, IMPOSSIBLE), config.seed)
-            questions = questions + [SetQuestion(text, (), nothing=True) for text in drawn]
+            questions = questions + [SetQuestion(text, (), nothing=True) for text, _ in drawn]
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         texts += read_texts(path, say)

@@ -11,6 +11,7 @@ A document's title is the first line of its text. Questions come by split (train
 import json
 import unicodedata
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +60,12 @@ def read_texts(path, say=print):
     return [*read_corpus(path, say).values()]
 
 
-def choose_split(questions, split, path):
-    """The questions of a split of `read_set`, and its name; "": of test, else dev, else the only one; "all":
-    of all splits."""
+def choose_split(questions, none, split, path):
+    """Of what `read_set` returned the questions of a split, its pairs of `none`, and its name; "": of test,
+    else dev, else the only one; "all": of all splits, each once."""
     filled = [name for name, asked in questions.items() if asked]
     if split == "all" and filled and split not in filled:
-        return list(dict.fromkeys(question for name in filled for question in questions[name])), split
+        return *(list(dict.fromkeys(chain(*splits.values()))) for splits in (questions, none)), split
     preferred = [name for name in ("test", "dev") if name in filled]
     if not split and (preferred or len(filled) == 1):
         split = [*preferred, *filled][0]
@@ -74,7 +75,7 @@ def choose_split(questions, split, path):
                             "qrels/test.tsv, or SQuAD's .json file")
         asked = f"no split {split!r} with questions" if split else "several splits, none of them test or dev"
         raise UserError(f"{path}: {asked}; give --split {' or '.join(filled)}")
-    return questions[split], split
+    return questions[split], none.get(split, []), split
 
 
 # ------------------------------------------------------------------------------------------------------------

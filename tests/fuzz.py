@@ -157,7 +157,7 @@ def fuzz_sets(folder, rng):
     for text in [*texts, *(question.text for split in questions.values() for question in split)]:
         assert text.encode()
     assert all(question and texts[place] for split in none.values() for question, place in split)
-    asked, _ = question_sets.choose_split(questions, "", path)
+    asked, *_ = question_sets.choose_split(questions, none, "", path)
     assert all(texts[i].strip() for question in asked for i in question.gold)
 
 

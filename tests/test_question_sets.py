@@ -128,19 +128,22 @@ def test_bad_sets(tmp_path, file, text, message):
 def test_choose_split():
     """A table would be of training questions, or of another split than it says."""
     one = [SetQuestion("?", (0,))]
-    assert choose_split({"train": one, "dev": one * 2, "test": one * 3}, "", "set") == (one * 3, "test")
-    assert choose_split({"train": one, "dev": one * 2, "test": []}, "", "set") == (one * 2, "dev")
-    assert choose_split({"train": one * 4, "test": []}, "", "set") == (one * 4, "train")
-    assert choose_split({"train": one * 4, "test": one}, "train", "set") == (one * 4, "train")
+    none = {"train": [("Why?", 0)], "test": [("How?", 1), ("Why?", 0)]}
+    choose = lambda questions, split="": choose_split(questions, none, split, "set")
+    assert choose({"train": one, "dev": one * 2, "test": one * 3}) == (one * 3, none["test"], "test")
+    assert choose({"train": one, "dev": one * 2, "test": []}) == (one * 2, [], "dev")
+    assert choose({"train": one * 4, "test": []}) == (one * 4, none["train"], "train")
+    assert choose({"train": one * 4, "test": one}, "train") == (one * 4, none["train"], "train")
     other = [SetQuestion("!", (1,))]
-    assert choose_split({"train": one, "test": other + one, "dev": []}, "all", "set") == (one + other, "all")
+    assert choose({"train": one, "test": other + one, "dev": []}, "all") == (
+        one + other, [("Why?", 0), ("How?", 1)], "all")
     for questions, split, message in (
             ({"a": one, "b": one}, "", "set: several splits, none of them test or dev; give --split a or b"),
             ({"test": one}, "dev", "set: no split 'dev' with questions; give --split test"),
             ({"test": []}, "test", "set: no question of it has a document that answers; expected judgements"),
             ({}, "all", "set: no question of it has a document that answers")):
         with pytest.raises(UserError, match=f"^{message}"):
-            choose_split(questions, split, "set")
+            choose(questions, split)
 
 
 def test_read_squad(tmp_path):
