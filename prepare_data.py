@@ -117,8 +117,9 @@ class DataConfig:
 # ------------------------------------------------------------------------------------------------------------
 # Your own questions
 
-def read_questions(path, documents):
-    """Questions of a .jsonl file about `documents`. Raises UserError that names the line."""
+def training_questions(path, documents):
+    """The Questions of a .jsonl file about `documents`, each with one answer and its hops in order. Raises
+    UserError that names the line."""
     pieces, questions = pieces_of(documents), {}
     wanted = 'an object with "question", "answer" (text) and "documents" (a list)'
     for number, row in read_rows(path, wanted):
@@ -198,7 +199,7 @@ def write_own(config, folder):
     roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
     tokenizer = make_encoding(config, (document.spelled() for document in roughly))
     documents = list_documents(config.documents, lambda text: len(tokenizer.encode(text)), limit, print)
-    questions = read_questions(config.questions, documents)
+    questions = training_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
     held_out = max(1, len(questions) // 20)  # one question in twenty validates
@@ -262,7 +263,8 @@ def read_training_set(path, documents, tokenizer, limit, rng):
     own = lambda place: list_documents(place, lambda text: len(tokenizer.encode(text)), limit, print)
     if is_questions(path):
         found = own(documents)
-        asked = [SetQuestion(q.text, tuple(q.documents), (q.answer,)) for q in read_questions(path, found)]
+        asked = [SetQuestion(question.text, tuple(question.documents), (question.answer,))
+                 for question in training_questions(path, found)]
         return [document.spelled() for document in found], {"train": asked}, {}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
         return read_set(path)

@@ -135,7 +135,8 @@ def fuzz_questions(folder, rng):
     documents = [*read_documents(folder / "d.jsonl", count_words, 9)]
     names = [*["d1:1"] * 50, "d1:²", "d1:" + "9" * 5000, ":", "", "d1:2", "d2:-1", "d0"]
     write(folder / "q.jsonl", lines([row | {"documents": [rng.choice(names)]} for row in ASKED], rng))
-    for question in rng.choice([prepare_data, question_sets]).read_questions(folder / "q.jsonl", documents):
+    read = rng.choice([prepare_data.training_questions, question_sets.read_questions])
+    for question in read(folder / "q.jsonl", documents):
         question.text.encode()
 
 

@@ -12,7 +12,7 @@ import prepare_data
 from common import UserError
 from documents import read_documents
 from pools import ARRAYS, Pools, Ragged, RaggedWriter, array_types, collate, draw_numbers
-from prepare_data import DataConfig, read_questions
+from prepare_data import DataConfig, training_questions
 from tasks import make_pool
 from tokenizer import Tokenizer
 
@@ -424,7 +424,7 @@ def test_malformed_questions(own, line, message):
     documents = documents_of(own)
     write_lines(own / "q.jsonl", [ALPHA, BETA, "", line, ALPHA])
     with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}:4: {message}"):
-        read_questions(own / "q.jsonl", documents)
+        training_questions(own / "q.jsonl", documents)
 
 
 @pytest.mark.parametrize("write,message", [
@@ -438,7 +438,7 @@ def test_files_without_questions(own, write, message):
     documents = documents_of(own)
     write(own / "q.jsonl")
     with pytest.raises(UserError, match=f"^{re.escape(str(own / 'q.jsonl'))}: {message}"):
-        read_questions(own / "q.jsonl", documents)
+        training_questions(own / "q.jsonl", documents)
 
 
 def test_questions_as_windows_writes_them(own):
@@ -447,5 +447,5 @@ def test_questions_as_windows_writes_them(own):
     odd = ALPHA | {"question": "Two\u2028lines?"}
     lines = [json.dumps(question, ensure_ascii=False) for question in (ALPHA, odd, BETA)]
     (own / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    texts = [question.text for question in read_questions(own / "q.jsonl", documents)]
+    texts = [question.text for question in training_questions(own / "q.jsonl", documents)]
     assert texts == ["What is alpha?", "Two\u2028lines?", "What is beta?"]
