@@ -55,8 +55,7 @@ class Ragged:
             self.offsets = np.fromfile(f"{path}.offsets", dtype=np.int64)
             size = Path(f"{path}.bin").stat().st_size
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: no such file; prepared by an older version, or incomplete: "
-                            "run prepare_data.py again") from None
+            raise UserError(f"{error.filename}: no such file; run prepare_data.py again") from None
         if not len(self.offsets) or self.offsets[-1] * np.dtype(dtype).itemsize != size:
             raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
         self.values = np.zeros(0, dtype)
@@ -121,7 +120,7 @@ class Pools:
     def __init__(self, folder, vocab_size):
         """Raises UserError for missing or broken files; reading a pool, for ids outside the vocabulary."""
         self.folder, self.vocab_size = Path(folder), vocab_size
-        about = read_about(self.folder.parent)
+        about = read_prepared(self.folder.parent)
         for name, dtype in array_types(about["vocab_size"]).items():
             setattr(self, name, Ragged(self.folder / name, dtype))
         if not len(self):
@@ -151,7 +150,7 @@ class Pools:
         return documents, questions
 
 
-def read_about(folder):
+def read_prepared(folder):
     """The description of prepared data. Raises UserError when there is none."""
     path = Path(folder) / "about.json"
     if not path.exists():
@@ -166,9 +165,7 @@ def read_about(folder):
 
 def check_prepared(config):
     """Raises UserError unless the data in `config.out` were prepared with this prepare_data.DataConfig."""
-    asked = dataclasses.asdict(config)
-    defaults = dataclasses.asdict(type(config)())  # of options newer than the data, which had no effect
-    held = defaults | read_about(config.out)["config"]
+    asked, held = dataclasses.asdict(config), read_prepared(config.out)["config"]
     for name in [*asked, *held]:
         if name != "out" and held.get(name) != asked.get(name):  # a folder may have moved
             raise UserError(f"{config.out}: prepared with {name} = {held.get(name)!r}, but this run says "

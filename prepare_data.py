@@ -47,7 +47,7 @@ from common import (
     write_json,
 )
 from documents import list_documents, read_documents
-from pools import MOST_SHOWN, Pools, PoolWriter, read_about
+from pools import MOST_SHOWN, Pools, PoolWriter, read_prepared
 from prompts import NOT_FOUND
 from question_sets import (
     SetQuestion,
@@ -412,7 +412,7 @@ def replacing(out):
     ours = any(name.startswith(MAKING) for name in held)
     if "about.json" in held:
         with contextlib.suppress(UserError):  # it may be anybody's
-            ours = bool(read_about(out))
+            ours = bool(read_prepared(out))
     if held and not ours:
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
     given, out = out, make_folder(out)
