@@ -386,9 +386,8 @@ def load_set(config, model, tokenizer, say):
     """What --data names: (texts, owner, counts, questions, split); memories hold the first `count` of the
     texts, which are documents or passages of them. owner: the document of each, which questions ask for: of
     one's own files a piece, or the whole file where a question names one that has several."""
-    count_tokens = lambda text: len(tokenizer.encode(text))
     if config.documents:
-        documents = list_documents(config.documents, count_tokens, model.config.max_document_tokens, say)
+        documents = list_documents(config.documents, tokenizer.count, model.config.max_document_tokens, say)
         spelled = [document.spelled() for document in documents]
         texts = [Titled(text) if document.title else text for text, document in zip(spelled, documents)]
         split = ""
@@ -411,7 +410,7 @@ def load_set(config, model, tokenizer, say):
         texts += read_texts(path, say)
         group += range(group[-1] + 1, group[-1] + 1 + len(texts) - counts[-1])
         counts.append(len(texts))
-    texts, text_of = passages(texts, count_tokens)
+    texts, text_of = passages(texts, tokenizer.count)
     owner, counts = [group[i] for i in text_of], np.searchsorted(text_of, counts).tolist()
     return texts, owner, counts, questions, split
 

@@ -198,7 +198,7 @@ def write_own(config, folder):
     limit = config.max_document_tokens
     roughly = read_documents(config.documents, lambda text: len(text) // 4, limit)
     tokenizer = make_encoding(config, (document.spelled() for document in roughly))
-    documents = list_documents(config.documents, lambda text: len(tokenizer.encode(text)), limit, print)
+    documents = list_documents(config.documents, tokenizer.count, limit, print)
     questions = training_questions(config.questions, documents)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(questions))
@@ -260,7 +260,7 @@ def own_folders(config):
 
 def read_training_set(path, documents, tokenizer, limit, rng):
     """`read_set` of a SET that is one, is made of texts, or asks, as a .jsonl file, about `documents`."""
-    own = lambda place: list_documents(place, lambda text: len(tokenizer.encode(text)), limit, print)
+    own = lambda place: list_documents(place, tokenizer.count, limit, print)
     if is_questions(path):
         found = own(documents)
         asked = [SetQuestion(question.text, tuple(question.documents), (question.answer,))
@@ -291,7 +291,7 @@ class QuestionSet:
             answer = min(question.answers, key=len, default="")
             if not answer:
                 left_out["without an answer"] += 1
-            elif len(answer.split()) > ANSWER_WORDS and len(tokenizer.encode(answer)) > ANSWER_TOKENS:
+            elif len(answer.split()) > ANSWER_WORDS and tokenizer.count(answer) > ANSWER_TOKENS:
                 left_out[f"with an answer of more than {ANSWER_TOKENS} tokens"] += 1
             elif len(question.gold) > MOST_SHOWN:
                 left_out[f"about more than {MOST_SHOWN} documents"] += 1

@@ -184,7 +184,7 @@ def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
     return rows
 
 
-def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
+def open_bank(model, tokenizer, config, ranks, say, on):
     """Do to the bank what the flags ask for. Returns a ParallelMemory, or None where nothing is asked of it.
 
     say: print, of rank 0 only; on: the device and why it was chosen, as text.
@@ -193,7 +193,7 @@ def open_bank(model, tokenizer, config, ranks, count_tokens, say, on):
         check_documents(config.documents)
         check_outside("--memory", config.memory, config.documents)
         skipped, longest = {}, config.max_document_tokens
-        read = lambda skipped: read_documents(config.documents, count_tokens, longest, skipped)
+        read = lambda skipped: read_documents(config.documents, tokenizer.count, longest, skipped)
         if not model.trained_routers:
             texts = lambda: [document.spelled() for document in read({})]
             bank_routers(model, tokenizer, config.memory, texts, ranks)
@@ -256,19 +256,18 @@ def script():
         compile_blocks(model)
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
     ranks = Ranks(model.device, config.timeout)
-    count_tokens = lambda text: len(tokenizer.encode(text))
     check_lengths(model, tokenizer, questions or [config.question])
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if not config.checkpoint and default == "checkpoints/demo":
         say("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")
     if config.memory:
-        memory = open_bank(model, tokenizer, config, ranks, count_tokens, say, on)
+        memory = open_bank(model, tokenizer, config, ranks, say, on)
         if memory is None:
             return ranks.end()
         texts = memory.texts
         where = lambda position: memory.bank.document(position)[1]
     else:
-        documents = list_documents(config.documents, count_tokens, config.max_document_tokens, say)
+        documents = list_documents(config.documents, tokenizer.count, config.max_document_tokens, say)
         spelled = [document.spelled() for document in documents]
         if not model.trained_routers:
             make_routers(model, tokenizer, spelled)

@@ -253,7 +253,7 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0, rank
     rng = np.random.default_rng(seed)
     single = task == "niah_single"
     example = make_memory(words, task, 64, 1, seed, filler)[0][-1]
-    count = lengths[-1] // (len(tokenizer.encode(example)) + 8) + questions  # a guess
+    count = lengths[-1] // (tokenizer.count(example) + 8) + questions  # a guess
     if not single:
         count = min(count, int((words.of_split("test")).sum()))  # the guess for 100m is above all test keys
     while True:

@@ -185,6 +185,10 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts)
 
+    def count(self, text):
+        """How many tokens a text has."""
+        return len(self.encode(text))
+
     def decode(self, tokens):
         """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises UserError for an unknown id."""
         try:
