@@ -23,6 +23,7 @@ from cache import Cache
 from common import (
     UserError,
     atomic_file,
+    check_least,
     command_line,
     detect_device,
     keep_freed_memory,
@@ -55,9 +56,7 @@ class BaselineConfig:
 
     def __post_init__(self):
         parse_lengths(self.lengths)
-        for name in ("max_steps", "accumulate", "learning_rate", "log_every", "questions"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_least(self, ("max_steps", "accumulate", "learning_rate", "log_every", "questions"))
         if not all(seed.strip().isdecimal() for seed in self.seeds.split(",")):
             raise UserError(f"seeds is {self.seeds!r}; write whole numbers with commas between, such as "
                             "1,2,3")

@@ -175,6 +175,17 @@ def check_values(config, prefix="--"):
             setattr(config, field.name, ",".join(map(os.path.expanduser, value.split(","))))
 
 
+def check_least(config, positive=(), **least):
+    """Raises UserError for a number of a configuration that is below what it must at least be, or, of the
+    names in `positive`, not above 0."""
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be above 0")
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+
+
 def merge(config, table, path, prefix=""):
     """`config` (a dataclass) with the values of a TOML `table`; nested tables fill nested dataclasses."""
     known = {field.name: field.type for field in dataclasses.fields(config)}

@@ -61,6 +61,7 @@ from answers import (
 from common import (
     UserError,
     check_drawing,
+    check_least,
     check_output,
     check_outside,
     command_line,
@@ -144,9 +145,7 @@ class EvalConfig:
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
         if self.k and not all(k.isdecimal() and int(k) for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
-        for name, low in dict(seed=0, questions=0 if self.data else 1, filler=0, batch=1).items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
+        check_least(self, ("timeout",), seed=0, questions=0 if self.data else 1, filler=0, batch=1, top_k=0)
         for flag, given in (("zero-values", self.zero_values),
                             ("routing-keys", self.routing_keys != "float32")):
             if given and self.baseline != "none":
@@ -160,10 +159,7 @@ class EvalConfig:
                             "--zero-values and --baseline")
         if self.memory and self.routing_keys == "float32":
             self.routing_keys = "bfloat16"  # as a bank stores them
-        if not self.timeout > 0:
-            raise UserError(f"--timeout is {self.timeout}; it must be positive")
-        if self.top_k < 0:
-            raise UserError(f"--top-k is {self.top_k}; it must be at least 1 (or 0 for the checkpoint's own)")
+
 
 
 def score(question, gold, rounds, answer, top_k):

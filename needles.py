@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, atomic_file, command_line, main, read_text
+from common import UserError, atomic_file, check_least, command_line, main, read_text
 from tasks import Words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -242,8 +242,7 @@ class SetConfig:
     seed: int = 1337               # same seed, same files
 
     def __post_init__(self):
-        if self.groups < 1 or self.seed < 0:
-            raise UserError(f"groups is {self.groups}, seed {self.seed}; at least 1 and at least 0")
+        check_least(self, groups=1, seed=0)
 
 
 def draw_group(draw, haystack, rng):

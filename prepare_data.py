@@ -37,6 +37,7 @@ from tqdm import tqdm
 from checkpoint import find_base
 from common import (
     UserError,
+    check_least,
     check_outside,
     command_line,
     main,
@@ -87,11 +88,8 @@ class DataConfig:
     questions_per_pool: int = 16    # your own data: questions that a step asks; the pool has their documents
 
     def __post_init__(self):
-        least = dict(pools=1, validation_pools=1, hops=1, max_document_tokens=1, documents_per_pool=1,
-                     questions_per_pool=1, needles=0, chains=0, noise=0, properties=0, filler=0, seed=0)
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        check_least(self, pools=1, validation_pools=1, hops=1, max_document_tokens=1, documents_per_pool=1,
+                    questions_per_pool=1, needles=0, chains=0, noise=0, properties=0, filler=0, seed=0)
         if not self.out:
             raise UserError("--out is empty; name a folder for the data")
         if not 0 <= self.alike <= 1:

@@ -29,6 +29,7 @@ import tyro
 
 from common import (
     UserError,
+    check_least,
     check_output,
     command_line,
     keep_freed_memory,
@@ -79,9 +80,7 @@ class RulerConfig:
         for flag, given, known in (("tasks", self.tasks, RULER), ("methods", self.methods, METHODS)):
             if not {*given.split(",")} <= {*known}:
                 raise UserError(f"--{flag} {given}: not some of {', '.join(known)}, with commas between")
-        for name, low in dict(questions=1, batch=1, seed=0).items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
+        check_least(self, questions=1, batch=1, seed=0)
 
 
 class Asked(NamedTuple):

@@ -27,6 +27,7 @@ from batches import parts_of
 from checkpoint import SMOLLM2, packaged
 from common import (
     UserError,
+    check_least,
     check_output,
     check_outside,
     command_line,
@@ -84,14 +85,7 @@ class SampleConfig:
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)
 
     def __post_init__(self):
-        if self.max_document_tokens < 0:
-            raise UserError(f"max_document_tokens is {self.max_document_tokens}; it must be at least 1, or 0")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be at least 0")
-        if not self.timeout > 0:
-            raise UserError(f"timeout is {self.timeout}; it must be positive")
-        if self.batch < 1:
-            raise UserError(f"batch is {self.batch}; it must be at least 1")
+        check_least(self, ("timeout",), max_document_tokens=0, seed=0, batch=1)
         if bool(self.questions) != bool(self.json):
             raise UserError("--questions FILE.jsonl and --json OUT belong together; give both or neither")
         if self.questions and self.question:

@@ -35,6 +35,7 @@ from checkpoint import ROUTING_ONLY, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
     autocast,
+    check_least,
     check_outside,
     command_line,
     detect_device,
@@ -87,14 +88,10 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        for name in ("max_steps", "accumulate", "pools_together", "log_every", "evaluate_every",
-                     "learning_rate", "gradient_clip", "number_limit"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("rank", "seed", "router_steps", "router_lm_weight", "warmup_steps", "weight_decay",
-                     "final_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        check_least(self, ("max_steps", "accumulate", "pools_together", "log_every", "evaluate_every",
+                           "learning_rate", "gradient_clip", "number_limit"),
+                    rank=0, seed=0, router_steps=0, router_lm_weight=0, warmup_steps=0, weight_decay=0,
+                    final_learning_rate=0)
         if self.number_limit > 10 ** 18:
             raise UserError(f"number_limit is {self.number_limit}; it must be at most 10 ** 18")
         if not self.out:

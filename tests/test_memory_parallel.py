@@ -665,7 +665,7 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     ("--memory bank --documents none.jsonl q",
      "error: none.jsonl: no such folder of documents, nor a .jsonl file"),
     ("--memory bank --documents empty.jsonl q", "error: empty.jsonl: no text in it"),
-    ("--memory bank --timeout 0 q", "timeout is 0.0; it must be positive"),
+    ("--memory bank --timeout 0 q", "timeout is 0.0; it must be above 0"),
 ])
 def test_mistakes(run, here, flags, message):
     """A mistake would end in a traceback, or cost what the bank holds."""
