@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from cache import Cache
 from common import autocast, drawing
+from low_rank import add_factors
 from memory import BATCH_TOKENS, Memory
 from model import MSA, Block, ModelConfig, rope_angles
 from msa_kernel import chunk_offsets, sparse_attention
@@ -111,13 +112,11 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
 
     shape, (lengths, batches) = config.model, pool_of(config)
     with torch.device("meta"):
-        P = sum(p.numel() for p in MSA(shape).parameters())
-    learns = P
+        model = MSA(shape)
+    P = sum(p.numel() for p in model.parameters())
     if config.rank:
-        E, I = shape.hidden_size, shape.intermediate_size
-        width, groups = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
-        upper = shape.num_hidden_layers - shape.num_hidden_layers // 3
-        learns = upper * config.rank * (2 * (E + width) + 2 * (E + groups) + 3 * (E + I))
+        add_factors(model, config.rank)
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers, deep = shape.num_hidden_layers, max(shape.reading_layers + shape.router_layers)
     K = kept_per_token(shape, torch.bfloat16)
     ddp = dict(weights=2 * P if config.rank else 4 * P, gradients=4 * learns, moments=8 * learns,
