@@ -78,12 +78,12 @@ def pool_of(config):
         longest = 64 if data.filler else 32
         documents = data.needles + data.chains * data.hops + data.properties + data.noise
         questions = data.needles + data.chains + data.properties
+    if config.rank:  # a chat backbone encodes none: its message shows a few documents
+        shown, count = 4 * longest, questions * config.pools_together
+        if config.pools_together == 1:  # they are read once for all questions
+            return [], [(count, QUESTION + ANSWER, shown, count * ANSWER)]
+        return [], [(count, shown + QUESTION + ANSWER, 0, count * ANSWER)]
     rows, batches = [QUESTION + ANSWER] * questions + [QUESTION + longest + ANSWER] * questions, []
-    if config.rank:  # a chat backbone reads a few documents in front of all questions, once or, of several
-        shown, rows = 4 * longest, questions * config.pools_together  # pools together, with each of them
-        if config.pools_together > 1:
-            return [], [(rows, shown + QUESTION + ANSWER, 0, rows * ANSWER)]
-        return [], [(rows, QUESTION + ANSWER, shown, rows * ANSWER)]
     while rows:
         width = rows[-1]
         count = min(max(1, BATCH_TOKENS // width), rows.count(width))
