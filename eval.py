@@ -82,7 +82,7 @@ from interleave import (
     documents_of,
     rounds_of,
 )
-from memory import Memory, compile_blocks
+from memory import compile_blocks
 from memory_bank import Bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from prompts import NOT_FOUND, open_checkpoint
@@ -161,7 +161,6 @@ class EvalConfig:
             self.routing_keys = "bfloat16"  # as a bank stores them
 
 
-
 def score(question, gold, rounds, answer, top_k):
     """(recall@k, top-1, named, exact match) of one answered question.
 
@@ -222,7 +221,6 @@ def memory_asker(model, tokenizer, texts, numbers, needles, questions, config):
         part, part_texts = memory.subset(held), [texts[order[d]] for d in held]
         if needles:
             at = part.numbers.index(numbers[0])
-            before, behind = part.subset(range(at)), part.subset(range(at + 1, count))
 
         def ask(places):
             asked, found = [questions[i].text for i in places], []
@@ -230,7 +228,7 @@ def memory_asker(model, tokenizer, texts, numbers, needles, questions, config):
                 return answer_questions(model, tokenizer, part, part_texts, asked, config.interleave,
                                         config.batch)
             for i, text in zip(places, asked):  # its memory has its own needle in place of document 0
-                memory = Memory.cat([before, own[i], behind])
+                memory = part.with_documents([at], own[i])
                 texts = part_texts[:at] + [needles[i]] + part_texts[at + 1:]
                 found += answer_questions(model, tokenizer, memory, texts, [text], config.interleave, 1)
             return found

@@ -123,10 +123,28 @@ class Memory:
             raise ValueError("the documents of a subset must be increasing indices")
         counts = self.offsets.diff()[documents]
         rows = ranges(self.offsets[documents], counts)
-        part = {name: [x[rows] for x in getattr(self, name)] for name in ("keys", "values", "routing_keys")}
-        scales = self.scales and [x[rows] for x in self.scales]
         numbers = [self.numbers[d] for d in documents.tolist()]
-        return Memory(**part, offsets=F.pad(counts.cumsum(0), (1, 0)), numbers=numbers, scales=scales)
+        return Memory(**self.chunks(rows), offsets=F.pad(counts.cumsum(0), (1, 0)), numbers=numbers)
+
+    def span(self, first, last):
+        """The documents from `first` up to `last`: views of this memory's tensors."""
+        offsets = self.offsets[first:last + 1]
+        part = self.chunks(slice(int(offsets[0]), int(offsets[-1])))
+        return Memory(**part, offsets=offsets - offsets[0], numbers=self.numbers[first:last])
+
+    def chunks(self, rows):
+        """What is held of some chunks, by the names of the fields; rows: an index or a slice."""
+        names = ("keys", "values", "routing_keys") + ("scales",) * bool(self.scales)
+        return {name: [x[rows] for x in getattr(self, name)] for name in names}
+
+    def with_documents(self, places, own):
+        """A copy with those of the Memory `own`, one after another, in place of the documents at increasing
+        `places`."""
+        parts, begin = [], 0
+        for i, place in enumerate(places):
+            parts += [self.span(begin, place), own.span(i, i + 1)]
+            begin = place + 1
+        return Memory.cat([*parts, self.span(begin, len(self))])
 
     def round_routing_keys(self, dtype):
         """The same memory with routing keys in float32, bfloat16 or int8."""
@@ -142,9 +160,8 @@ class Memory:
         if any(a >= b for a, b in zip(numbers, numbers[1:])):
             raise ValueError("document numbers must be increasing")
         counts = torch.cat([memory.offsets.diff() for memory in memories])
-        joined = {}
-        for name in ["keys", "values", "routing_keys"] + ["scales"] * bool(memories[0].scales):
-            joined[name] = [torch.cat(xs) for xs in zip(*(getattr(memory, name) for memory in memories))]
+        parts = [memory.chunks(slice(None)) for memory in memories]
+        joined = {name: [torch.cat(xs) for xs in zip(*(part[name] for part in parts))] for name in parts[0]}
         return Memory(**joined, offsets=F.pad(counts.cumsum(0), (1, 0)), numbers=numbers)
 
 

@@ -19,7 +19,7 @@ values that the answer contains. These are per cent. rounds: how many named some
 """
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -46,7 +46,6 @@ from interleave import (
     rounds_of,
     run,
 )
-from memory import Memory
 from needles import RULER, Draw, Haystack, draw_question
 from prompts import open_checkpoint
 from question_sets import bm25_search
@@ -148,23 +147,6 @@ def grow(haystack, tokenizer, lengths, seed):
         count = int(count * min(lengths[-1] / ends[-1] * 1.02, 64)) + 8
 
 
-def span(memory, first, last):
-    """The documents from `first` up to `last` of a Memory: views of its tensors."""
-    offsets = memory.offsets[first:last + 1]
-    rows = slice(int(offsets[0]), int(offsets[-1]))
-    part = {name: [x[rows] for x in getattr(memory, name)] for name in ("keys", "values", "routing_keys")}
-    return replace(memory, **part, offsets=offsets - offsets[0], numbers=memory.numbers[first:last])
-
-
-def replaced(memory, places, own):
-    """A Memory with those of `own`, one behind another, in place of the documents at increasing `places`."""
-    parts, begin = [], 0
-    for i, place in enumerate(places):
-        parts += [span(memory, begin, place)] * (place > begin) + [span(own, i, i + 1)]
-        begin = place + 1
-    return Memory.cat(parts + [span(memory, begin, len(memory))] * (begin < len(memory)))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Methods: each is ask(questions) -> [(answer, places found, places named, rounds)]
 
@@ -224,7 +206,7 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
         for (_, place, _), text in zip(own, new):
             texts[rank[place]] = text
         owned, _ = encode_texts(model, tokenizer, new, [number for number, *_ in own])
-        asked = replaced(memory, [rank[place] for _, place, _ in own], owned)
+        asked = memory.with_documents([rank[place] for _, place, _ in own], owned)
         return loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
 
     def ask(questions):

@@ -114,7 +114,7 @@ def test_haystacks(words, folder, tokenizer):
                                            "Here we go. There and back again."}
 
 
-def test_replaced(checkpoint):
+def test_with_documents(checkpoint):
     """A question would be asked of a memory in which its needles stand elsewhere, or beside what they
     replaced."""
     model, tokenizer = load_checkpoint(checkpoint, "cpu")
@@ -125,7 +125,7 @@ def test_replaced(checkpoint):
         own, _ = encode_texts(model, tokenizer, new, places)
         whole = [new[places.index(i)] if i in places else text for i, text in enumerate(texts)]
         expected, _ = encode_texts(model, tokenizer, whole)
-        found = ruler.replaced(memory, places, own)
+        found = memory.with_documents(places, own)
         assert found.numbers == expected.numbers and torch.equal(found.offsets, expected.offsets)
         for name in ("keys", "values", "routing_keys"):
             for a, b in zip(getattr(found, name), getattr(expected, name)):
