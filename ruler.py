@@ -247,6 +247,7 @@ def evaluate(model, tokenizer, config, done, say):
         if not wanted:
             continue
         texts, numbers, ends, counts, asked = lay_out_tasks(names, words, tokenizer, lengths, config)
+        order = np.argsort(numbers)  # a memory is in the order of its numbers, which count from 0
         encoded, speed, seconds = None, 0, 0
         say(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
@@ -266,10 +267,10 @@ def evaluate(model, tokenizer, config, done, say):
                     began = time.perf_counter()
                     if not trained:  # a backbone: its routers are made of the haystack
                         make_routers(model, tokenizer, texts)
-                    encoded, memory, speed = encode_haystack(model, tokenizer, texts, numbers)
+                    encoded = tokenizer.encode_batch(texts)
+                    memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order])
                     seconds = time.perf_counter() - began
                     say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
-                order = np.argsort(numbers)
                 held = np.flatnonzero(order < count)
                 ask = memory_asker(model, tokenizer, memory.subset(held), [encoded[i] for i in order[held]],
                                    numbers[:count], config)
@@ -283,13 +284,6 @@ def evaluate(model, tokenizer, config, done, say):
                 f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
             yield row, said
             seconds = 0  # the haystack's are counted once
-
-
-def encode_haystack(model, tokenizer, texts, numbers):
-    """(token ids of texts, Memory in the order of numbers, tokens/s) of a haystack."""
-    encoded, order = tokenizer.encode_batch(texts), np.argsort(numbers)
-    memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order], range(len(order)))
-    return encoded, memory, speed
 
 
 def averages(rows):
