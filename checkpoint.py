@@ -361,8 +361,10 @@ class Pretrained:
                             f"{error}") from None
         ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
         add_factors(model, max(ranks, default=1))
-        model.load_tensors({factor: weights.read(factor, device, torch.float32) for factor in weights.shapes},
-                           weights.main)
+        own = {factor: tuple(tensor.shape) for factor, tensor in factors(model).items()}
+        check_shapes(own, weights.shapes, lambda factor: weights.main)
+        for factor in weights.shapes:
+            model.put(factor, weights.read(factor, device, torch.float32))
         model.others = others
         if merged:
             merge_factors(model)
@@ -389,13 +391,7 @@ class Pretrained:
         """Write config.json alone."""
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
 
-    def load_tensors(self, tensors, path):
-        """Fill the weights, or a model's low-rank changes, from `tensors`. Raises UserError that names the
-        first tensor that does not fit."""
-        own, found = ({name: tuple(x.shape) for name, x in state.items()}
-                      for state in (self.trained(), tensors))
-        check_shapes(own, found, lambda name: path)
-        self.load_state_dict(tensors, strict=False)
+
 
     def trained(self):
         """What training changes, name -> tensor: the low-rank changes of a model that has them, else all."""
