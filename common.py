@@ -296,6 +296,11 @@ def start_process_group(device, timeout):
     return store
 
 
+def is_of_a_lost_rank(error):
+    """Whether a RuntimeError of a collective says that another rank has ended or does not answer."""
+    return isinstance(error, dist.DistError) or bool(re.search("(?i)timed out|connection", str(error)))
+
+
 def end_process_group():
     """Leave the group that `start_process_group` joined, where there is one."""
     if dist.is_available() and dist.is_initialized():

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import memory_bank
-from common import UserError, end_process_group, start_process_group, to_device
+from common import UserError, end_process_group, is_of_a_lost_rank, start_process_group, to_device
 from memory import Selection
 from routing import document_queries, document_slots, quantize, select_documents
 
@@ -100,8 +100,7 @@ class Ranks:
             if work is not None:
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            late_or_dead = "imed out" in str(error) or "onnection" in str(error)
-            if not late_or_dead and not isinstance(error, dist.DistError):
+            if not is_of_a_lost_rank(error):
                 raise
             late = [str(r) for r in range(self.world) if r != self.rank and self.steps_of(r) < self.steps]
             who = f"rank {', '.join(late)}" if late else "a rank"

@@ -41,6 +41,7 @@ from common import (
     detect_device,
     drawing,
     end_process_group,
+    is_of_a_lost_rank,
     keep_freed_memory,
     main,
     make_folder,
@@ -496,8 +497,7 @@ def telling_of_lost_ranks(config):
     try:
         yield
     except RuntimeError as error:
-        gone = "onnection" in str(error) or "imed out" in str(error) or isinstance(error, dist.DistError)
-        if not (dist.is_initialized() and gone):
+        if not (dist.is_initialized() and is_of_a_lost_rank(error)):
             raise
         raise UserError("another rank has ended or does not answer; the same command with --resume goes on "
                         f"from the last checkpoint in {config.out}") from None
