@@ -73,7 +73,7 @@ class Rows(Cache):
 
     def put(self, rows, cache, lengths):
         """These rows hold what a Cache of B rows does, of which the first lengths[b] tokens count; lists."""
-        self.make_room(max(cache.length, 1), {layer: x.shape[2:] for layer, x in cache.keys.items()}, cache)
+        self.make_room(max(cache.length, 1), cache)
         index = to_device(rows, cache.keys[0].device)
         for layer in cache.keys:
             self.keys[layer][index, :cache.length] = cache.keys[layer]
@@ -83,19 +83,18 @@ class Rows(Cache):
             self.selected[row] = [part.map(lambda x: x[b:b + 1]) for part in cache.selections]
         self.taken, self.length, self.prefix_length = None, 1, cache.prefix_length
 
-    def make_room(self, tokens, shapes=None, like=None):
-        """Rows of `tokens` tokens and more; shapes, like: of a layer's token, and a Cache of that type."""
+    def make_room(self, tokens, like=None):
+        """Rows of `tokens` tokens and more, of layers and types as in the Cache `like`, or as until now."""
         if tokens <= self.space:
             return
         self.space = 1 << max(tokens - 1, 63).bit_length()
         for name in ("keys", "values"):
-            before = getattr(self, name)
-            for layer, shape in (shapes or {layer: x.shape[2:] for layer, x in before.items()}).items():
-                old = before.get(layer)
-                x = old if like is None else getattr(like, name)[layer]
-                before[layer] = x.new_zeros(len(self.lengths), self.space, *shape)  # never NaN: all is read
-                if old is not None:
-                    before[layer][:, :old.size(1)] = old
+            held = getattr(self, name)
+            for layer, x in getattr(like or self, name).items():
+                space = x.new_zeros(len(self.lengths), self.space, *x.shape[2:])  # never NaN: all is read
+                if layer in held:
+                    space[:, :held[layer].size(1)] = held[layer]
+                held[layer] = space
 
     def take(self, rows, tokens, branch=None):
         """The next read continues these rows, an increasing list, with so many tokens each."""
