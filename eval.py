@@ -83,7 +83,7 @@ from interleave import (
     rounds_of,
 )
 from memory import compile_blocks
-from memory_bank import Bank, read_manifest
+from memory_bank import Bank, is_bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
 from prompts import NOT_FOUND, open_checkpoint
 from question_sets import (
@@ -239,7 +239,7 @@ def memory_asker(model, tokenizer, texts, numbers, needles, questions, config):
 def fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say):
     """The bank --memory, which holds the documents when this returns; name: what they are, for their ids."""
     id_of = lambda i: f"{name} #{i}"
-    if (Path(config.memory) / "manifest.json").exists():
+    if is_bank(config.memory):
         held = Bank(config.memory).id_hashes
         if not np.isin(held, np.array([hash64(id_of(i)) for i in range(len(texts))], np.uint64)).all():
             raise UserError(f"{config.memory}: holds other documents than this evaluation's; "
@@ -497,8 +497,8 @@ def script():
     if config.compile:
         compile_blocks(model)
     model.config.top_k = config.top_k or model.config.top_k
-    held = config.memory and (Path(config.memory) / "manifest.json").exists()
-    if held and model.trained_routers:  # better known before minutes of counting tokens
+    if config.memory and is_bank(config.memory) and model.trained_routers:
+        # better known before minutes of counting tokens
         check_fingerprint(read_manifest(config.memory)[0], config.memory, model, tokenizer)
     ranks = Ranks(model.device, config.timeout)
     say = print if ranks.rank == 0 else lambda *_, **__: None

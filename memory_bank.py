@@ -302,6 +302,11 @@ def row_bytes(dtype, shape):
 # ------------------------------------------------------------------------------------------------------------
 # The manifest
 
+def is_bank(folder):
+    """Whether there is a bank, whole or damaged."""
+    return (Path(folder) / "manifest.json").exists()
+
+
 def read_manifest(folder):
     """(Layout, entries, next number, state, stat) of a bank. Raises UserError.
 
@@ -531,8 +536,7 @@ class Writer:
         self.folder, self.layout = Path(folder), layout
 
     def __enter__(self):
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists():
+        if not is_bank(self.folder):
             if not self.layout:
                 read_manifest(self.folder)  # raises
             elif not self.is_free():
@@ -541,7 +545,7 @@ class Writer:
             make_folder(self.folder / "segments")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
-            if self.layout and not manifest.exists():
+            if self.layout and not is_bank(self.folder):
                 write_manifest(self.folder, self.layout, [], 0)
             self.bank = Bank(self.folder)
             self.clean()

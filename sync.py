@@ -19,7 +19,7 @@ from tqdm import tqdm
 import memory_bank
 from checkpoint import is_router
 from common import UserError
-from memory_bank import ROUTERS, Bank, Layout, Writer, write_segment
+from memory_bank import ROUTERS, Bank, Layout, Writer, is_bank, write_segment
 from memory_parallel import to_records
 from routers import make_routers
 
@@ -64,7 +64,7 @@ def bank_routers(model, tokenizer, folder, texts, ranks):
     """Give a backbone whose routers nobody has trained those of the bank `folder`; for a new bank they are
     made of its documents and written there first. texts: a call that returns the documents' texts.
     Collective. Raises UserError for a bank that has lost its routers."""
-    path, held = Path(folder) / ROUTERS, (Path(folder) / "manifest.json").exists()
+    path, held = Path(folder) / ROUTERS, is_bank(folder)
     if not held and texts is None:
         return  # there is no bank, which will be told
     if ranks.rank == 0 and not (held and path.exists()):  # without a bank they are of a making that ended
