@@ -167,9 +167,8 @@ class Server:
         """Lists of log p, prompt by prompt."""
         found = []
         for request in asked.values():
-            texts = [torch.tensor([*prompt, *request.target]) for prompt in request.prompts]
-            targets = [request.target] * len(texts)
-            found.append(likelihoods(self.model, texts, targets, self.batch_tokens).tolist())
+            log_p = likelihoods(self.model, request.prompts, request.target, self.batch_tokens)
+            found.append(log_p.tolist())
         return found
 
     def prompt(self, asked):
@@ -256,19 +255,19 @@ def rankings(selections):
     return [[(d, score) for d, score in zip(*pair) if d >= 0] for pair in pairs]
 
 
-def likelihoods(model, texts, targets, batch_tokens=BATCH_TOKENS):
-    """log p (n,) of the targets, lists of ids, which end the texts, tensors (L,). Each is read alone; what
+def likelihoods(model, prompts, target, batch_tokens=BATCH_TOKENS):
+    """log p (n,) of the token ids `target` behind each of n prompts, lists of ids. Each is read alone; what
     all of them begin with is read once."""
-    log_p, cache = torch.zeros(len(texts), device=model.device), Cache()
-    most = min(len(text) - len(target) for text, target in zip(texts, targets)) - 1
+    log_p, cache = torch.zeros(len(prompts), device=model.device), Cache()
+    texts, most = [torch.tensor([*prompt, *target]) for prompt in prompts], min(map(len, prompts)) - 1
     begun = torch.stack([text[:most] for text in texts])
     shared = int((begun == begun[0]).all(0).cumprod(0).sum())
     if shared:
         nowhere = to_device(torch.zeros(2, 0, dtype=torch.long), model.device)
         model.read(to_device(begun[:1, :shared], model.device), cache=cache, positions=tuple(nowhere))
     for batch, tokens in padded_batches([text[shared:] for text in texts], batch_tokens):
-        at = [(b, len(texts[i]) - len(targets[i]) + t, token, i)
-              for b, i in enumerate(batch) for t, token in enumerate(targets[i])]
+        at = [(b, len(prompts[i]) + t, token, i)
+              for b, i in enumerate(batch) for t, token in enumerate(target)]
         row, column, token, text = to_device(at, model.device).T
         logits = model.read(to_device(tokens, model.device), cache=cache.expand(len(batch)),
                             positions=(row, column - 1 - shared)).logits

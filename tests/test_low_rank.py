@@ -606,7 +606,7 @@ def test_second_look(backbone):
     texts = [t.encode("The mill " * n) for n in (5, 1, 9, 3)]
     prompts = [t.message("Why?", [(10 + d, t.decode(text))]) for d, text in enumerate(texts)]
     target = t.answer(NOT_FOUND)
-    found = likelihoods(model, [torch.tensor(prompt + target) for prompt in prompts], [target] * 4)
+    found = likelihoods(model, prompts, target)
     for log_p, row in zip(found.tolist(), prompts):  # the oracle: token after token
         expected = 0.0
         for token in t.answer(NOT_FOUND):
@@ -629,7 +629,7 @@ def test_second_look(backbone):
         assert look(weight) == (order, pytest.approx([log_p[d] for d, _ in order[:3]], abs=1e-4))
     assert look(1.0, []) == ([], [])
     both = [t.message("Why?", [(11, t.decode(texts[1])), (10 + d, t.decode(texts[d]))]) for d in (2, 0)]
-    behind = likelihoods(model, [torch.tensor(prompt + target) for prompt in both], [target] * 2)
+    behind = likelihoods(model, both, target)
     order, best = look(0.0, [(2, 0.9), (0, 0.5)], before=[1])
     assert best == pytest.approx(sorted(behind.tolist()), abs=1e-4)
     assert order[0][0] == (2, 0)[int(behind.argmin())]
