@@ -200,6 +200,13 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
                            for i in asked if questions[i].gold}
     given = ("none", "oracle") if {*chosen} <= {*judged} else ("none",)
     methods = [method for method in METHODS if method in finders or chosen and method in given]
+
+    def documents_for(method, i, k):
+        """The documents from which a method answers question i."""
+        if method == "none":
+            return ()
+        return shown(questions[i], owner, texts) if method == "oracle" else first(k, *rankings[method][i])
+
     rows = []
     for k in ks if chosen else [None]:
         scores = {}
@@ -209,18 +216,13 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
                 row |= zip(RECALLS, np.mean([*recalls[method].values()], 0).tolist())
                 row["questions_of_recall"] = len(recalls[method])
             if chosen and method != "routing":
-                answers, spent = [], []
-                for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch):
-                    given = {"none": lambda i: (), "oracle": lambda i: shown(questions[i], owner, texts)}
-                    found = lambda i: first(k, *rankings[method][i])
-                    documents = given.get(method, found)
-                    for answer, took in read([(questions[i].text, documents(i)) for i in part]):
-                        answers.append(answer)
-                        spent.append(took)
+                said = [one for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch)
+                        for one in read([(questions[i].text, documents_for(method, i, k)) for i in part])]
                 scores[method] = np.array([score_answer(answer, questions[i].answers)
-                                           for answer, i in zip(answers, chosen)])
+                                           for (answer, _), i in zip(said, chosen)])
                 row |= zip(SCORES, scores[method].mean(0).tolist())
-                row["seconds_per_question"] = round(float(np.mean(spent)) + seconds[method], 5)
+                spent = float(np.mean([took for _, took in said])) + seconds[method]
+                row["seconds_per_question"] = round(spent, 5)
             rows.append(row)
         if recalls["memory"]:
             gains = [recalls["memory"][i][0] - recalls["bm25"][i][0] for i in recalls["memory"]]
