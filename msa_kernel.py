@@ -266,18 +266,32 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
             dtype = torch.get_autocast_dtype(device)
         local = [x.to(dtype) for x in (query, keys, values)]
         return Attend.apply(*local, memory_keys, memory_values, index, slots, prefix_length, bias)
-    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
-    position = torch.arange(past, past + T, device=q.device)[:, None]  # (T, 1) among the N tokens
-    mask = (position >= torch.arange(past + T, device=q.device)).expand(len(q), -1, -1)  # (B, T, N)
+    place = torch.arange(past, past + T, device=query.device)                               # (T,) of the N
+    mask = place[:, None] >= torch.arange(past + T, device=query.device)
+    mask = mask.expand(len(query), -1, -1)                                                  # (B, T, N)
     if index is not None:
-        visible = torch.arange(index.size(1), device=q.device) < slots[:, None]           # (B, S)
-        mask = torch.cat([visible[:, None] & (position >= prefix_length), mask], 2)       # (B, T, S + N)
-        k = torch.cat([memory_keys[index].to(k.dtype).transpose(1, 2), k], 2)
-        v = torch.cat([memory_values[index].to(v.dtype).transpose(1, 2), v], 2)
-        if bias is not None:
-            added = F.pad(bias.to(q.dtype), (0, mask.size(2) - bias.size(1)))[:, None]  # (B, 1, S + N)
-            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
+        keys, values, mask = behind_memory(keys, values, mask, place[None], memory_keys, memory_values, index,
+                                           slots, prefix_length, bias)
+    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
+
+
+def behind_memory(keys, values, mask, place, memory_keys, memory_values, index, slots, prefix_length, bias):
+    """What a question attends to: local keys and values (B, N, G, D) behind those of its S memory slots.
+
+    mask: (B, T, N) bool, the local tokens that each of T sees; place: (B, T) or (1, T), where these stand;
+    the rest as for `sparse_attention`. Returns keys and values (B, S + N, G, D), and the mask (B, T, S + N)
+    of both: bool, or with a bias what is added to the logits.
+    """
+    visible = torch.arange(index.size(1), device=index.device) < slots[:, None]             # (B, S)
+    mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
+    local = keys.size(1)
+    keys = torch.cat([memory_keys[index].to(keys.dtype), keys], 1)
+    values = torch.cat([memory_values[index].to(values.dtype), values], 1)
+    if bias is not None:
+        added = F.pad(bias.to(keys.dtype), (0, local))[:, None]                             # (B, 1, S + N)
+        mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
+    return keys, values, mask
 
 
 def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=None, memory_values=None,
@@ -298,14 +312,9 @@ def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=
     own = torch.arange(longest, device=query.device) - starts[:, None, None]                # (B, 1, N)
     mask = (own < 0) | (own <= t) & (own // branch == t // branch)                          # (B, T, N)
     if index is not None and index.size(1):
-        visible = torch.arange(index.size(1), device=query.device) < slots[:, None]         # (B, S)
         place = starts[:, None] + t[:, 0] % branch                                          # (B, T)
-        mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
-        k = torch.cat([memory_keys[index].to(k.dtype), k], 1)
-        v = torch.cat([memory_values[index].to(v.dtype), v], 1)
-        if bias is not None:
-            added = F.pad(bias.to(query.dtype), (0, longest))[:, None]
-            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
+        k, v, mask = behind_memory(k, v, mask, place, memory_keys, memory_values, index, slots, prefix_length,
+                                   bias)
     grouped = query.view(B, T, G, H // G, D).transpose(1, 2).flatten(2, 3)                  # (B, G, T * R, D)
     mask = mask[:, None].repeat_interleave(H // G, 2) if T > 1 else mask[:, None]
     found = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
