@@ -361,10 +361,13 @@ def check_out(config, folder):
                         "or give another --out")
 
 
-def prepare(config, folder, device, dtype):
-    """The model with its device's first weights, the tokenizer, the pools of each split, and the
-    configuration with what the model says. folder: of `init_from`, or None. Raises UserError for data that
-    do not fit."""
+def prepare(config, device, dtype):
+    """(configuration with what the model says, model with its first weights on the device, tokenizer, pools
+    of each split, dtype of the products). Raises UserError for an `out` or data that do not fit."""
+    folder = None
+    if config.init_from:
+        folder = (find_base if config.rank else find)(config.init_from)
+    check_out(config, folder)
     check_prepared(config.data)
     tokenizer = Tokenizer.load(config.data.out)
     if tokenizer.vocab_size > config.model.vocab_size and not folder:
@@ -524,6 +527,33 @@ def step_gradients(model, called, taken, config, step, device, dtype, world):
     return metrics, tokens, work
 
 
+def change_weights(optimizer, config, step):
+    """One step of AdamW by the gradients, clipped; returns their norm before that."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    learns = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def catch_signals(say):
+    """A list to which Ctrl-C, or SIGTERM, adds its number: the step is finished and saved, and the run stops.
+    A second one stops it at once."""
+    signals = []
+
+    def keep(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError, RuntimeError):  # what reads the output may be gone, or it is in use
+            say("stopping after this step, which is saved; once more: at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, keep)
+    return signals
+
+
 def script():
     config = command_line(TrainConfig, __doc__)
     keep_freed_memory()
@@ -541,18 +571,15 @@ def script():
 
 def train(config, device, dtype, rank, world, say):
     """A whole run: prepare, perhaps resume, step by step, save."""
-    out, folder = Path(config.out), None
-    if config.init_from:
-        folder = (find_base if config.rank else find)(config.init_from)
-    check_out(config, folder)
-    config, model, tokenizer, pools, dtype = prepare(config, folder, device, dtype)
+    out = Path(config.out)
+    config, model, tokenizer, pools, dtype = prepare(config, device, dtype)
     if config.compile:
         compile_blocks(model)
     called = share_out(model, config, device, dtype, world)
     optimizer = make_optimizer(model, config)
-    learns = [p for group in optimizer.param_groups for p in group["params"]]
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
-        f"{sum(p.numel() for p in learns):,} learn, memory layers {config.model.memory_layers}; "
+        f"{learns:,} learn, memory layers {config.model.memory_layers}; "
         f"data: {len(pools['train']):,} pools" + "; weights are shared out to the ranks" * is_shared(model))
     step, position, rows = 0, 0, []
     if config.resume:
@@ -571,32 +598,17 @@ def train(config, device, dtype, rank, world, say):
         say(f"step {step:5d} validation {describe(log.rows[-1], config)}", flush=True)
 
     due = lambda step: step % config.evaluate_every == 0 or step == config.max_steps
-    signals = []                          # what this rank was told
-    stop = torch.zeros(1, device=device)  # what all ranks agreed on after a step
-
-    def finish_step(number, _):
-        """Ctrl-C: finish the step, save, stop. A second one stops at once."""
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError, RuntimeError):  # what reads the output may be gone, or it is in use
-            say("stopping after this step, which is saved; once more: at once", flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, finish_step)
+    signals, stop = catch_signals(say), torch.zeros(1, device=device)  # stop: all ranks agree after a step
     model.train()
     taken = samples(pools["train"], tokenizer, config, device, step, position, rank, world)
     began, tokens_done, work_done, start_step = time.time(), 0, 0, step
     if step and unseen and due(step):  # the run was killed before it
         evaluate()
     while step < config.max_steps and not stop:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
         metrics, tokens, work = step_gradients(model, called, taken, config, step, device, dtype, world)
+        norm = change_weights(optimizer, config, step)
         tokens_done, work_done = tokens_done + tokens, work_done + work
         position += config.accumulate * world
-        norm = whole(torch.nn.utils.clip_grad_norm_(learns, config.gradient_clip))
-        optimizer.step()
-        optimizer.zero_grad()
         step += 1
         stop.fill_(bool(signals))
         if world > 1:  # every rank logs the same and stops at the same step
