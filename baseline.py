@@ -9,7 +9,6 @@ Trained on pools of the synthetic tasks, asked about needles (tasks.py) whose ke
 several lengths. Nothing routes: the loss is that of answers alone. To do without this file, delete it and
 config/full.toml.
 """
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,6 @@ from tqdm import tqdm
 from cache import Cache
 from common import (
     UserError,
-    atomic_file,
     check_least,
     command_line,
     detect_device,
@@ -30,6 +28,7 @@ from common import (
     main,
     make_folder,
     write_json,
+    write_rows,
 )
 from model import MSA, ModelConfig
 from pools import Pools, check_prepared, stack
@@ -201,8 +200,7 @@ def script():
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))
         model.save_pretrained(out)
         tokenizer.save(out)
-        with atomic_file(out / "log.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_rows(out / "log.jsonl", rows)
     words, found = Words(), []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")
     for seed in map(int, config.seeds.split(",")):

@@ -548,6 +548,12 @@ def drawing(path, size=(7, 4), rows=1, columns=1):
         figure.savefig(file, format="png", dpi=110)
 
 
+def write_rows(path, rows):
+    """Write a .jsonl file, one row a line, atomically."""
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as file:

@@ -19,7 +19,6 @@ language reference of pydoc. One source in eight is for training alone, as are t
 """
 import ast
 import importlib.util
-import json
 import re
 import sysconfig
 import uuid
@@ -32,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, atomic_file, check_least, command_line, main, read_text
+from common import UserError, atomic_file, check_least, command_line, main, read_text, write_rows
 from tasks import Words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -311,8 +310,7 @@ def write_set(config):
     folder = Path(config.out)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, lines in (("corpus.jsonl", rows), ("queries.jsonl", asked), ("impossible.jsonl", none)):
-        with atomic_file(folder / name) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        write_rows(folder / name, lines)
     with atomic_file(folder / "qrels" / "train.tsv") as file:
         file.write("\n".join(["query-id\tcorpus-id\tscore", *judged, ""]))
     return len(documents), len(asked)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import check_shapes, open_weights, other_names, write_tensors
-from common import UserError, atomic_file, naming, read_json, read_text, sync_handle, write_json
+from common import UserError, atomic_file, naming, read_json, read_text, sync_handle, write_json, write_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their weight; beside them `step`, (1,)
 
@@ -118,8 +118,7 @@ class Log:
     def begin(self):
         """Replace what is there by the rows until now, which those to come follow."""
         if self.path and not self.file:
-            with atomic_file(self.path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            write_rows(self.path, self.rows)
             self.file = open(self.path, "a", encoding="utf-8")
 
     def sync(self):
