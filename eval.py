@@ -444,11 +444,10 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     read = reader(model, tokenizer, encoded, config.interleave, config.batch)
     for count, search in zip(counts, searches):
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
-        by_words = lambda asked, search=search: [([place for place, _ in search(text, most)], most)
-                                                 for text in asked]
+        by_words = lambda asked: [([place for place, _ in search(text, most)], most) for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
 
-        def by_memory(asked, look, memory=memory, best=best):
+        def by_memory(asked, look):
             found = ranked(model, tokenizer, memory, encoded, asked, interleave, config.batch, look)
             best.update((text, score) for text, (*_, score) in zip(asked, found))
             return [pair for *pair, _ in found]
