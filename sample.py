@@ -130,8 +130,8 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
             answer += event
             continue
         appended += event.appended
-        best = float("inf") if ranked else best_score(event.routed)
-        ranked = ranked or [n for n, _ in event.routed]
+        if not ranked:
+            best, ranked = best_score(event.routed), [n for n, _ in event.routed]
         if config.trace:
             say("round: routed to " + ", ".join(f"[{n}] {score:.3f}" for n, score in event.routed[:TRACED]))
             say("       named " + (", ".join(f"[{n}]" for n in event.named) or "nothing: end of retrieval"))
