@@ -234,7 +234,7 @@ def load_checkpoint(folder, device, dtype=torch.float32):
     return model, load_tokenizer(folder, model.config)
 
 
-def open_checkpoint(name, device="auto", dtype="auto"):
+def open_checkpoint(name, device, dtype):
     """(model, tokenizer, "cpu (why)") of a checkpoint, a folder or a name on the Hugging Face Hub, where and
     as the flags --device and --dtype say."""
     folder = find(name)

@@ -169,10 +169,10 @@ def own_settings(config, loaded, names):
     return {name: getattr(config.model, name) for name in names}
 
 
-def whiten_routers(model, pools, tokenizer, config, dtype, count=16):
-    """Routers for a backbone that has none, from the documents and questions of the first `count` pools."""
+def whiten_routers(model, pools, tokenizer, config, dtype):
+    """Routers for a backbone that has none, from the documents and questions of the first 16 pools."""
     documents, questions = [], []
-    for i in range(min(count, len(pools))):
+    for i in range(min(16, len(pools))):
         found, _, batches = next_pool(pools, i, tokenizer, config, torch.device("cpu"))
         documents += [document.tolist() for document in found]
         for batch in batches:
