@@ -183,7 +183,7 @@ def deal(chunks, world):
     return np.minimum(middles * world // max(ends[-1], 1), world - 1)
 
 
-class Block:
+class KeyBlock:
     """Routing keys of some of this rank's documents, by number; and their content where the host holds it."""
 
     def __init__(self, bank, positions, device, routing_keys, host, progress=None):
@@ -287,7 +287,7 @@ class ParallelMemory:
 
     def hold(self, positions):
         if len(positions):
-            block = Block(self.bank, positions, self.device, self.routing_keys, self.host, self.progress)
+            block = KeyBlock(self.bank, positions, self.device, self.routing_keys, self.host, self.progress)
             self.blocks.append(block)
         self.index()
 

@@ -24,7 +24,7 @@ from common import UserError
 from documents import Document
 from interleave import InterleaveConfig, answer_question
 from memory_bank import Bank, Layout, Writer, join
-from memory_parallel import Block, ParallelMemory, Ranks, best_of, deal, to_records
+from memory_parallel import KeyBlock, ParallelMemory, Ranks, best_of, deal, to_records
 from model import MSA, Memory
 from prompts import ChatTokenizer, load_checkpoint
 from routing import top_documents
@@ -844,5 +844,5 @@ def test_more_ranks_than_documents(loaded, tmp_path, monkeypatch):
     memory = ParallelMemory(bank, CPU, ranks)
     found = memory.select({0: torch.ones(1, 1, 8)}, torch.ones(1, 1, dtype=torch.bool), 3, [0])
     assert found.documents.eq(-1).all() and found.slots.eq(0).all() and found.keys[0].shape == (0, 1, 8)
-    assert Block(bank, np.array([1]), CPU, "int8", True).routing_keys[0].dtype == torch.int8
+    assert KeyBlock(bank, np.array([1]), CPU, "int8", True).routing_keys[0].dtype == torch.int8
     assert bank_layout(model, tokenizer) == bank.layout
