@@ -253,10 +253,15 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def has_bfloat16():
+    """Whether torch knows instructions of this CPU for products in bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def bfloat16_speed():
     """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, measured in some 20 ms;
-    0 where torch knows no instructions for it."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    0 where it has no instructions for it."""
+    if not has_bfloat16():
         return 0.0
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,6 +15,7 @@ from __future__ import annotations  # `tl.constexpr` stays a word where triton i
 import torch
 import torch.nn.functional as F
 
+from common import has_bfloat16
 from msa_kernel import (
     FLOATS,
     INTERPRETED,
@@ -160,7 +161,7 @@ def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, a
     """
     query, scales = queries[0], scales or [None] * len(queries)
     layers = list(zip(queries, routing_keys, scales))
-    if not (query.is_cpu and unit) or use_triton(query) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (query.is_cpu and unit and has_bfloat16()) or use_triton(query):
         scores = mean_scores([route(query, mask, keys, offsets, scale) for query, keys, scale in layers])
         if alive is not None:
             scores = scores.masked_fill(~alive, float("-inf"))
