@@ -54,6 +54,7 @@ import torch.nn.functional as F
 
 import msa_kernel as K
 import routing as R
+from cache import Cache
 from common import (
     UserError,
     autocast,
@@ -67,7 +68,7 @@ from common import (
 from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_numpy, to_records
-from model import MSA, Cache, ModelConfig
+from model import MSA, ModelConfig
 
 H, G, D = 32, 8, 128  # Qwen3-4B's heads
 

@@ -24,10 +24,8 @@ class ScratchConfig:
         if self.number_chunk < 0:
             raise UserError(f"model.number_chunk is {self.number_chunk}; it must be at least 0")
         if self.equal_routers and not self.decouple_router:
-            raise UserError(
-                "model.equal_routers is on, but without model.decouple_router there are no routers; "
-                "leave it out"
-            )
+            raise UserError("model.equal_routers is on, but without model.decouple_router there are no "
+                            "routers; leave it out")
 
 
 class Scratch:
@@ -59,9 +57,8 @@ class Scratch:
     def memory_bias(self, selection):
         if not self.config.score_bias:
             return None
-        return (
-            selection.slot_scores - selection.scores.amax(1, keepdim=True)
-        ) / self.config.router_temperature
+        behind_the_best = selection.slot_scores - selection.scores.amax(1, keepdim=True)
+        return behind_the_best / self.config.router_temperature
 
 
 def copy_init(model):
