@@ -182,7 +182,7 @@ def check_least(config, positive=(), **least):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must be above 0")
     for name, low in least.items():
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:  # nor NaN
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least {low}")
 
 

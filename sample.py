@@ -259,7 +259,7 @@ def script():
         if memory is None:
             return ranks.end()
         texts = memory.texts
-        where = lambda position: memory.bank.document(position)[1]
+        where = lambda position: printable(memory.bank.document(position)[1])  # others may have made the bank
     else:
         documents = list_documents(config.documents, tokenizer.count, config.max_document_tokens, say)
         spelled = [document.spelled() for document in documents]
