@@ -694,12 +694,18 @@ def torchrun(world, *args, timeout=120):
 
 @pytest.fixture(scope="module")
 def asked(words, tmp_path_factory):
-    """The demo checkpoint's bank of 60 documents, some of them twice, and questions about them."""
+    """The demo checkpoint's bank of 60 documents, some of them twice, made by two ranks, and questions about
+    them."""
     folder, demo = tmp_path_factory.mktemp("ranks"), TESTS.parent / "checkpoints" / "demo"
     texts, questions = make_memory(words(), "two_hop", 40, 6, 1)
     lines = [json.dumps({"id": f"{i}", "text": text}) + "\n" for i, text in enumerate(texts + texts[:20])]
     (folder / "lines.jsonl").write_text("".join(lines))
     (folder / "questions.json").write_text(json.dumps([q.text for q in questions]))
+    made = torchrun(2, TESTS.parent / "sample.py", "--checkpoint", demo, "--memory", folder / "bank",
+                    "--documents", folder / "lines.jsonl", "--info")
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert made.stdout.count("60 added") == 1
+    assert "in 2 segments" in made.stdout
     return demo, folder
 
 
@@ -713,11 +719,6 @@ def test_ranks_answer_alike(asked):
     """The answer would depend on how many ranks hold the memory; a bank made by two ranks could not be read
     by one or by four."""
     demo, folder = asked
-    made = torchrun(2, TESTS.parent / "sample.py", "--checkpoint", demo, "--memory", folder / "bank",
-                    "--documents", folder / "lines.jsonl", "--info")
-    assert made.returncode == 0, made.stderr[-3000:]
-    assert made.stdout.count("60 added") == 1
-    assert "in 2 segments" in made.stdout
     model, tokenizer = load_checkpoint(demo, CPU)
     memory = ParallelMemory(Bank(folder / "bank"), CPU, ALONE)
     questions = json.loads((folder / "questions.json").read_text())
