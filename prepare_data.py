@@ -15,19 +15,12 @@ pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken; for a chat backbone it may also be a FILE.jsonl of your own questions about --documents, or a
-folder of your own documents. A pool is a passage, some questions about it, and passages that BM25 finds for
-them in its place; questions that a passage does not answer (of impossible.jsonl, or SQuAD's own), and ones in
-which a name or number is another's, are answered by prompts.NOT_FOUND. Where a SET has no questions they are
-made: what a sentence says is asked of the rest of its document. Documents about which a test is asked stay
-out, with all that have the same title.
+folder of your own documents. What is taken of them, and made of them: training_sets.py.
 """
 import contextlib
 import dataclasses
-import re
 import shutil
 import tempfile
-import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,25 +36,15 @@ from common import (
     main,
     make_folder,
     naming,
-    read_rows,
     sync_folder,
     write_json,
 )
 from documents import list_documents, read_documents
-from pools import MOST_SHOWN, Pools, PoolWriter, read_prepared
-from prompts import NOT_FOUND
-from question_sets import (
-    SetQuestion,
-    bm25_search,
-    is_questions,
-    pieces_of,
-    place_of,
-    read_set,
-    read_texts,
-    tell_odd,
-)
-from tasks import Question, Words, make_pool
+from pools import Pools, PoolWriter, read_prepared
+from question_sets import is_questions, read_texts
+from tasks import Words, make_pool
 from tokenizer import named_encoding, train_encoding
+from training_sets import QuestionSet, hold_out, is_texts, training_questions
 
 
 @dataclass
@@ -113,42 +96,7 @@ class DataConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Your own questions
-
-def training_questions(path, documents):
-    """The Questions of a .jsonl file about `documents`, each with one answer and its hops in order. Raises
-    UserError that names the line."""
-    pieces, questions = pieces_of(documents), {}
-    wanted = 'an object with "question", "answer" (text) and "documents" (a list)'
-    for number, row in read_rows(path, wanted):
-        try:
-            text, answer, names = row["question"], row["answer"], row["documents"]
-            pooled = row.get("pooled", False)
-            if not (isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
-                    and text.strip() and answer.strip()):
-                raise TypeError
-            hops = [hop if isinstance(hop, list) else [hop] for hop in names]
-            gold = tuple(tuple(place_of(str(name), pieces, documents, answer) for name in hop)
-                         for hop in hops)
-            question = Question(text, gold, answer, pooled)
-            if not gold or not all(gold):
-                raise UserError("'documents' is empty, or a list in it is; name a document in each")
-            if len(set(question.documents)) < len(question.documents):
-                raise UserError("'documents' names a document twice; name it where it is first needed")
-            if type(pooled) is not bool or (pooled and len(question.documents) != 1):
-                raise UserError(f"'pooled' is {pooled!r}; true or false, and true only with one document")
-            questions[question] = questions.get(question, 0) + 1
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not {wanted}") from None
-    again = sum(questions.values()) - len(questions)  # one of two could train, the other validate
-    tell_odd(path, {"skipped: asked again": again}, print)
-    if len(questions) < 2:
-        raise UserError(f"{path}: holds {len(questions)} questions; at least 2 are needed, one to train "
-                        "on and one to validate with")
-    return [*questions]
-
+# The kinds of data
 
 def own_pool(documents, questions, config, rng):
     """Document indices and question indices of one pool: random questions, their documents, random others."""
@@ -159,9 +107,6 @@ def own_pool(documents, questions, config, rng):
     pool = gold + others[:max(0, config.documents_per_pool - len(gold))]
     return rng.permutation(pool).tolist(), asked
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The kinds of data
 
 def make_encoding(config, texts):
     """The tokenizer that the configuration asks for: trained on `texts`, or a known one."""
@@ -212,131 +157,10 @@ def write_own(config, folder):
     return tokenizer
 
 
-ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
-UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
-# Names, aside from a first word's capital, and numbers of two digits or more
-NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
-ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
-IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
-RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
-HELD_OUT = 0.05         # share of the documents about which validation asks
-
-
-def cloze(text, rng):
-    """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
-    numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
-    title, end, body = text.partition("\n") if "\n" in text else ("", "", text)
-    spaces = re.finditer(rf"(?<=[.!?])\s+(?=[{UPPER}])|\n\s*\n", body)
-    starts = [0, *(space.end() for space in spaces), len(body)]
-    for i in rng.permutation(len(starts) - 1).tolist():
-        sentence, found = body[starts[i]:starts[i + 1]].strip(), []
-        rest = (body[:starts[i]] + body[starts[i + 1]:]).rstrip()
-        for span in NAME.finditer(sentence):
-            answer = span[0].rstrip(".,")
-            if re.search(rf"\b{re.escape(answer)}\b", rest) and answer not in title:
-                asked = "who or what" if answer[0].isalpha() else "how many"
-                if re.fullmatch(r"1\d\d\d|20\d\d", answer):
-                    asked = "what year"
-                said = sentence[:span.start()] + asked + sentence[span.start() + len(answer):]
-                said = " ".join(said.rstrip(".").split())
-                found.append((f"{title}: {said}?" if title else f"{said}?", answer))
-        if found:
-            return title + end + rest, found
-    return text, []
-
-
-def is_texts(path):
-    """Whether what `data` names is a folder of texts, not a set."""
-    return Path(path).is_dir() and not (Path(path) / "corpus.jsonl").exists()
-
-
 def own_folders(config):
     """Of a DataConfig the folders and files of one's own documents, which sample.py cuts as they are cut."""
     texts = [path for path in config.data.split(",") if path and is_texts(path)]
     return [config.documents, *texts] if config.documents else texts
-
-
-def read_training_set(path, documents, tokenizer, limit, rng):
-    """`read_set` of a SET that is one, is made of texts, or asks, as a .jsonl file, about `documents`."""
-    own = lambda place: list_documents(place, tokenizer.count, limit, print)
-    if is_questions(path):
-        found = own(documents)
-        asked = [SetQuestion(question.text, tuple(question.documents), (question.answer,))
-                 for question in training_questions(path, found)]
-        return [document.spelled() for document in found], {"train": asked}, {}
-    if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
-        return read_set(path)
-    texts = [document.spelled() for document in own(path)] if is_texts(path) else read_texts(path)
-    texts, asked = zip(*(cloze(text, rng) for text in texts))
-    return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
-                             for question, answer in found]}, {}
-
-
-class QuestionSet:
-    """What training takes of a set: texts that may be shown, and questions by what they are about."""
-
-    def __init__(self, path, tokenizer, limit, rng, documents=""):
-        texts, questions, none = read_training_set(path, documents, tokenizer, limit, rng)
-        self.texts, self.search = texts, bm25_search(texts)
-        titles = [text.partition("\n")[0] for text in texts]
-        tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
-                  for i in question.gold}
-        self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
-                       if len(tokens) <= limit and titles[i] not in tested}
-        self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
-        left_out = Counter()
-        for question in questions.get("train", ()):
-            answer = min(question.answers, key=len, default="")
-            if not answer:
-                left_out["without an answer"] += 1
-            elif len(answer.split()) > ANSWER_WORDS and tokenizer.count(answer) > ANSWER_TOKENS:
-                left_out[f"with an answer of more than {ANSWER_TOKENS} tokens"] += 1
-            elif len(question.gold) > MOST_SHOWN:
-                left_out[f"about more than {MOST_SHOWN} documents"] += 1
-            elif not self.usable.issuperset(question.gold):
-                left_out[f"about a document of more than {limit} tokens, or one that is tested"] += 1
-            else:
-                found = self.about.setdefault(question.gold, ([], []))
-                found[0].append(Question(question.text, (question.gold,), answer))
-        tell_odd(f"{path}: questions left out", left_out, print)
-        self.names = [(titles[gold[0]], name) for gold, (asked, _) in self.about.items()
-                      for question in asked for name in NAME.findall(question.text) if name[0].isalpha()]
-        for text, place in none.get("train", ()):
-            if (place,) in self.about:
-                self.about[place,][1].append(Question(text, (), NOT_FOUND))
-
-    def misled(self, question, rng):
-        """The question with another name or number in place of one of its own, which nothing that may be
-        shown with it speaks of; [] where it has none."""
-        spans, gold = [*NAME.finditer(question.text)], question.documents
-        if not spans or len(gold) > 1:  # of two hops one may answer all the same
-            return []
-        span = spans[rng.integers(len(spans))]
-        if span[0][0].isalpha():
-            titles = {self.texts[i].partition("\n")[0] for i in gold}
-            drawn = (self.names[i] for i in rng.permutation(len(self.names)))
-            others = (name for title, name in drawn if title not in titles)
-        else:
-            others = ["".join(str(rng.integers(1, 10)) if c.isdigit() else c for c in span[0])]
-        said = " ".join(self.texts[i] for i in gold)
-        new = next((name for name in others if name not in said and name != span[0]), None)
-        if new is None:
-            return []
-        return [Question(question.text[:span.start()] + new + question.text[span.end():], (), NOT_FOUND)]
-
-    def pool(self, gold, allowed, config, rng):
-        """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
-        answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
-        few = int(config.questions_per_pool * IMPOSSIBLE)
-        for question in answered[:len(answered) // 3]:
-            impossible += self.misled(question, rng) if len(impossible) < few else []
-        chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
-        found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
-                 for question in chosen]
-        alike = [place for places in zip(*found) for place in places if place in allowed]
-        drawn = rng.choice(sorted(allowed), RANDOM_DOCUMENTS).tolist()
-        places = list(dict.fromkeys([*gold, *drawn, *alike]))[:max(config.documents_per_pool, len(gold))]
-        return rng.permutation(places).tolist(), chosen
 
 
 def write_sets(config, folder):
@@ -368,25 +192,6 @@ def write_sets(config, folder):
             writer.add_pool(*writer.add(texts, asked))
         writer.close()
     return tokenizer
-
-
-def hold_out(sets, folder_of, seed):
-    """The documents that validation asks about: {folder: places}; those of a folder are the same whatever
-    other sets there are, and for all sets that are about it. sets: QuestionSets by path; folder_of: path ->
-    the folder or file of its documents."""
-    held = {folder: set() for folder in folder_of.values()}
-    for path, own in sets.items():
-        draw = np.random.default_rng([seed, zlib.crc32(folder_of[path].name.encode())])
-        held[folder_of[path]] |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
-    for path, own in sets.items():
-        places = held[folder_of[path]]
-        if own.about and not any(places & {*gold} for gold in own.about):  # of few documents
-            beside = [other.about for at, other in sets.items() if folder_of[at] == folder_of[path]]
-            leaves = lambda place: all(any((places | {place}).isdisjoint(gold) for gold in about)
-                                       for about in beside)  # every set something to train on
-            firsts = sorted({gold[0] for gold in own.about})
-            places.add(next(filter(leaves, firsts), firsts[0]))
-    return held
 
 
 def endless(items, rng):

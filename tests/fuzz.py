@@ -33,6 +33,7 @@ import prepare_data
 import question_sets
 import sample
 import train
+import training_sets
 import training_state
 from documents import documents_size, read_documents, tell_skipped
 from model import MSA, ModelConfig
@@ -135,7 +136,7 @@ def fuzz_questions(folder, rng):
     documents = [*read_documents(folder / "d.jsonl", count_words, 9)]
     names = [*["d1:1"] * 50, "d1:²", "d1:" + "9" * 5000, ":", "", "d1:2", "d2:-1", "d0"]
     write(folder / "q.jsonl", lines([row | {"documents": [rng.choice(names)]} for row in ASKED], rng))
-    read = rng.choice([prepare_data.training_questions, question_sets.read_questions])
+    read = rng.choice([training_sets.training_questions, question_sets.read_questions])
     for question in read(folder / "q.jsonl", documents):
         question.text.encode()
 

@@ -22,6 +22,7 @@ import prepare_data
 import question_sets
 import sample
 import train
+import training_sets
 from common import UserError, atomic_file, note, numbered, read_rows, read_text
 from documents import read_documents
 from memory_bank import Bank
@@ -314,7 +315,7 @@ def test_one_reader_of_text(place, tiny, name, kind, capsys):
         if kind == "corpus":
             return documents("a.jsonl")[0].text
         if kind == "questions":
-            return prepare_data.training_questions("a.jsonl", documents("d"))[0].text
+            return training_sets.training_questions("a.jsonl", documents("d"))[0].text
         if kind == "configuration":
             return common.command_line(train.TrainConfig, "", ["file.toml"]).out
         if kind == "judgements":
@@ -347,7 +348,7 @@ def test_lines_are_counted_in_one_way(place):
     documents = list(read_documents("d", words, 8))
     write_jsonl(place / "q.jsonl", [{**QUESTION, "question": f"{i}?", "documents": [f"b.txt:{3 * i + 2}"]}
                                     for i in range(9)])
-    for i, question in enumerate(prepare_data.training_questions("q.jsonl", documents)):
+    for i, question in enumerate(training_sets.training_questions("q.jsonl", documents)):
         text = documents[question.documents[0]].text
         assert text.startswith(f"page {i}\x0c"), (i, text)
     asked = question_sets.read_questions("q.jsonl", documents)
@@ -441,7 +442,7 @@ def test_questions_asked_twice(place, capsys):
     rows = [QUESTION, {**QUESTION, "question": "Which?"}, QUESTION]
     write_jsonl(place / "q.jsonl", rows)
     documents = list(read_documents("d", words, 99))
-    for read in (prepare_data.training_questions, question_sets.read_questions):
+    for read in (training_sets.training_questions, question_sets.read_questions):
         asked = read("q.jsonl", documents)
         assert [question.text for question in asked] == [QUESTION["question"], "Which?"]
         assert capsys.readouterr().out == "q.jsonl: skipped: asked again (1)\n"

@@ -1,5 +1,6 @@
 """A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from test_prompts import write
 import checkpoint
 import prepare_data
 import train
+import training_sets
 from batches import Server, choose, likelihoods, serve
 from common import UserError, command_line
 from interleave import look_again, reluctant, second_look
@@ -138,8 +140,8 @@ def test_hold_out_of_few_documents(tmp_path):
     notes = tmp_path / "none"
     for seed in range(40):
         sets = {"q": about((0,), (1,)), "made": about((1,), (2,))}
-        held = prepare_data.hold_out(sets, dict(q=notes, made=notes), seed)[notes]
-        alone = prepare_data.hold_out(dict(q=sets["q"]), dict(q=notes), seed)[notes]
+        held = training_sets.hold_out(sets, dict(q=notes, made=notes), seed)[notes]
+        alone = training_sets.hold_out(dict(q=sets["q"]), dict(q=notes), seed)[notes]
         for own in sets.values():
             assert any(held & {*gold} for gold in own.about)
         if not alone - {0}:  # nothing was drawn: the first that may be taken
@@ -167,9 +169,9 @@ def test_cloze():
     the one that the rest gives."""
     text = ("Mill\nThe mill was built by Ann Lee in 1834. In the year 1834 it ground 250 sacks, so that Ann "
             "Lee grew rich. By 1850 nobody wanted 250 sacks. Nothing else is known.")
-    sentences, asked = prepare_data.re.split(r"(?<=\.) ", text.partition("\n")[2]), set()
+    sentences, asked = re.split(r"(?<=\.) ", text.partition("\n")[2]), set()
     for seed in range(40):
-        rest, questions = prepare_data.cloze(text, np.random.default_rng(seed))
+        rest, questions = training_sets.cloze(text, np.random.default_rng(seed))
         title, _, left = rest.partition("\n")
         gone, = [sentence for sentence in sentences if sentence not in left]
         assert title == "Mill" and left == " ".join(sentence for sentence in sentences if sentence != gone)
@@ -179,9 +181,9 @@ def test_cloze():
             asked.add(answer)
     assert asked == {"1834", "250", "Ann Lee"}
     alone = "Mill\nThe mill was built by Ann Lee. Nothing else is known of it."
-    assert prepare_data.cloze(alone, np.random.default_rng(0)) == (alone, [])
+    assert training_sets.cloze(alone, np.random.default_rng(0)) == (alone, [])
     lines = "Mill\n\nThe mill\nof Ann Lee.\nIt is old. As Ann Lee said.\n\n- flour, for Ann Lee. That is all."
-    made = {prepare_data.cloze(lines, np.random.default_rng(seed))[1][0] for seed in range(40)}
+    made = {training_sets.cloze(lines, np.random.default_rng(seed))[1][0] for seed in range(40)}
     assert made == {(f"Mill: {text}?", "Ann Lee") for text in
                     ("The mill of who or what", "As who or what said", "- flour, for who or what")}
 
@@ -191,7 +193,7 @@ def test_misled(places, backbone):
     meant."""
     pytest.importorskip("bm25s")
     rng, seen = np.random.default_rng(3), set()
-    own = prepare_data.QuestionSet(places, ChatTokenizer(backbone), 400, rng)
+    own = training_sets.QuestionSet(places, ChatTokenizer(backbone), 400, rng)
     gold = next(iter(own.about))
     title = own.texts[gold[0]].partition("\n")[0]
     own.names = [(title, "Oslo"), ("else", "Rome"), ("else", "Paris"), ("else", "Town"), ("else", "Ann Lee")]

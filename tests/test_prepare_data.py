@@ -12,9 +12,10 @@ import prepare_data
 from common import UserError
 from documents import read_documents
 from pools import ARRAYS, Pools, Ragged, RaggedWriter, array_types, collate, draw_numbers
-from prepare_data import DataConfig, training_questions
+from prepare_data import DataConfig
 from tasks import make_pool
 from tokenizer import Tokenizer
+from training_sets import training_questions
 
 # ------------------------------------------------------------------------------------------------------------
 # The prepared data
