@@ -391,8 +391,6 @@ class Pretrained:
         """Write config.json alone."""
         write_config(folder, self.config, self.others, self.model.embed_tokens.weight.dtype)
 
-
-
     def trained(self):
         """What training changes, name -> tensor: the low-rank changes of a model that has them, else all."""
         return factors(self) or self.state_dict()

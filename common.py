@@ -178,12 +178,11 @@ def check_values(config, prefix="--"):
 def check_least(config, positive=(), **least):
     """Raises UserError for a number of a configuration that is below what it must at least be, or, of the
     names in `positive`, not above 0."""
-    for name in positive:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be above 0")
-    for name, low in least.items():
-        if not getattr(config, name) >= low:  # nor NaN
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    wanted = [(name, getattr(config, name) > 0, "above 0") for name in positive]
+    wanted += [(name, getattr(config, name) >= low, f"at least {low}") for name, low in least.items()]
+    for name, right, allowed in wanted:
+        if not right:  # as NaN never is
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be {allowed}")
 
 
 def merge(config, table, path, prefix=""):

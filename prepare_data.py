@@ -15,7 +15,8 @@ pooled memory of the one document, without its text.
 
 SET is a folder in BEIR's layout or SQuAD's .json file (question_sets.py), of which the questions for training
 are taken; for a chat backbone it may also be a FILE.jsonl of your own questions about --documents, or a
-folder of your own documents. What is taken of them, and made of them: training_sets.py.
+folder of your own documents. Documents about which a test is asked stay out; where a SET has no questions
+they are made of its texts (training_sets.py).
 """
 import contextlib
 import dataclasses

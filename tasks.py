@@ -100,13 +100,13 @@ class Words:
             beginnings or by their ends: tell and teller, or tell and bell.
         """
         code = SPLITS.index(split)
-        chosen = []
+        chosen, missed = [], 0  # missed: in a row, as where all neighbours of the chosen are of other splits
         while len(chosen) < count:
             adjective, noun = int(rng.integers(len(self.adjectives))), int(rng.integers(len(self.nouns)))
             if chosen and len(chosen) % 2:
                 other = chosen[int(rng.integers(len(chosen)))]
                 other_adjective, other_noun = divmod(other, len(self.nouns))
-                if alike and rng.random() < alike:
+                if alike and rng.random() < alike and missed < 1000:
                     beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1)
                     dictionary = self.dictionaries[int(rng.random() < 0.5)]
                     adjective, noun = (order[(order.index(word) + beside) % len(order)] for order, word in
@@ -116,8 +116,10 @@ class Words:
                 else:
                     noun = other_noun
             pair = adjective * len(self.nouns) + noun
+            missed += 1
             if self.split[pair] == code and pair not in chosen:
                 chosen.append(pair)
+                missed = 0
         return chosen
 
     def noise(self, rng):

@@ -237,3 +237,15 @@ def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch, eager_compi
         done = run(sample, *wrong)
         assert done.code == 2 and message in done.error
     assert not (tmp_path / "x.json").exists()
+
+
+def test_names_that_a_bank_holds(run, checkpoint, tmp_path, monkeypatch):
+    """A bank that somebody else has made would write to the terminal what it likes."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("The number of oak is 4.")
+    flags = ["--checkpoint", checkpoint, "--memory", tmp_path / "bank", "--trace", "--max-answer-tokens", 2]
+    assert run(sample, *flags, "--documents", tmp_path / "d", "Oak?").code == 0
+    document = Bank.document
+    monkeypatch.setattr(Bank, "document", lambda *args: (document(*args)[0], "\x1b[2Ja.txt"))
+    result = run(sample, *flags, "Oak?")
+    assert result.code == 0 and "\\x1b[2Ja.txt" in result.out and "\x1b" not in result.out, result.err

@@ -129,6 +129,11 @@ def test_alike(words, alike, low, high):
         assert all(low <= count <= high for count in near), (step, near)
 
 
+def test_alike_without_neighbours(words):
+    """Preparing data would hang where all neighbours of the few chosen keys are of other splits."""
+    assert len({*words().similar_pairs("validation", 44, np.random.default_rng(4), 1.0)}) == 44
+
+
 def test_half_of_a_pool_is_similar(words):
     """Training would lack hard negatives: most keys would share no word with another."""
     for documents, questions in pools_of(words, "train", 0, count=5):
