@@ -1,7 +1,7 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
-# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.3 GB in SCALE=folder; a run
+# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.6 GB in SCALE=folder; a run
 #              that was interrupted goes on where it was
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
 # make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M: hours
@@ -30,11 +30,11 @@ test: .venv/installed
 
 scale: .venv/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) eval.py config/scale.toml --memory $(SCALE) \
-		--routing-keys int8 --json $(RESULTS)/scale-int8.json
-	$(RUN) eval.py config/scale.toml --baseline bm25 --json $(RESULTS)/scale-bm25.json
+		--routing-keys int8 --json out/scale-int8.json
+	$(RUN) eval.py config/scale.toml --baseline bm25 --json out/scale-bm25.json
 	OMP_NUM_THREADS=1 $(TORCHRUN) eval.py config/scale.toml --memory $(SCALE) \
-		--json $(RESULTS)/scale-bfloat16.json --plot $(RESULTS)/scale.png \
-		--beside $(RESULTS)/scale-int8.json,$(RESULTS)/scale-bm25.json,results/scale-demo-bfloat16.json
+		--json out/scale-bfloat16.json --plot out/scale.png \
+		--beside out/scale-int8.json,out/scale-bm25.json
 
 ask: .venv/smollm2
 	$(RUN) sample.py --memory out/ask --documents texts --trace "Who built the lighthouse?"
