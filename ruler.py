@@ -55,6 +55,7 @@ from tasks import Words, count_tokens, frame_tokens, parse_lengths
 
 METHODS = ("none", "oracle", "bm25", "memory")
 ENDING = " mentioned in the provided text"  # of RULER's questions; our tiny models do not know these words
+COPIES = 4e9  # bytes, at most, of a batch's memories: each question has its needles in one of its own
 
 
 @dataclass
@@ -199,6 +200,8 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
     order = np.argsort(numbers).tolist()
     rank = np.argsort(order).tolist()  # place in the haystack -> place in the memory
     place_of = dict(zip(memory.numbers, order))
+    size = sum(x.nbytes for xs in (memory.keys, memory.values, memory.routing_keys) for x in xs)
+    batch = max(1, min(config.batch, int(COPIES / size)))
 
     def loop(question):
         own = sorted(own_documents(question, numbers, question.places))
@@ -210,7 +213,7 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
         return loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
 
     def ask(questions):
-        events = run(model, tokenizer, map(loop, questions), config.interleave, config.batch)
+        events = run(model, tokenizer, map(loop, questions), config.interleave, batch)
         return [(answer, [place_of[n] for r in rounds for n, _ in r.routed[:model.config.top_k]],
                  [place_of[n] for r in rounds for n in r.named], sum(bool(r.named) for r in rounds))
                 for answer, rounds in gather(events, len(questions))]
@@ -248,7 +251,8 @@ def evaluate(model, tokenizer, config, done, say):
             continue
         texts, numbers, ends, counts, asked = lay_out_tasks(names, words, tokenizer, lengths, config)
         order = np.argsort(numbers)  # a memory is in the order of its numbers, which count from 0
-        encoded, speed, seconds = None, 0, 0
+        encoded = memory = ask = None  # the last haystack's are not held while this one is encoded
+        speed = seconds = 0
         say(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
@@ -272,8 +276,9 @@ def evaluate(model, tokenizer, config, done, say):
                     seconds = time.perf_counter() - began
                     say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
                 held = np.flatnonzero(order < count)
-                ask = memory_asker(model, tokenizer, memory.subset(held), [encoded[i] for i in order[held]],
-                                   numbers[:count], config)
+                part = memory if count == len(texts) else memory.subset(held)
+                ask = memory_asker(model, tokenizer, part, [encoded[i] for i in order[held]], numbers[:count],
+                                   config)
             measured, said = ask_all(ask, questions)
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,

@@ -183,6 +183,13 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
         assert score[task, "none", 0] == 0 and score[task, "oracle", 0] == 100
         assert score[task, "memory", 3072] == score[task, "memory", 6144] == 100
     assert all(row["recall_at_k"] == row["named"] == 100 for row in rows if row["method"] == "memory")
+    batches, serve = [], ruler.run
+    monkeypatch.setattr(ruler, "run", lambda *args: batches.append(args[4]) or serve(*args))
+    for copies, batch in ((4e9, 8), (1, 1)):  # questions whose memories do not fit beside each other
+        monkeypatch.setattr(ruler, "COPIES", copies)
+        result = run(ruler, *args[:-6], "--device", "cpu", "--tasks", "single_1", "--methods", "memory")
+        assert result.code == 0 and "100.0" in result.out and {*batches} == {batch}, result.err
+        batches.clear()
     monkeypatch.setattr(ruler, "loop_of", None)  # whoever asks the memory again fails
     result = run(ruler, *args, "--tasks", "single_1,multikey_2", "--methods", "oracle,bm25,memory")
     assert result.code == 0, result.err
