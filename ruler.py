@@ -200,7 +200,7 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
     order = np.argsort(numbers).tolist()
     rank = np.argsort(order).tolist()  # place in the haystack -> place in the memory
     place_of = dict(zip(memory.numbers, order))
-    size = sum(x.nbytes for xs in (memory.keys, memory.values, memory.routing_keys) for x in xs)
+    size = sum(x.nbytes for xs in memory.chunks(slice(None)).values() for x in xs)
     batch = max(1, min(config.batch, int(COPIES / size)))
 
     def loop(question):
@@ -276,9 +276,8 @@ def evaluate(model, tokenizer, config, done, say):
                     seconds = time.perf_counter() - began
                     say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
                 held = np.flatnonzero(order < count)
-                part = memory if count == len(texts) else memory.subset(held)
-                ask = memory_asker(model, tokenizer, part, [encoded[i] for i in order[held]], numbers[:count],
-                                   config)
+                ask = memory_asker(model, tokenizer, memory if count == len(texts) else memory.subset(held),
+                                   [encoded[i] for i in order[held]], numbers[:count], config)
             measured, said = ask_all(ask, questions)
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,

@@ -107,10 +107,7 @@ class Words:
                 other = chosen[int(rng.integers(len(chosen)))]
                 other_adjective, other_noun = divmod(other, len(self.nouns))
                 if alike and rng.random() < alike and missed < 1000:
-                    beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1)
-                    dictionary = self.dictionaries[int(rng.random() < 0.5)]
-                    adjective, noun = (order[(order.index(word) + beside) % len(order)] for order, word in
-                                       zip(dictionary, (other_adjective, other_noun)))
+                    adjective, noun = self.neighbours(other_adjective, other_noun, rng)
                 if rng.random() < 0.5:
                     adjective = other_adjective
                 else:
@@ -121,6 +118,13 @@ class Words:
                 chosen.append(pair)
                 missed = 0
         return chosen
+
+    def neighbours(self, adjective, noun, rng):
+        """The numbers of an adjective and a noun up to three places from these in one of the dictionaries."""
+        beside = int(rng.integers(1, 4)) * (1 if rng.random() < 0.5 else -1)
+        dictionary = self.dictionaries[int(rng.random() < 0.5)]
+        return [order[(order.index(word) + beside) % len(order)]
+                for order, word in zip(dictionary, (adjective, noun))]
 
     def noise(self, rng):
         """One sentence about nothing."""
