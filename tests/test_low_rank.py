@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_prompts import write
 
+import average
 import checkpoint
 import prepare_data
 import train
@@ -359,11 +360,11 @@ def test_pools_together(backbone, prepared, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # Low-rank changes
 
-def changed(backbone, rank=2):
+def changed(backbone, rank=2, seed=5):
     """A model with random changes."""
     model = MSA.from_pretrained(backbone)
     add_factors(model, rank)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     for tensor in factors(model).values():
         tensor.normal_(std=0.3)
     return model
@@ -432,6 +433,46 @@ def test_delta(backbone, tmp_path):
     second.save_pretrained(tmp_path / "second")
     torch.testing.assert_close(MSA.from_pretrained(tmp_path / "second").read(tokens).logits,
                                second.read(tokens).logits, atol=0.02, rtol=0.02)  # bfloat16
+
+
+@torch.no_grad()
+def test_average(backbone, run, tmp_path):
+    """The mean of products is not the product of means, and what a rank can hold of it is its nearest."""
+    deltas = []
+    for name, seed in (("a", 1), ("b", 2)):
+        model = changed(backbone, seed=seed)
+        model.others["base"] = str(backbone)
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(backbone, model.config).save(tmp_path / name)
+        deltas.append(load_file(tmp_path / name / "model.safetensors"))
+    both = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    assert run(average, "--checkpoints", both, "--weights", "1,3", "--out", tmp_path / "mean").code == 0
+    found = load_file(tmp_path / "mean" / "model.safetensors")
+    assert found.keys() == deltas[0].keys()
+    for name in {name.rpartition(".")[0] for name in found}:
+        up, down = (found[f"{name}.{leaf}"].float() for leaf in ("up", "down"))
+        mean = sum(share * delta[f"{name}.up"].float() @ delta[f"{name}.down"].float()
+                   for share, delta in zip((0.25, 0.75), deltas))
+        u, values, v = torch.linalg.svd(mean, full_matrices=False)
+        nearest = u[:, :2] * values[:2] @ v[:2]
+        torch.testing.assert_close(up @ down, nearest, atol=0.02 * float(values[0]), rtol=0)  # bfloat16
+        assert values[2] > 0.02 * values[0]  # the mean has a higher rank
+    assert MSA.from_pretrained(tmp_path / "mean").config == MSA.from_pretrained(tmp_path / "a").config
+    load_tokenizer(tmp_path / "mean", model.config)
+    again = run(average, "--checkpoints", both, "--out", tmp_path / "mean")
+    assert again.code == 2 and "holds a checkpoint, which would be lost" in again.error
+    other = MSA.from_pretrained(tmp_path / "b", merged=False)
+    other.config.second_look = 5
+    other.save_config(tmp_path / "b")
+    for flags, message in ((("--checkpoints", both), "its base or configuration is not that of"),
+                           (("--checkpoints", f"{tmp_path / 'a'},{backbone}"), "it has no low-rank changes"),
+                           (("--checkpoints", "one"), "name two folders or more"),
+                           (("--checkpoints", both, "--weights", "1"), "above 0 for each of the 2"),
+                           (("--checkpoints", both, "--weights", "1,x"), "--weights is '1,x'; give"),
+                           (("--checkpoints", both, "--weights", "1,0"), "--weights is '1,0'; give")):
+        refused = run(average, *flags, "--out", tmp_path / "new")
+        assert refused.code == 2 and message in refused.error, refused.error
+        assert not (tmp_path / "new").exists()
 
 
 def test_out_is_a_base(backbone, prepared, run, tmp_path):

@@ -1,0 +1,85 @@
+"""The mean of what several trainings changed of one backbone.
+
+    python average.py --checkpoints checkpoints/smollm2,out/more --out out/mean
+    python average.py --checkpoints out/a,out/b,out/c --weights 1,1,2 --out out/mean
+
+Trainings that begin at the same weights, or go on from each other, end in one valley: the mean of their
+weights often does better on held-out questions than the best of them (model soups, arXiv 2203.05482), and
+costs nothing when it is used. What is averaged are the changes up @ down, as matrices; the mean, of a higher
+rank, is cut to the rank of one of them. Choose by questions that no test asks.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import UserError, command_line, main
+from low_rank import factors
+from model import MSA
+from prompts import load_tokenizer
+
+
+@dataclass
+class AverageConfig:
+    checkpoints: str = ""   # two or more folders that training with a rank has written, commas between
+    weights: str = ""       # of each, commas between; empty: all count alike
+    out: str = "out/mean"   # folder to write
+
+
+def read_flags(config):
+    """(folders, the share of each, adding up to 1). Raises UserError."""
+    folders = [folder for folder in config.checkpoints.split(",") if folder]
+    if len(folders) < 2:
+        raise UserError(f"--checkpoints is {config.checkpoints!r}; name two folders or more, commas between")
+    try:
+        weights = [float(weight) for weight in (config.weights or "1," * len(folders)).strip(",").split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(folders) or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"--weights is {config.weights!r}; give a number above 0 for each of the "
+                        f"{len(folders)} --checkpoints, commas between, or leave it out")
+    return folders, [weight / sum(weights) for weight in weights]
+
+
+def mean_change(pairs, shares):
+    """The pair (up (outputs, r), down (r, inputs)), float32, of which the product is nearest to the mean of
+    the products of `pairs`, weighted by `shares`; r is the rank of the first pair."""
+    up = torch.cat([share * up.float() for share, (up, _) in zip(shares, pairs)], 1)
+    down = torch.cat([down.float() for _, down in pairs])
+    left, own = torch.linalg.qr(up)           # of few columns: what is decomposed is small
+    right, other = torch.linalg.qr(down.T)
+    u, values, v = torch.linalg.svd(own @ other.T)
+    rank = len(pairs[0][1])
+    root = values[:rank].sqrt()
+    return left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
+
+
+def script():
+    config = command_line(AverageConfig, __doc__, takes_file=False)
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out}: holds a checkpoint, which would be lost; give another folder")
+    folders, shares = read_flags(config)
+    models = [MSA.from_pretrained(folder, merged=False) for folder in folders]
+    first, own = models[0], [factors(model) for model in models]
+    for folder, model, found in zip(folders, models, own):
+        if not found:
+            raise UserError(f"{folder}: it has no low-rank changes; train.py writes them, given --rank")
+        if model.others["base"] != first.others["base"] or model.config != first.config:
+            raise UserError(f"{folder}: its base or configuration is not that of {folders[0]}; the mean of "
+                            "what changed two models is of neither")
+    for name in own[0]:
+        if name.endswith(".up"):
+            begin = name.removesuffix("up")
+            pairs = [(found[name], found[f"{begin}down"]) for found in own]
+            for leaf, mean in zip(("up", "down"), mean_change(pairs, shares)):
+                first.put(begin + leaf, mean.contiguous())
+    first.save_pretrained(out)
+    load_tokenizer(folders[0], first.config).save(out)
+    print(f"{out}: the mean of {len(models)} checkpoints, {sum(map(torch.numel, factors(first).values())):,} "
+          "numbers")
+
+
+if __name__ == "__main__":
+    main(script)
