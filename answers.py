@@ -84,8 +84,10 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     them it would read, and the best score of its first round; texts: token ids by position; look: at how many
     it looks twice.
 
-    What rounds name comes first, then what the last one has found besides. Without a second look a chat
-    backbone has two rounds only where config, an InterleaveConfig, says so, and both name half of the 16.
+    What rounds name comes first, then what the last one has found besides; where a second look let that round
+    end the retrieval, what it read behind an answer is in no order, and what the round before looked at comes
+    first. Without a second look a chat backbone has two rounds only where config, an InterleaveConfig, says
+    so, and both name half of the 16.
     """
     count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":
@@ -103,6 +105,8 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))
     named = [document for ranked, count in rounds for document, _ in ranked[:count]]
     others = [document for ranked, count in rounds[::-1] for document, _ in ranked[count:]]
+    if look and len(rounds) > 1 and not rounds[-1][1]:
+        others = [document for document, _ in rounds[0][0][:look]] + others
     found = list(dict.fromkeys(named + others))
     yield found, len(named) if look else len(found), best
 

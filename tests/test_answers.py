@@ -255,6 +255,23 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     assert ranked(model, tokenizer, None, [], ["?"], config, 2, 0) == [(expected, len(expected), 0.9)]
 
 
+@pytest.mark.parametrize("named,expected", [(1, [7, 5, 1, 4, 3]), (0, [7, 3, 5, 1, 4])])
+def test_ranked_by_a_second_look(monkeypatch, named, expected):
+    """Where nothing is read behind the first document, what was read there to no end would come before what
+    the first round had put second."""
+    first, second = ([(document, 0.5) for document in ranking] for ranking in ([7, 3, 5, 4], [5, 1, 4, 3]))
+
+    def looked(*_):
+        return [(first, 1), (second, named)]
+        yield
+    monkeypatch.setattr(answers, "look_again", looked)
+    monkeypatch.setattr(batches.Server, "find", lambda server, asked: [[first, second]])
+    model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=3), device=torch.device("cpu"))
+    tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
+    found = ranked(model, tokenizer, None, [], ["?"], InterleaveConfig(), 2, 3)
+    assert found == [(expected, 1 + named, 0.5)]
+
+
 @torch.no_grad()
 def test_reader(checkpoint):
     """Documents would not stand in the prompt in the order in which they were found."""
