@@ -6,7 +6,7 @@
 Trainings that begin at the same weights, or go on from each other, end in one valley: the mean of their
 weights often does better on held-out questions than the best of them (model soups, arXiv 2203.05482), and
 costs nothing when it is used. What is averaged are the changes up @ down, as matrices; the mean, of a higher
-rank, is cut to the rank of one of them. Choose by questions that no test asks.
+rank, is cut to the rank of the first, whose configuration it has. Choose by questions that no test asks.
 """
 import math
 from dataclasses import dataclass
@@ -61,14 +61,14 @@ def script():
     if (out / "config.json").exists():
         raise UserError(f"--out {out}: holds a checkpoint, which would be lost; give another folder")
     folders, shares = read_flags(config)
-    models = [MSA.from_pretrained(folder, merged=False) for folder in folders]
+    models = [MSA.from_pretrained(folder, dtype=torch.bfloat16, merged=False) for folder in folders]
     first, own = models[0], [factors(model) for model in models]
     for folder, model, found in zip(folders, models, own):
         if not found:
             raise UserError(f"{folder}: it has no low-rank changes; train.py writes them, given --rank")
-        if model.others["base"] != first.others["base"] or model.config != first.config:
-            raise UserError(f"{folder}: its base or configuration is not that of {folders[0]}; the mean of "
-                            "what changed two models is of neither")
+        if model.others["base"] != first.others["base"]:
+            raise UserError(f"{folder}: its base is {model.others['base']}, that of {folders[0]} is "
+                            f"{first.others['base']}; the mean of what changed two models is of neither")
     for name in own[0]:
         if name.endswith(".up"):
             begin = name.removesuffix("up")

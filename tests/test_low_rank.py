@@ -461,10 +461,11 @@ def test_average(backbone, run, tmp_path):
     load_tokenizer(tmp_path / "mean", model.config)
     again = run(average, "--checkpoints", both, "--out", tmp_path / "mean")
     assert again.code == 2 and "holds a checkpoint, which would be lost" in again.error
+    shutil.copytree(backbone, tmp_path / "other")
     other = MSA.from_pretrained(tmp_path / "b", merged=False)
-    other.config.second_look = 5
+    other.others["base"] = str(tmp_path / "other")
     other.save_config(tmp_path / "b")
-    for flags, message in ((("--checkpoints", both), "its base or configuration is not that of"),
+    for flags, message in ((("--checkpoints", both), f"its base is {tmp_path / 'other'}, that of"),
                            (("--checkpoints", f"{tmp_path / 'a'},{backbone}"), "it has no low-rank changes"),
                            (("--checkpoints", "one"), "name two folders or more"),
                            (("--checkpoints", both, "--weights", "1"), "above 0 for each of the 2"),
