@@ -1,4 +1,4 @@
-"""Documents of a folder or a .jsonl file.
+"""Documents of a folder, of a file, or of the lines of a .jsonl file.
 
     skipped = {}
     for document in read_documents("notes", count_tokens, max_tokens=512, skipped=skipped):
@@ -53,8 +53,8 @@ class Document:
 
 
 def read_documents(path, count_tokens, max_tokens, skipped=None):
-    """Yields Documents, file by file in the order of names: of a folder's text files, web pages and PDFs,
-    or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
+    """Yields Documents, file by file in the order of names: of a folder's text files, web pages and PDFs, of
+    one such file, or of a .jsonl file of lines {"id": ..., "title": ..., "text": ...}, title optional.
 
     A text of more than `max_tokens` (by `count_tokens(text)`, its title included) is split at paragraphs; a
     longer paragraph at lines, a longer line at words. skipped: a dict for the files that are left out,
@@ -64,7 +64,7 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
     check_documents(path)
     root = Path(path)
     skipped = {} if skipped is None else skipped
-    if root.is_dir():
+    if root.is_dir() or root.suffix.lower() != ".jsonl":
         texts = read_files(root, skipped)
     else:
         texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
@@ -80,9 +80,9 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
 
 
 def check_documents(path):
-    """Raises UserError for what is neither a folder nor a .jsonl file."""
-    if not Path(path).is_dir() and not (Path(path).suffix.lower() == ".jsonl" and Path(path).is_file()):
-        raise UserError(f"{path}: no such folder of documents, nor a .jsonl file")
+    """Raises UserError for what is neither a folder nor a file."""
+    if not Path(path).is_dir() and not Path(path).is_file():
+        raise UserError(f"{path}: no such folder of documents, nor a file")
 
 
 def list_documents(path, count_tokens, max_tokens, say):
@@ -130,10 +130,11 @@ def folder_files(root):
 
 
 def read_files(root, skipped):
-    """Yields (name, lines, headings) of a folder's files; the name is the path below the folder."""
-    names = set()
-    for path in folder_files(root):
-        name = name_of(path.relative_to(root))
+    """Yields (name, lines, headings) of a folder's files, or of one file; the name is the path below the
+    folder."""
+    names, folder = set(), root if root.is_dir() else root.parent
+    for path in folder_files(root) if root.is_dir() else [root]:
+        name = name_of(path.relative_to(folder))
         if name in names:
             skipped[f"{name} (twice)"] = "another file has this name, in letters that look alike"
             continue

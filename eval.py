@@ -107,7 +107,7 @@ IMPOSSIBLE = 100  # of a set's questions that nothing answers, at most
 class EvalConfig:
     checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
     data: str = ""                    # a set of questions in place of a task; see above
-    documents: str = ""               # what --data FILE.jsonl asks about: a folder, or a .jsonl file
+    documents: str = ""               # what --data FILE.jsonl asks about: a folder or a file
     distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
     split: str = ""                   # of --data; "": test, else dev, else the only one; "all"
     k: str = ""                       # of --data: documents in the prompt, commas between; "": as sample.py

@@ -64,7 +64,7 @@ class DataConfig:
     encoding: str = "train"         # "train" a BPE on this data, a name that tiktoken knows, or a checkpoint
     vocab_size: int = 4096          # of the trained BPE, special tokens included
     number_tokens: bool = False     # spell documents' numbers in tokens of their own; see tokenizer.py
-    documents: str = ""             # your own documents: a folder of text, or a .jsonl file
+    documents: str = ""             # your own documents: a folder of text, or a file
     questions: str = ""             # a .jsonl file: your own questions about them
     data: str = ""                  # sets of questions, commas between; one that is named twice counts twice
     max_document_tokens: int = 512  # longer files are split at paragraphs

@@ -63,7 +63,7 @@ class SampleConfig:
     # a folder, or "owner/name" on the Hugging Face Hub; empty: checkpoints/smollm2 where `make ask` has
     # installed what it was trained from, else checkpoints/demo
     checkpoint: str = ""
-    documents: str = ""                   # folder of texts, pages, PDFs, or a .jsonl file of id, title, text
+    documents: str = ""                   # a folder of texts, pages and PDFs, or one; or a .jsonl file
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
     memory: str = ""                      # folder of a memory bank: documents are encoded once for all runs
     info: bool = False                    # print what the bank holds

@@ -52,6 +52,24 @@ def test_read_all(tmp_path):
     assert documents[0].where() == "a.md:3-6"
 
 
+def test_one_file(tmp_path):
+    """A file would have to be put into a folder first, be cited by its whole path, or, unreadable, be empty
+    without a reason."""
+    (tmp_path / "a.md").write_text("# Boats\n\nThe boat is red.\n\nIt leaks.\n")
+    (tmp_path / "b.txt").write_text("Another.")
+    documents = read_all(tmp_path / "a.md", count_words, 6)
+    assert as_tuples(documents) == [("a.md", 1, 3, "# Boats\n\nThe boat is red."),
+                                    ("a.md", 5, 5, "It leaks.")]
+    assert [d.id for d in documents] == ["a.md#0", "a.md#1"] and documents[1].title == "Boats"
+    assert documents_size(tmp_path / "a.md") == 37
+    for name, data, why in (("c.txt", b"caf\xe9", "; c.txt: not UTF-8"), ("d.png", b"text", ", not empty")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name}: no text in it.*{why}"):
+            read_all(tmp_path / name, count_words, 6)
+    with pytest.raises(UserError, match="none.txt: no such folder of documents, nor a file"):
+        read_all(tmp_path / "none.txt", count_words, 6)
+
+
 def test_long_files_are_split_at_paragraphs(tmp_path):
     """A long file would be cut inside paragraphs that fit, or its pieces would cite wrong lines."""
     (tmp_path / "a.txt").write_text("one two\nthree\n\n\nfour five\n\nsix seven eight nine ten\n\neleven\n")
@@ -106,7 +124,7 @@ def test_long_lines_are_split(tmp_path, text, count):
 @pytest.mark.parametrize("make,message", [
     (lambda folder: None, "no such folder of documents"),
     (lambda folder: folder.mkdir(), "no text in it; expected text files"),
-    (lambda folder: folder.write_text("a file"), "no such folder of documents"),
+    (lambda folder: folder.write_text(" \n"), "no text in it"),
     (lambda folder: [folder.mkdir(), (folder / "a.txt").write_text(" \n")], "no text in it"),
     (lambda folder: [folder.mkdir(), (folder / "a.png").write_text("text")], "no text in it"),
     (lambda folder: [folder.mkdir(), (folder / "a.txt").write_bytes(b"\xff")],

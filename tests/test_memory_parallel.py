@@ -663,7 +663,7 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     ("--memory bank --documents half.jsonl q", "error: half.jsonl:1: not an object"),
     ("--memory bank --documents twice.jsonl q", "error: two documents have the id 'a'; ids must differ"),
     ("--memory bank --documents none.jsonl q",
-     "error: none.jsonl: no such folder of documents, nor a .jsonl file"),
+     "error: none.jsonl: no such folder of documents, nor a file"),
     ("--memory bank --documents empty.jsonl q", "error: empty.jsonl: no text in it"),
     ("--memory bank --timeout 0 q", "timeout is 0.0; it must be above 0"),
 ])
