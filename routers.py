@@ -83,19 +83,23 @@ def inverse_root(moments, count):
     return (vectors * scales) @ vectors.T
 
 
-def layer_inputs(model, tokens, prefix_length=0, shift=0):
-    """The normed inputs (B, L, E) of every routing layer for right-padded texts (B, L), each read alone.
+def layer_inputs(model, tokens, places, before=()):
+    """The normed inputs (B, L, E) of every routing layer for right-padded texts (B, L), each read alone; and
+    what a text needs that goes on from the only one, a list of (keys, values) by layer.
 
-    From prefix_length on they stand `shift` further, as questions do behind a memory.
+    places (L,): where the tokens stand; before: such a list, of what all of them go on from.
     """
-    place, layers = torch.arange(tokens.size(1), device=tokens.device), model.config.router_layers
-    rope = rope_angles(place + shift * (place >= prefix_length), model.config)
+    layers, rope, kept = model.config.router_layers, rope_angles(places, model.config), []
 
     def attend(i, attention, h, keys, values):
+        if before:
+            keys, values = (torch.cat([old.expand(len(new), -1, -1, -1), new], 1)
+                            for old, new in zip(before[i], (keys, values)))
+        kept.append((keys, values))
         return None if i == layers[-1] else sparse_attention(attention.query(h, rope), keys, values), h
 
     _, found = model.run(model.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
-    return [found[i] for i in layers]
+    return [found[i] for i in layers], kept
 
 
 def token_batches(texts, device, bar):
@@ -107,22 +111,26 @@ def token_batches(texts, device, bar):
 
 
 @torch.no_grad()
-def fit_routers(model, documents, questions, prefix_length=0):
-    """Write routers into a model. documents, questions: lists of ids, spelled; the first `prefix_length` of a
-    question's do not count. With routing_dim the maps are the whitenings themselves; else a random map to the
-    heads follows, orthogonal and the same for both sides, and nothing is centred: there is no bias."""
+def fit_routers(model, documents, questions, head=()):
+    """Write routers into a model. documents, questions: lists of ids, spelled; head: the ids with which all
+    questions begin besides, which do not count and are read once. With routing_dim the maps are the
+    whitenings themselves; else a random map to the heads follows, orthogonal and the same for both sides, and
+    nothing is centred: there is no bias."""
     config, device, centred = model.config, model.device, model.config.routing_dim > 0
     chunks, tokens_of = ([Moments(config.hidden_size) for _ in config.router_layers] for _ in range(2))
     total = sum(map(len, documents)) + sum(map(len, questions))
     with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
         for tokens, lengths in token_batches(documents, device, bar):
-            for moments, h in zip(chunks, layer_inputs(model, tokens)):
+            places = torch.arange(tokens.size(1), device=device)
+            for moments, h in zip(chunks, layer_inputs(model, tokens, places)[0]):
                 moments.add(chunk_means(h[:, :, None].float(), lengths, config.chunk_size)[:, 0])
+        begun = torch.tensor([[*head]], dtype=torch.long, device=device)
+        before = layer_inputs(model, begun, torch.arange(len(head), device=device))[1] if head else ()
         for tokens, lengths in token_batches(questions, device, bar):
             place = torch.arange(tokens.size(1), device=device)
-            counts = (place >= prefix_length) & (place < lengths[:, None])
-            for moments, h in zip(tokens_of, layer_inputs(model, tokens, prefix_length, config.top_k)):
-                moments.add(h[counts])
+            behind = place + len(head) + config.top_k  # a memory
+            for moments, h in zip(tokens_of, layer_inputs(model, tokens, behind, before)[0]):
+                moments.add(h[place < lengths[:, None]])
     for i, of_documents, of_questions in zip(config.router_layers, chunks, tokens_of):
         attention = model.model.layers[i].self_attn
         query_map, key_map = attention.router_q_proj[0], attention.router_k_proj[0]
@@ -159,8 +167,8 @@ def make_routers(model, tokenizer, texts):
         total += len(documents[-1])
         if total > SAMPLE_TOKENS:
             break
-    questions = [tokenizer.question(text)[0] for text in make_questions(texts, QUESTIONS, rng)]
-    fit_routers(model, documents, questions, len(tokenizer.head))
+    questions = [tokenizer.encode(text) for text in make_questions(texts, QUESTIONS, rng)]
+    fit_routers(model, documents, questions, tokenizer.head)
 
 
 @torch.no_grad()

@@ -54,16 +54,17 @@ def test_formulas(backbone):
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
     documents, questions = [draw(n) for n in (9, 4, 7, 12) * 12], [draw(n) for n in (5, 3, 8) * 9]
-    routers.fit_routers(model, documents, questions, prefix_length=1)
+    routers.fit_routers(model, documents, questions, head=[7, 3])
+    inputs = lambda text, places: routers.layer_inputs(model, torch.tensor([text]), torch.tensor(places))[0]
     for place, layer in enumerate(model.config.router_layers):
         chunks, tokens = [], []
         for document in documents:
-            h = routers.layer_inputs(model, torch.tensor([document]))[place][0].double()
+            h = inputs(document, [*range(len(document))])[place][0].double()
             chunks += [part.mean(0) for part in h.split(4)]
         for question in questions:
-            h = routers.layer_inputs(model, torch.tensor([question]), 1,
-                                     model.config.top_k)[place][0].double()
-            tokens += list(h[1:])
+            behind = [2 + model.config.top_k + i for i in range(len(question))]
+            h = inputs([7, 3, *question], [0, 1, *behind])[place][0].double()
+            tokens += list(h[2:])
         chunks, tokens = torch.stack(chunks), torch.stack(tokens)
         shape = lambda x: torch.cov(x.T, correction=0) / torch.cov(x.T, correction=0).trace()
         attention = model.model.layers[layer].self_attn
