@@ -61,14 +61,16 @@ def script():
     if (out / "config.json").exists():
         raise UserError(f"--out {out}: holds a checkpoint, which would be lost; give another folder")
     folders, shares = read_flags(config)
-    models = [MSA.from_pretrained(folder, dtype=torch.bfloat16, merged=False) for folder in folders]
-    first, own = models[0], [factors(model) for model in models]
-    for folder, model, found in zip(folders, models, own):
+    first, own = None, []
+    for folder in folders:  # of the models but the first their changes alone are held
+        model = MSA.from_pretrained(folder, dtype=torch.bfloat16, merged=False)
+        first, found = first or model, factors(model)
         if not found:
             raise UserError(f"{folder}: it has no low-rank changes; train.py writes them, given --rank")
         if model.others["base"] != first.others["base"]:
             raise UserError(f"{folder}: its base is {model.others['base']}, that of {folders[0]} is "
                             f"{first.others['base']}; the mean of what changed two models is of neither")
+        own.append(found)
     for name in own[0]:
         if name.endswith(".up"):
             begin = name.removesuffix("up")
@@ -77,8 +79,8 @@ def script():
                 first.put(begin + leaf, mean.contiguous())
     first.save_pretrained(out)
     load_tokenizer(folders[0], first.config).save(out)
-    print(f"{out}: the mean of {len(models)} checkpoints, {sum(map(torch.numel, factors(first).values())):,} "
-          "numbers")
+    numbers = sum(map(torch.numel, factors(first).values()))
+    print(f"{out}: the mean of {len(folders)} checkpoints, {numbers:,} numbers")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,11 @@ def tell_skipped(skipped, say):
 # Files -> numbered lines: pairs (line, text), and headings: pairs (line, title)
 
 def folder_files(root):
-    """The files of a folder, sorted; hidden ones are left out. Links to folders are followed, but no folder
-    is read twice, nor by a link's name if it has its own. Raises UserError for one that cannot be listed."""
+    """The files of a folder, sorted, or the one file that is named instead; hidden ones of a folder are left
+    out. Links to folders are followed, but no folder is read twice, nor by a link's name if it has its own.
+    Raises UserError for one that cannot be listed."""
+    if not os.path.isdir(root):
+        return [Path(root)]
     files, folders, links, seen = [], [Path(root)], [], set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -133,7 +136,7 @@ def read_files(root, skipped):
     """Yields (name, lines, headings) of a folder's files, or of one file; the name is the path below the
     folder."""
     names, folder = set(), root if root.is_dir() else root.parent
-    for path in folder_files(root) if root.is_dir() else [root]:
+    for path in folder_files(root):
         name = name_of(path.relative_to(folder))
         if name in names:
             skipped[f"{name} (twice)"] = "another file has this name, in letters that look alike"
@@ -269,8 +272,7 @@ def name_in(id):
 
 def documents_size(path):
     """Bytes of what `read_documents` reads."""
-    files = folder_files(path) if os.path.isdir(path) else [Path(path)]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in folder_files(path) if file.is_file())
 
 
 def split_text(lines, headings, count_tokens, max_tokens):

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cache import Cache
+from common import to_device
 from memory import BATCH_TOKENS, padded_batches
 from model import rope_angles
-from msa_kernel import chunk_means, sparse_attention
+from msa_kernel import chunk_means
 
 RIDGE = 0.01             # added to covariances, as a share of their mean variance, before they are inverted
 FEW = 0.1                # more ridge for small corpora: this share of width over chunks
@@ -83,23 +85,23 @@ def inverse_root(moments, count):
     return (vectors * scales) @ vectors.T
 
 
-def layer_inputs(model, tokens, places, before=()):
-    """The normed inputs (B, L, E) of every routing layer for right-padded texts (B, L), each read alone; and
-    what a text needs that goes on from the only one, a list of (keys, values) by layer.
+def layer_inputs(model, tokens, places, cache):
+    """The normed inputs (B, L, E) of every routing layer for right-padded texts (B, L), each read alone, or
+    behind what a Cache holds, which these fill.
 
-    places (L,): where the tokens stand; before: such a list, of what all of them go on from.
+    places (L,): where the tokens stand.
     """
-    layers, rope, kept = model.config.router_layers, rope_angles(places, model.config), []
+    layers, rope = model.config.router_layers, rope_angles(places, model.config)
 
     def attend(i, attention, h, keys, values):
-        if before:
-            keys, values = (torch.cat([old.expand(len(new), -1, -1, -1), new], 1)
-                            for old, new in zip(before[i], (keys, values)))
-        kept.append((keys, values))
-        return None if i == layers[-1] else sparse_attention(attention.query(h, rope), keys, values), h
+        keys, values = cache.extended(i, keys, values)
+        attended = None if i == layers[-1] else cache.attend(attention.query(h, rope), keys, values)
+        return attended, (h, keys, values)
 
     _, found = model.run(model.model.embed_tokens(tokens), rope, attend, layers[-1] + 1)
-    return [found[i] for i in layers], kept
+    inputs, keys, values = zip(*found)
+    cache.keep(keys, values, [])
+    return [inputs[i] for i in layers]
 
 
 def token_batches(texts, device, bar):
@@ -122,14 +124,15 @@ def fit_routers(model, documents, questions, head=()):
     with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
         for tokens, lengths in token_batches(documents, device, bar):
             places = torch.arange(tokens.size(1), device=device)
-            for moments, h in zip(chunks, layer_inputs(model, tokens, places)[0]):
+            for moments, h in zip(chunks, layer_inputs(model, tokens, places, Cache())):
                 moments.add(chunk_means(h[:, :, None].float(), lengths, config.chunk_size)[:, 0])
-        begun = torch.tensor([[*head]], dtype=torch.long, device=device)
-        before = layer_inputs(model, begun, torch.arange(len(head), device=device))[1] if head else ()
+        begun = Cache()
+        if head:
+            layer_inputs(model, to_device([head], device), torch.arange(len(head), device=device), begun)
         for tokens, lengths in token_batches(questions, device, bar):
             place = torch.arange(tokens.size(1), device=device)
             behind = place + len(head) + config.top_k  # a memory
-            for moments, h in zip(tokens_of, layer_inputs(model, tokens, behind, before)[0]):
+            for moments, h in zip(tokens_of, layer_inputs(model, tokens, behind, begun.expand(len(tokens)))):
                 moments.add(h[place < lengths[:, None]])
     for i, of_documents, of_questions in zip(config.router_layers, chunks, tokens_of):
         attention = model.model.layers[i].self_attn

@@ -9,6 +9,7 @@ from test_prompts import write
 
 import routers
 import sample
+from cache import Cache
 from memory import rank_documents
 from model import MSA, ModelConfig
 from prompts import ChatTokenizer, load_tokenizer
@@ -55,7 +56,8 @@ def test_formulas(backbone):
     draw = lambda n: torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
     documents, questions = [draw(n) for n in (9, 4, 7, 12) * 12], [draw(n) for n in (5, 3, 8) * 9]
     routers.fit_routers(model, documents, questions, head=[7, 3])
-    inputs = lambda text, places: routers.layer_inputs(model, torch.tensor([text]), torch.tensor(places))[0]
+    inputs = lambda text, places: routers.layer_inputs(model, torch.tensor([text]), torch.tensor(places),
+                                                       Cache())
     for place, layer in enumerate(model.config.router_layers):
         chunks, tokens = [], []
         for document in documents:
