@@ -84,10 +84,9 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     them it would read, and the best score of its first round; texts: token ids by position; look: at how many
     it looks twice.
 
-    What rounds name comes first, then what the last one has found besides; where a second look let that round
-    end the retrieval, what it read behind an answer is in no order, and what the round before looked at comes
-    first. Without a second look a chat backbone has two rounds only where config, an InterleaveConfig, says
-    so, and both name half of the 16.
+    What rounds name comes first, then what the last one has found besides. A last round whose second look
+    named nothing has ordered nothing: there what the first look read comes first. Without a second look a
+    chat backbone has two rounds only where config, an InterleaveConfig, says so; both name half of the 16.
     """
     count, prefix_length = 1, 0
     if model.config.prompts == "nanomsa":

@@ -106,7 +106,7 @@ def join(pool, tokenizer, count):
 def read_context(model, texts):
     """Texts (R, L), read with full attention into a Cache that questions continue."""
     cache = Cache()
-    model.read(texts, cache=cache, positions=torch.zeros_like(texts, dtype=torch.bool))
+    model.read(texts, cache=cache, positions=slice(0))
     return cache
 
 

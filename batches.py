@@ -150,7 +150,7 @@ class Server:
             memory, prefix_length = asked[rows[0]].memory, asked[rows[0]].prefix_length
             if not self.model.config.routing_layers:
                 cache = Cache()
-                self.model.read(tokens, memory, routes, cache, prefix_length, torch.zeros_like(routes).bool())
+                self.model.read(tokens, memory, routes, cache, prefix_length, positions=slice(0))
                 for row, ranked in zip(rows, rankings(cache.selections)):
                     found[row].append(ranked)
                 continue
@@ -165,11 +165,8 @@ class Server:
 
     def likelihood(self, asked):
         """Lists of log p, prompt by prompt."""
-        found = []
-        for request in asked.values():
-            log_p = likelihoods(self.model, request.prompts, request.target, self.batch_tokens)
-            found.append(log_p.tolist())
-        return found
+        return [likelihoods(self.model, request.prompts, request.target, self.batch_tokens).tolist()
+                for request in asked.values()]
 
     def prompt(self, asked):
         """Rankings of what each routed to, [] without a memory."""
@@ -246,10 +243,9 @@ def choose(logits, temperature, top_p):
 
 def rankings(selections):
     """`rank_documents` of B questions: for each a list of pairs (document index, score)."""
-    chose = [selection for selection in selections if selection.documents.size(1)]
-    if not chose:
-        return [[] for selection in selections[:1] for _ in selection.documents]
-    documents, scores = rank_documents(chose)
+    if not selections:
+        return []
+    documents, scores = rank_documents(selections)
     both = torch.stack([documents, scores.view(torch.int32).long()]).cpu()  # one copy, of their bits
     pairs = zip(both[0].tolist(), both[1].int().view(torch.float32).tolist())
     return [[(d, score) for d, score in zip(*pair) if d >= 0] for pair in pairs]
@@ -263,8 +259,7 @@ def likelihoods(model, prompts, target, batch_tokens=BATCH_TOKENS):
     begun = torch.stack([text[:most] for text in texts])
     shared = int((begun == begun[0]).all(0).cumprod(0).sum())
     if shared:
-        nowhere = to_device(torch.zeros(2, 0, dtype=torch.long), model.device)
-        model.read(to_device(begun[:1, :shared], model.device), cache=cache, positions=tuple(nowhere))
+        model.read(to_device(begun[:1, :shared], model.device), cache=cache, positions=slice(0))
     for batch, tokens in padded_batches([text[shared:] for text in texts], batch_tokens):
         at = [(b, len(prompts[i]) + t, token, i)
               for b, i in enumerate(batch) for t, token in enumerate(target)]

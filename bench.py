@@ -294,7 +294,8 @@ class RandomBank:
         block = (size * torch.randn(parts[0].shape)).to(dtype)  # again and again: drawing takes longest
         for part in parts:
             part.copy_(block[:len(part)])
-        self.keys = F.normalize(torch.randn(4096, layout.routing_heads, layout.routing_dim), dim=-1)
+        keys = torch.randn(4096, layout.routing_heads, layout.routing_dim)
+        self.keys = F.normalize(keys, dim=-1).bfloat16()
         int8_scales = np.full((chunks_per_document, layout.layers, 2), 0.03, np.float32)
         self.scales = int8_scales if layout.content == "int8" else None
 
@@ -306,12 +307,12 @@ class RandomBank:
 
     def routing_keys(self, layer, plan):
         for rows in np.split(plan, range(4096, len(plan), 4096)):
-            yield rows, lambda _, rows=rows: to_numpy(self.keys[:len(rows)], "bfloat16")
+            yield rows, lambda _, rows=rows: to_numpy(self.keys[:len(rows)])
 
     def content(self, position):
         self.reads += 1
         rows = slice(position * self.chunks[0], (position + 1) * self.chunks[0])
-        return to_numpy(self.held[rows], self.layout.content), self.scales
+        return to_numpy(self.held[rows]), self.scales
 
 
 def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):

@@ -478,10 +478,10 @@ def named_layers(text, count):
     return named if named == [i for i in layers if i in named] else []
 
 
-def check_config(config, names):
-    """Raises UserError for a model.PaperConfig that cannot work; names: its fields, not a subclass's."""
-    for name in names:
-        value, may_be_0 = getattr(config, name), name in ("routing_dim", "document_share", "second_look")
+def check_config(config):
+    """Raises UserError for a model.ModelConfig that cannot work."""
+    for name, value in asdict(config).items():
+        may_be_0 = name in ("routing_dim", "document_share", "second_look", "number_chunk")
         if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):
             allowed = "positive" if type(value) is float else "at least 1"
             raise UserError(f"model.{name} is {value}; it must be {'at least 0' if may_be_0 else allowed}")

@@ -69,7 +69,7 @@ def main(script):
 
 
 def speaks():
-    """Whether this process says why it ends: of those that torchrun has started here, the first that asks."""
+    """Whether this process says why it ends: of those that torchrun started here only the first to ask."""
     try:
         file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # in a folder of this rank's, in one of the run's
         os.close(os.open(file.parent.parent / "told", os.O_CREAT | os.O_EXCL))
@@ -89,7 +89,7 @@ def printable(text):
 
 @functools.cache
 def note(message):
-    """Say something on stderr, once: what was understood otherwise than it might be meant."""
+    """Say on stderr, once, what a user may not expect."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {printable(message)}", file=sys.stderr)
 

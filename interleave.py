@@ -4,7 +4,7 @@ appends the text of the named ones to the question, and the next round begins, w
     for event in interleave(model, tokenizer, memory, texts, question, config): ...  # Rounds, then the answer
 
 Three loops stand behind one function, and the checkpoint's `prompts` chooses: `nanomsa` for models that
-train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone of which only the router was made. How
+train.py made, `msa` for the authors' MSA-4B, `chat` for a backbone that never learned to name documents. How
 each of them spells its questions: tokenizer.py and prompts.py. How many questions share the model's reads:
 batches.py.
 """
@@ -137,7 +137,7 @@ def answer(tokenizer, stop, limit, one_line=False):
     A character may be spread over several tokens. one_line: up to the first line end behind a word, since a
     chat model may write on after its answer.
     """
-    found, shown = [], ""
+    found, said, shown = [], "", ""
     for _ in range(limit):
         if found:
             yield Read(found[-1:])
@@ -152,9 +152,7 @@ def answer(tokenizer, stop, limit, one_line=False):
             shown = said
         if ended:
             return
-    text = tokenizer.decode(found)
-    said = first_line(text)[0] if one_line else text
-    if said != shown:
+    if said != shown:  # it ends inside a character
         yield said[len(shown):]
 
 
@@ -175,14 +173,9 @@ def interleave(model, tokenizer, memory, texts, question, config):
     by position in the memory; question: str. With a ParallelMemory over several ranks all of them call this
     with the same question, and rank 0 chooses.
     """
-    for _, event in interleave_many(model, tokenizer, memory, texts, [question], config, 1):
+    loop = loop_of(model, tokenizer, memory, texts, question, config)
+    for _, event in run(model, tokenizer, [loop], config, 1, memory):
         yield event
-
-
-def interleave_many(model, tokenizer, memory, texts, questions, config, batch):
-    """The same for many questions, `batch` at a time: yields (place of the question, Round or piece)."""
-    loops = (loop_of(model, tokenizer, memory, texts, question, config) for question in questions)
-    yield from run(model, tokenizer, loops, config, batch, memory)
 
 
 def loop_of(model, tokenizer, memory, texts, question, config):
@@ -338,8 +331,9 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
 
 
 def answer_questions(model, tokenizer, memory, texts, questions, config, batch):
-    """`interleave_many` to its end: (answer, rounds) of every question."""
-    return gather(interleave_many(model, tokenizer, memory, texts, questions, config, batch), len(questions))
+    """(answer, rounds) of each question, as `interleave` has them; `batch` questions at a time."""
+    loops = (loop_of(model, tokenizer, memory, texts, question, config) for question in questions)
+    return gather(run(model, tokenizer, loops, config, batch, memory), len(questions))
 
 
 def gather(events, count):
@@ -382,7 +376,4 @@ def loop_from_text(model, tokenizer, question, appended, config):
 def answers_from_texts(model, tokenizer, asked, config, batch):
     """The answers to `asked`, pairs (question, appended), as of `loop_from_text`."""
     loops = (loop_from_text(model, tokenizer, *pair, config) for pair in asked)
-    answers = [""] * len(asked)
-    for place, piece in run(model, tokenizer, loops, config, batch):
-        answers[place] += piece
-    return answers
+    return [answer for answer, _ in gather(run(model, tokenizer, loops, config, batch), len(asked))]

@@ -32,9 +32,9 @@ READERS = min(8, os.cpu_count() or 1)  # threads that open a bank
 KEPT = 1 << 28  # bytes of selected documents' content that stay on the device
 
 
-def to_numpy(x, dtype):
-    """A tensor rounded to bfloat16, held as uint16, or as it is."""
-    return x.to(torch.bfloat16).view(torch.uint16).cpu().numpy() if dtype == "bfloat16" else x.cpu().numpy()
+def to_numpy(x):
+    """A tensor as an array, on the host; bfloat16, which numpy lacks, is held as uint16."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).cpu().numpy()
 
 
 def to_tensor(array):
@@ -58,15 +58,17 @@ def to_records(memory, texts, sources, id_hashes, digests, layout):
     if layout.content == "int8":
         rounded, scales = quantize(pairs.flatten(0, 2))
         pairs, scales = rounded.view(pairs.shape), scales.view(pairs.shape[:3])
+    else:
+        pairs = pairs.bfloat16()
     sources = [source.encode() for source in sources]
     return dict(
-        numbers=np.array(memory.numbers, np.int64), chunks=to_numpy(memory.offsets.diff().int(), "int32"),
+        numbers=np.array(memory.numbers, np.int64), chunks=to_numpy(memory.offsets.diff().int()),
         tokens=np.array([len(text) for text in texts], np.int32),
         sources=np.array([len(source) for source in sources], np.int32),
         id_hashes=np.array(id_hashes, np.uint64), digests=np.array(digests, np.uint64),
-        routing_keys=to_numpy(torch.stack(memory.routing_keys), "bfloat16"),
-        content=to_numpy(pairs, layout.content),
-        scales=to_numpy(scales, "float32"), text=np.concatenate([np.array(text, np.int32) for text in texts]),
+        routing_keys=to_numpy(torch.stack(memory.routing_keys).bfloat16()),
+        content=to_numpy(pairs), scales=to_numpy(scales),
+        text=np.concatenate([np.array(text, np.int32) for text in texts]),
         source=np.frombuffer(b"".join(sources), np.uint8))
 
 

@@ -9,7 +9,7 @@ Training and inference are these two calls. What `encode` makes and `read` consu
     S memory slots   H query heads   G key/value heads   D head size   E width   N predicted tokens
 """
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -54,7 +54,7 @@ class PaperConfig:
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
-        check_config(self, [own.name for own in fields(PaperConfig)])
+        check_config(self)
 
     @property
     def memory_layers(self):
@@ -333,7 +333,8 @@ class PaperMSA(Pretrained, nn.Module):
         texts appended later, which are means of their own. cache: a Cache, filled by this call; when it holds
         tokens these continue them, and nothing is routed again. prefix_length: so many first tokens are a
         template's head: at positions 0.., blind to the memory; the question stands at prefix_length + top_k.
-        positions: where logits are wanted, (B, T) bool or (N,) rows and columns; vocabulary: of which ids.
+        positions: where logits are wanted, (B, T) bool, (N,) rows and columns, or slice(0), nowhere;
+        vocabulary: of which ids.
         """
         config, cache = self.config, Cache() if cache is None else cache
         memory_layers, shared = config.memory_layers, config.routing_layers != ""
@@ -384,7 +385,7 @@ class PaperMSA(Pretrained, nn.Module):
             tokens, cache = batch["tokens"], Cache()
             row, column = batch["target_mask"].nonzero().unbind(1)  # (N,): places of predicted tokens
             if "shared" in batch:
-                self.read(batch["shared"], cache=cache, positions=(row[:0], row[:0]))
+                self.read(batch["shared"], cache=cache, positions=slice(0))
             output = self.read(tokens, memory, batch["routing_mask"], cache.expand(len(tokens)),
                                positions=(row, column - 1))
             token_losses = F.cross_entropy(output.logits, tokens[row, column], reduction="none")    # (N,)

@@ -697,13 +697,11 @@ def attend_split(query, keys, values, rows, starts, longest, branch, memory_keys
     if memory:
         index, slots, bias = check_memory(B, G, D, memory_keys, memory_values, index, slots, bias)
     else:
-        bias = None
+        memory_keys = memory_values = index = slots = bias = None
     S, tiles = index.size(1) if memory else 0, Attend.tiles(T * H // G, D, query.element_size())
     programs = triton.cdiv(T * H // G, tiles["BLOCK_R"]) * B * G
     parts = parts or max(1, min(264 // programs, (S + longest) // 128))
     tensors = (keys, values, rows, starts, memory_keys, memory_values, index, slots, bias)
-    if not memory:
-        tensors = (keys, values, rows, starts, *[None] * 5)
     tensors = [query if x is None else x for x in tensors]  # in the place of None: what is not read
     output = torch.empty(parts, B, T, H, D, device=query.device)
     lse = torch.empty(parts, B, T, H, device=query.device)

@@ -70,15 +70,16 @@ class Ragged:
         return self.values[self.offsets[i]:self.offsets[i + 1]]
 
 
-ARRAYS = ("documents", "questions", "answers",  # tokens
+TOKENS = "documents", "questions", "answers"
+ARRAYS = (*TOKENS,
           "gold", "hop_ends", "pooled",         # of a question: documents; where in them hops end; 0 or 1
           "pool_documents", "pool_questions")
 
 
 def array_types(vocab_size):
-    """The type of each of ARRAYS: tokens are uint16 where the vocabulary allows, else uint32."""
+    """The type of each of ARRAYS: TOKENS are uint16 where the vocabulary allows, else uint32."""
     token = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    return {name: token if i < 3 else np.int64 for i, name in enumerate(ARRAYS)}
+    return {name: token if name in TOKENS else np.int64 for name in ARRAYS}
 
 
 class PoolWriter:

@@ -21,8 +21,6 @@ class ScratchConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.number_chunk < 0:
-            raise UserError(f"model.number_chunk is {self.number_chunk}; it must be at least 0")
         if self.equal_routers and not self.decouple_router:
             raise UserError("model.equal_routers is on, but without model.decouple_router there are no "
                             "routers; leave it out")

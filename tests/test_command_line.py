@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -535,3 +537,10 @@ def sample_umask():
         with open(os.path.join(folder, "a"), "w"):
             pass
         return 0o666 & ~(os.stat(os.path.join(folder, "a")).st_mode & 0o777)
+
+
+def test_every_script_is_installed():
+    """`pip install` would leave out a script, and what imports it would fail."""
+    root = Path(train.__file__).parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(listed) == sorted(script.stem for script in root.glob("*.py"))

@@ -169,7 +169,7 @@ def test_only_candidates_are_named(tokenizer, ask, wanted):
     assert rounds[0].named[0] in (3, 4071)
 
 
-@pytest.mark.parametrize("nothing", [[], [selection([])], [selection([-1, -1], [-math.inf] * 2)] * 2])
+@pytest.mark.parametrize("nothing", [[], [selection([-1, -1], [-math.inf] * 2)] * 2])
 def test_nothing_is_routed(tokenizer, ask, nothing):
     """A question for which nothing is found would fail, or name what was not found."""
     answer, rounds, model = ask(model=Scripted(tokenizer, [[12], [3]], tokenizer.encode("ok"), [nothing]))
@@ -246,7 +246,7 @@ def test_ranking():
     # 5: (.875 + .375) / 2;  2: (.625 + .75) / 2;  9: (.5 + .375) / 2;  7: (.5 + .375) / 2.
     assert rankings(layers) == [[(2, 0.6875), (5, 0.625), (7, 0.4375), (9, 0.4375)]]
     assert rankings([selection([4, 1], [0.5, 0.5])]) == [[(1, 0.5), (4, 0.5)]]
-    assert rankings([]) == [] and rankings(layers[2:]) == rankings([selection([])]) == [[]]
+    assert rankings([]) == [] and rankings(layers[2:]) == rankings([selection([-1], [-math.inf])]) == [[]]
 
 
 def test_choose_is_greedy_at_temperature_0():
