@@ -88,7 +88,7 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     named nothing has ordered nothing: there what the first look read comes first. Without a second look a
     chat backbone has two rounds only where config, an InterleaveConfig, says so; both name half of the 16.
     """
-    count, prefix_length = 1, 0
+    prefix_length, count = 0, rounds_asked(model, config, look)
     if model.config.prompts == "nanomsa":
         tokens = tokenizer.question(tokenizer.encode(question))
         routes = [True] * len(tokens)
@@ -96,8 +96,6 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
         tokens, routes = tokenizer.question(question)
         prefix_length = len(tokenizer.head)
     most = documents_of(model, config) if look else AT[-1]
-    if model.config.prompts == "chat" and (look or config.max_rounds > 0):
-        count = max(min(rounds_of(model, config), most), 1)
     rankings = yield Find(tokens, memory, routes, prefix_length, count)
     rounds = yield from look_again(model, tokenizer, question, rankings, texts, int, config.router_weight,
                                    most, look)
@@ -108,6 +106,13 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
         others = [document for document, _ in rounds[0][0][:look]] + others
     found = list(dict.fromkeys(named + others))
     yield found, len(named) if look else len(found), best
+
+
+def rounds_asked(model, config, look):
+    """How many rounds `loop_ranked` has."""
+    if model.config.prompts != "chat" or not (look or config.max_rounds > 0):
+        return 1
+    return max(min(rounds_of(model, config), documents_of(model, config) if look else 2, 2), 1)
 
 
 def ranked(model, tokenizer, memory, texts, questions, config, batch, look):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from common import UserError, command_line, main
 from low_rank import factors
@@ -49,17 +50,19 @@ def mean_change(pairs, shares):
     down = torch.cat([down.float() for _, down in pairs])
     left, own = torch.linalg.qr(up)           # of few columns: what is decomposed is small
     right, other = torch.linalg.qr(down.T)
-    u, values, v = torch.linalg.svd(own @ other.T)
+    u, values, v = torch.linalg.svd(own @ other.T, full_matrices=False)
     rank = len(pairs[0][1])
     root = values[:rank].sqrt()
-    return left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
+    more = rank - len(root)  # a rank above the outputs: what there is no value for is 0
+    return (F.pad(left @ u[:, :rank] * root, (0, more)),
+            F.pad(root[:, None] * (v[:rank] @ right.T), (0, 0, 0, more)))
 
 
 def script():
     config = command_line(AverageConfig, __doc__, takes_file=False)
     out = Path(config.out)
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out}: holds a checkpoint, which would be lost; give another folder")
+    if not config.out or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {config.out!r}: not a new or empty folder; give another")
     folders, shares = read_flags(config)
     first, own = None, []
     for folder in folders:  # of the models but the first their changes alone are held

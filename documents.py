@@ -311,6 +311,11 @@ class Titled(str):
     """A document's text whose first line is its title."""
 
 
+def spelled_texts(documents):
+    """What is encoded of Documents; Titled where one has a title."""
+    return [Titled(document.spelled()) if document.title else document.spelled() for document in documents]
+
+
 LONG, PASSAGE = 1024, 512  # tokens: a longer document of a set is read in passages of at most so many
 
 

@@ -55,6 +55,7 @@ from answers import (
     ranked,
     reader,
     refused,
+    rounds_asked,
     table,
     told_not_found,
 )
@@ -72,7 +73,7 @@ from common import (
     return_freed_memory,
     write_json,
 )
-from documents import Document, Titled, list_documents, passages
+from documents import Document, list_documents, passages, spelled_texts
 from interleave import (
     InterleaveConfig,
     Round,
@@ -143,8 +144,12 @@ class EvalConfig:
             raise UserError("--split is about a set; questions of your own have none: leave it out")
         if self.data and is_questions(self.data) != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
-        if self.k and not all(k.isdecimal() and int(k) for k in self.k.split(",")):
-            raise UserError(f"--k {self.k}: not counts of documents, 1 or more, with commas between")
+        if self.k and not all(k.isdecimal() and 0 < int(k) <= 1000 for k in self.k.split(",")):
+            raise UserError(f"--k {self.k}: not counts of documents, 1 to 1000, with commas between")
+        if self.k and self.interleave.max_documents > 0:
+            raise UserError("--k says how many documents are read; leave out --max-documents")
+        if self.data and self.interleave.max_rounds == 0:
+            raise UserError("--max-rounds 0 is about tasks: of a set documents are read; leave it out")
         check_least(self, ("timeout",), seed=0, questions=0 if self.data else 1, filler=0, batch=1, top_k=0)
         for flag, given in (("zero-values", self.zero_values),
                             ("routing-keys", self.routing_keys != "float32")):
@@ -382,9 +387,7 @@ def load_set(config, model, tokenizer, say):
     one's own files a piece, or the whole file where a question names one that has several."""
     if config.documents:
         documents = list_documents(config.documents, tokenizer.count, model.config.max_document_tokens, say)
-        spelled = [document.spelled() for document in documents]
-        texts = [Titled(text) if document.title else text for text, document in zip(spelled, documents)]
-        split = ""
+        texts, split = spelled_texts(documents), ""
         questions, group = read_questions(config.data, documents, say), [*range(len(texts))]
         if any(question.whole for question in questions):
             files = [document.source for document in documents]
@@ -470,9 +473,9 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         about = dict(set=name, split=split, memory_tokens=tokens, documents=documents, questions=len(chosen),
                      questions_of_recall=sum(question.gold != () for question in questions))
         yield [about | row | dict(seed=config.seed, top_k=most, routing_keys=config.routing_keys,
-                                  max_rounds=rounds_of(model, config.interleave),
-                                  checkpoint=config.checkpoint,
-                                  device=str(model.device), refused=shares[0], refused_rightly=shares[1],
+                                  max_rounds=rounds_asked(model, interleave, model.config.second_look),
+                                  checkpoint=config.checkpoint, device=str(model.device),
+                                  refused=shares[0], refused_rightly=shares[1],
                                   not_found_rightly=told.get(row["k"]) if row["method"] == "memory" else None)
                for row in measured]
 

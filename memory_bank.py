@@ -528,24 +528,37 @@ def locked(folder):
         os.close(handle)
 
 
+def check_free(folder):
+    """Raises UserError where no bank can be made: something is there that no interrupted making leaves."""
+    def ours(path):
+        empty = path.name == "segments" and path.is_dir() and not any(path.iterdir())
+        return empty or path.name in ("lock", ROUTERS) or path.name.startswith(
+            (".manifest.json.", f".{ROUTERS}."))
+
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and all(map(ours, folder.iterdir()))):
+        raise UserError(f"{folder}: exists and is not a memory bank, or one that has lost its manifest.json; "
+                        "give another --memory")
+
+
 class Writer:
     """The one writer of a bank while it is open:  with Writer(folder) as writer: writer.add(records)."""
 
-    def __init__(self, folder, layout=None):
-        """layout: of a bank to create where there is none."""
-        self.folder, self.layout = Path(folder), layout
+    def __init__(self, folder, layout=None, routers=b""):
+        """layout: of a bank to create where there is none; routers: what its ROUTERS holds then."""
+        self.folder, self.layout, self.routers = Path(folder), layout, routers
 
     def __enter__(self):
         if not is_bank(self.folder):
             if not self.layout:
                 read_manifest(self.folder)  # raises
-            elif not self.is_free():
-                raise UserError(f"{self.folder}: exists and is not a memory bank, or one that has lost its "
-                                "manifest.json; give another --memory")
+            check_free(self.folder)
             make_folder(self.folder / "segments")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder))
             if self.layout and not is_bank(self.folder):
+                if self.routers:
+                    write_file(self.folder / ROUTERS, self.routers)
                 write_manifest(self.folder, self.layout, [], 0)
             self.bank = Bank(self.folder)
             self.clean()
@@ -555,17 +568,6 @@ class Writer:
     def __exit__(self, *_):
         with self.lock, contextlib.suppress(OSError):
             self.clean()  # after a full disk: what was written and is not named
-
-    def is_free(self):
-        """Whether a bank can be made here: nothing is there but what an interrupted making has left."""
-        if not self.folder.is_dir():
-            return not self.folder.exists()
-        for path in self.folder.iterdir():
-            empty = path.name == "segments" and path.is_dir() and not any(path.iterdir())
-            ours = path.name in ("lock", ROUTERS) or path.name.startswith((".manifest.json.", f".{ROUTERS}."))
-            if not (empty or ours):
-                return False
-        return True
 
     def clean(self):
         """Delete what a crash has left: our own files that no manifest names."""

@@ -152,7 +152,7 @@ def question_of(row, name, where):
         raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f'{where}: "answers" is {answers!r}; it must be a list of strings')
-    return SetQuestion(text, (), tuple(answers))
+    return SetQuestion(text, (), tuple(answer for answer in answers if answer.strip()))
 
 
 def read_qrels(path, asked, place, say=print):
@@ -238,7 +238,7 @@ def read_questions(path, documents, say=print):
     for number, row in read_rows(path):
         where, gold = f"{path}:{number}", row.get("documents") or []
         if isinstance(gold, list):  # as for training, hop by hop
-            gold = [name for hop in gold for name in (hop if isinstance(hop, list) else [hop])]
+            gold = [name_in(name) for hop in gold for name in (hop if isinstance(hop, list) else [hop])]
         if not isinstance(gold, list) or not all(isinstance(name, str) for name in gold):
             raise UserError(f'{where}: "documents" is {row["documents"]!r}; it must be a list of strings, or '
                             "of lists of them")

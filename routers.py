@@ -183,8 +183,9 @@ def chance(model, tokenizer, memory, seed=0):
     if few or not model.config.routing_layers or model.config.prompts != "chat":
         return float("-inf")
     rng, questions, best, head = np.random.default_rng(seed), [], [], len(tokenizer.head)
+    ids = sorted(tokenizer.encoding.names)  # there may be gaps
     for _ in range(RANDOM):
-        words = tokenizer.decode(rng.integers(tokenizer.vocab_size, size=rng.integers(4, 14)).tolist())
+        words = tokenizer.decode([ids[i] for i in rng.integers(len(ids), size=rng.integers(4, 14))])
         questions.append(torch.tensor(tokenizer.question(f"{ASKING[rng.integers(len(ASKING))]} {words}?")[0]))
     for batch, tokens in padded_batches(questions, 512):  # few at a time: each has a score for every chunk
         place, lengths = torch.arange(tokens.size(1)), torch.tensor([len(questions[i]) for i in batch])

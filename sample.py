@@ -43,7 +43,7 @@ from interleave import InterleaveConfig, answer_questions, check_lengths, interl
 from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
-from prompts import open_checkpoint
+from prompts import NOT_FOUND, open_checkpoint
 from question_sets import question_of
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
@@ -90,9 +90,12 @@ class SampleConfig:
             raise UserError("--questions FILE.jsonl and --json OUT belong together; give both or neither")
         if self.questions and self.question:
             raise UserError("--questions has the questions; leave out the one that is not in the file")
-        for name in ("info", "verify", "compact"):
-            if getattr(self, name) and not self.memory:
-                raise UserError(f"--{name} is about a bank on disk; name it with --memory")
+        for name in ("info", "verify", "compact", "remove", "content", "content_in", "routing_keys"):
+            if getattr(self, name) != getattr(type(self), name) and not self.memory:
+                raise UserError(f"--{name.replace('_', '-')} is about a bank on disk; name it with --memory")
+        if self.trace and self.questions:
+            raise UserError("--trace is about questions that are answered one by one; leave out --questions, "
+                            "or --trace")
 
 
 def sources_of(answer, question, texts):
@@ -142,6 +145,8 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
                 f"{reaches:.2f}).\n  [{ranked[0]}] {where(place(ranked[0]))} is the nearest")
             return
     say("" if answer else "(no answer)")
+    if answer.strip() == NOT_FOUND:
+        return
     appended = cited(model, tokenizer, memory, texts, question, answer, appended, ranked)
     for n in appended:
         say(f"  [{n}] {where(place(n))}")
@@ -173,6 +178,8 @@ def ask_all(model, tokenizer, memory, texts, where, questions, config, reaches):
         documents = cited(model, tokenizer, memory, texts, question, answer, appended, [n for n, _ in routed])
         if best_score(routed) <= reaches:
             answer, documents = None, []
+        elif answer.strip() == NOT_FOUND:
+            documents = []
         sources = [dict(number=n, source=where(position_of(memory, n))) for n in documents]
         rows.append(dict(question=question, answer=answer, documents=sources))
     return rows
@@ -190,7 +197,7 @@ def open_bank(model, tokenizer, config, ranks, say, on):
         read = lambda skipped: read_documents(config.documents, tokenizer.count, longest, skipped)
         if not model.trained_routers:
             texts = lambda: [document.spelled() for document in read({})]
-            bank_routers(model, tokenizer, config.memory, texts, ranks)
+            bank_routers(model, tokenizer, config.memory, texts, ranks, config.content)
         size = documents_size(config.documents)
         try:
             done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped,
@@ -243,6 +250,7 @@ def script():
     questions = questions_of(config) if config.questions else []
     check_output("--json", config.json, config.questions, config.documents)
     check_outside("--json", config.json, config.documents)
+    check_outside("--json", config.json, config.memory, "--memory")
     default = "checkpoints/smollm2" if packaged(SMOLLM2) else "checkpoints/demo"
     torch.manual_seed(config.seed)
     model, tokenizer, on = open_checkpoint(config.checkpoint or default, config.device, config.dtype)

@@ -60,22 +60,25 @@ def check_fingerprint(layout, folder, model, tokenizer):
                         f"({own}); give its checkpoint, or another --memory to encode the documents again")
 
 
-def bank_routers(model, tokenizer, folder, texts, ranks):
-    """Give a backbone whose routers nobody has trained those of the bank `folder`; for a new bank they are
-    made of its documents and written there first. texts: a call that returns the documents' texts.
-    Collective. Raises UserError for a bank that has lost its routers."""
+def bank_routers(model, tokenizer, folder, texts, ranks, content="bfloat16"):
+    """Give a backbone whose routers nobody has trained those of the bank `folder`. Where there is none they
+    are made of its documents, and an empty bank with them. texts: a call that returns the documents' texts,
+    or None: no bank is made. Collective. Raises UserError for a bank that has lost its routers."""
     path, held = Path(folder) / ROUTERS, is_bank(folder)
     if not held and texts is None:
         return  # there is no bank, which will be told
-    if ranks.rank == 0 and not (held and path.exists()):  # without a bank they are of a making that ended
+    if ranks.rank == 0 and not (held and path.exists()):  # without a bank: of a making that ended
         if held:
             layout = Bank(folder).layout  # without routers the model has no fingerprint to compare
             if not layout.fingerprint.endswith(tokenizer.fingerprint()):
                 check_fingerprint(layout, folder, model, tokenizer)
             raise UserError(f"{path}: missing; {memory_bank.REPAIR}")
+        memory_bank.check_free(folder)  # before the work
         make_routers(model, tokenizer, texts())
         routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}
-        memory_bank.write_file(path, safetensors.torch.save(routers))
+        layout = bank_layout(model, tokenizer, content)
+        with Writer(folder, layout, safetensors.torch.save(routers)):  # another's, if it was faster
+            pass
     ranks.wait("routers")
     try:
         model.load_routers(safetensors.torch.load(path.read_bytes()), path)
@@ -96,6 +99,7 @@ class Changes:
         self.by_hash = np.argsort(bank.id_hashes)   # positions in the bank, in the order of their hashes
         self.sorted_hashes = bank.id_hashes[self.by_hash]
         self.seen = np.zeros(len(bank), bool)       # by position: whether the document has come
+        self.added = set()                          # hashes of ids that the bank did not hold
         self.next_number = bank.next_number
         self.counts = {"added": 0, "updated": 0, "removed": 0, "unchanged": 0, "kept unread": 0}
 
@@ -119,6 +123,9 @@ class Changes:
             digest = hash64(document.id, document.where(), document.spelled())
             position = self.position_of(id_hash)
             if position is None:
+                if id_hash in self.added:
+                    raise UserError(given_twice("id", document.id))
+                self.added.add(id_hash)
                 self.counts["added"] += 1
                 if number is None:
                     number = self.next_number
@@ -138,11 +145,9 @@ class Changes:
                 number = held
                 replaced.append(held)
             due.append((number, document, id_hash, digest))
-        numbers, ids = [number for number, *_ in due], [document.id for _, document, *_ in due]
-        for what, values in (("number", numbers), ("id", ids)):
-            for value, count in collections.Counter(values).most_common(1):
-                if count > 1:
-                    raise UserError(given_twice(what, value))
+        for number, count in collections.Counter(number for number, *_ in due).most_common(1):
+            if count > 1:
+                raise UserError(given_twice("number", number))
         return due, replaced
 
     def next(self, groups):
@@ -170,7 +175,7 @@ class Changes:
 
 
 def given_twice(what, value):
-    return f"two documents have the {what} {str(value).partition('#')[0]!r}; {what}s must differ"
+    return f"two documents have the {what} {str(value).rsplit('#', 1)[0]!r}; {what}s must differ"
 
 
 @torch.no_grad()

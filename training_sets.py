@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, read_rows
-from documents import list_documents
+from documents import Titled, list_documents, spelled_texts
 from pools import MOST_SHOWN
 from prompts import NOT_FOUND
 from question_sets import (
@@ -31,6 +31,7 @@ from question_sets import (
 )
 from tasks import Question
 
+QUESTION_TOKENS = 1024  # longer ones are left out: all questions of a pool are padded to the longest
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
 UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
 # Names, aside from a first word's capital, and numbers of two digits or more
@@ -91,7 +92,7 @@ def read_training_set(path, documents, tokenizer, limit, rng):
         return [document.spelled() for document in found], {"train": asked}, {}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
         return read_set(path)
-    texts = [document.spelled() for document in own(path)] if is_texts(path) else read_texts(path)
+    texts = spelled_texts(own(path)) if is_texts(path) else read_texts(path)
     texts, asked = zip(*(cloze(text, rng) for text in texts))
     return texts, {"train": [SetQuestion(question, (i,), (answer,)) for i, found in enumerate(asked)
                              for question, answer in found]}, {}
@@ -100,7 +101,7 @@ def read_training_set(path, documents, tokenizer, limit, rng):
 def cloze(text, rng):
     """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
     numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
-    title, end, body = text.partition("\n") if "\n" in text else ("", "", text)
+    title, end, body = text.partition("\n") if isinstance(text, Titled) else ("", "", text)
     spaces = re.finditer(rf"(?<=[.!?])\s+(?=[{UPPER}])|\n\s*\n", body)
     starts = [0, *(space.end() for space in spaces), len(body)]
     for i in rng.permutation(len(starts) - 1).tolist():
@@ -127,8 +128,8 @@ class QuestionSet:
         texts, questions, none = read_training_set(path, documents, tokenizer, limit, rng)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
-        tested = {titles[i] for split in ("test", "dev") for question in questions.get(split, ())
-                  for i in question.gold}
+        tested = {titles[i] for split, asked in questions.items() if split != "train"
+                  for question in asked for i in question.gold}
         self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
                        if len(tokens) <= limit and titles[i] not in tested}
         self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
@@ -139,6 +140,8 @@ class QuestionSet:
                 left_out["without an answer"] += 1
             elif len(answer.split()) > ANSWER_WORDS and tokenizer.count(answer) > ANSWER_TOKENS:
                 left_out[f"with an answer of more than {ANSWER_TOKENS} tokens"] += 1
+            elif tokenizer.count(question.text) > QUESTION_TOKENS:
+                left_out[f"of more than {QUESTION_TOKENS} tokens"] += 1
             elif len(question.gold) > MOST_SHOWN:
                 left_out[f"about more than {MOST_SHOWN} documents"] += 1
             elif not self.usable.issuperset(question.gold):

@@ -615,6 +615,9 @@ def test_a_set_without_answers(evaluate_set, checkpoint, tmp_path):
     (["--data", "set", "--documents", "notes"], "and --documents belong together"),
     (["--data", "set", "--k", "0"], "--k 0: not counts of documents"),
     (["--data", "set", "--k", "1,x"], "--k 1,x: not counts of documents"),
+    (["--data", "set", "--k", "2000000"], "--k 2000000: not counts of documents, 1 to 1000"),
+    (["--data", "set", "--k", "2", "--max-documents", "1"], "--k says how many documents are read"),
+    (["--data", "set", "--max-rounds", "0"], "--max-rounds 0 is about tasks"),
     (["--data", "nothing"], "nothing: No such file or directory; expected SQuAD's .json file, or a folder")])
 def test_flags_of_sets(run, checkpoint, flags, message):
     """A flag that does nothing would be taken without a word."""

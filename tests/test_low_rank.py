@@ -20,6 +20,7 @@ import train
 import training_sets
 from batches import Server, choose, likelihoods, serve
 from common import UserError, command_line
+from documents import Titled
 from interleave import look_again, reluctant, second_look
 from low_rank import add_factors, factors, merge_factors
 from model import MSA, ModelConfig
@@ -110,6 +111,23 @@ def test_pools_of_sets(prepared, backbone):
     assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
 
 
+def test_what_training_leaves_out(places, backbone, tmp_path, capsys):
+    """The documents of a test would be trained on where its split has another name; or one question as long
+    as a book make a pool as long."""
+    pytest.importorskip("bm25s")
+    shutil.copytree(places, tmp_path / "set")
+    (tmp_path / "set" / "qrels" / "test.tsv").rename(tmp_path / "set" / "qrels" / "validation.tsv")
+    path = tmp_path / "set" / "queries.jsonl"
+    first, *others = path.read_text().splitlines()
+    row = json.loads(first)
+    path.write_text("\n".join([json.dumps(row | {"text": "Why? " * 1000}), *others]))
+    own, long = (training_sets.QuestionSet(folder, ChatTokenizer(backbone), 400, np.random.default_rng(0))
+                 for folder in (places, tmp_path / "set"))
+    assert own.usable == long.usable and len(own.usable) < len(own.texts)
+    assert len(own.about) - len(long.about) == 1
+    assert f"{tmp_path / 'set'}: questions left out: of more than 1024 tokens (1)" in capsys.readouterr().out
+
+
 def test_held_out_documents_of_a_folder(backbone, run, tmp_path):
     """Validation would ask about texts of a folder that questions of one's own, or made ones, train on."""
     pytest.importorskip("bm25s")
@@ -172,7 +190,7 @@ def test_cloze():
             "Lee grew rich. By 1850 nobody wanted 250 sacks. Nothing else is known.")
     sentences, asked = re.split(r"(?<=\.) ", text.partition("\n")[2]), set()
     for seed in range(40):
-        rest, questions = training_sets.cloze(text, np.random.default_rng(seed))
+        rest, questions = training_sets.cloze(Titled(text), np.random.default_rng(seed))
         title, _, left = rest.partition("\n")
         gone, = [sentence for sentence in sentences if sentence not in left]
         assert title == "Mill" and left == " ".join(sentence for sentence in sentences if sentence != gone)
@@ -182,11 +200,15 @@ def test_cloze():
             asked.add(answer)
     assert asked == {"1834", "250", "Ann Lee"}
     alone = "Mill\nThe mill was built by Ann Lee. Nothing else is known of it."
-    assert training_sets.cloze(alone, np.random.default_rng(0)) == (alone, [])
+    assert training_sets.cloze(Titled(alone), np.random.default_rng(0)) == (alone, [])
     lines = "Mill\n\nThe mill\nof Ann Lee.\nIt is old. As Ann Lee said.\n\n- flour, for Ann Lee. That is all."
-    made = {training_sets.cloze(lines, np.random.default_rng(seed))[1][0] for seed in range(40)}
+    made = {training_sets.cloze(Titled(lines), np.random.default_rng(seed))[1][0] for seed in range(40)}
     assert made == {(f"Mill: {text}?", "Ann Lee") for text in
                     ("The mill of who or what", "As who or what said", "- flour, for who or what")}
+    untitled = "The mill is of Ann Lee.\nIt was Ann Lee who sold it."
+    made = {training_sets.cloze(untitled, np.random.default_rng(seed))[1][0] for seed in range(9)}
+    assert made == {(text, "Ann Lee") for text in  # the first line is no title
+                    ("The mill is of who or what?", "It was who or what who sold it?")}
 
 
 def test_misled(places, backbone):
@@ -459,8 +481,9 @@ def test_average(backbone, run, tmp_path):
         assert values[2] > 0.02 * values[0]  # the mean has a higher rank
     assert MSA.from_pretrained(tmp_path / "mean").config == MSA.from_pretrained(tmp_path / "a").config
     load_tokenizer(tmp_path / "mean", model.config)
-    again = run(average, "--checkpoints", both, "--out", tmp_path / "mean")
-    assert again.code == 2 and "holds a checkpoint, which would be lost" in again.error
+    for out in (tmp_path / "mean", "", tmp_path / "mean" / "config.json"):
+        again = run(average, "--checkpoints", both, "--out", out)
+        assert again.code == 2 and f"--out '{out}': not a new or empty folder" in again.error
     shutil.copytree(backbone, tmp_path / "other")
     other = MSA.from_pretrained(tmp_path / "b", merged=False)
     other.others["base"] = str(tmp_path / "other")
@@ -474,6 +497,14 @@ def test_average(backbone, run, tmp_path):
         refused = run(average, *flags, "--out", tmp_path / "new")
         assert refused.code == 2 and message in refused.error, refused.error
         assert not (tmp_path / "new").exists()
+
+
+def test_mean_of_a_high_rank():
+    """A rank above a map's outputs, which training allows, would end in a traceback."""
+    pairs = [(torch.randn(3, 5), torch.randn(5, 7)) for _ in range(2)]
+    up, down = average.mean_change(pairs, (0.5, 0.5))
+    assert up.shape == (3, 5) and down.shape == (5, 7)
+    torch.testing.assert_close(up @ down, sum(up @ down for up, down in pairs) / 2)
 
 
 def test_out_is_a_base(backbone, prepared, run, tmp_path):

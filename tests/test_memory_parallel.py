@@ -536,7 +536,7 @@ def test_same_id_twice(loaded, tmp_path, monkeypatch):
     """One of two documents of the same id would be lost without a word."""
     model, tokenizer = loaded
     twice = documents_of(TEXTS[:3]) + documents_of(TEXTS[:2])[1:]
-    # as new documents, as documents that are held, as new ones that are not encoded at once
+    # as new documents, as documents that are held, as new ones far apart
     for folder in ("new", "held"):
         with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
             sync(model, tokenizer, tmp_path / folder, twice, ALONE)
@@ -544,12 +544,13 @@ def test_same_id_twice(loaded, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
             sync(model, tokenizer, tmp_path / folder, twice, ALONE)
     monkeypatch.setattr(syncing, "ENCODE_TOKENS", 1)
-    with pytest.raises(UserError, match="two documents would have the same id; nothing was added"):
+    with pytest.raises(UserError, match="two documents have the id 'd1'; ids must differ"):
         sync(model, tokenizer, tmp_path / "other", twice, ALONE)
+    assert len(Bank(tmp_path / "other")) == 3  # what came before is kept
     same = [dataclasses.replace(document, number=5) for document in documents_of(TEXTS[:2])]
     monkeypatch.undo()
     with pytest.raises(UserError, match="two documents have the number '5'; numbers must differ"):
-        sync(model, tokenizer, tmp_path / "other", same, ALONE)
+        sync(model, tokenizer, tmp_path / "numbers", same, ALONE)
 
 
 @pytest.mark.parametrize("other", ["weights", "chunk_size", "tokenizer"])
@@ -659,6 +660,9 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     ("--memory docs --documents docs q", "error: --memory docs: lies in --documents docs, and would be"),
     ("--memory good --documents docs q", "error: good: exists and is not a memory bank"),
     ("--info", "--info is about a bank on disk; name it with --memory"),
+    ("--documents docs --content-in host q", "--content-in is about a bank on disk; name it with --memory"),
+    ("--documents docs --routing-keys int8 q", "--routing-keys is about a bank on disk"),
+    ("--documents docs --remove q", "--remove is about a bank on disk; name it with --memory"),
     ("--memory bank --documents bad.jsonl q", "error: bad.jsonl:2: not an object"),
     ("--memory bank --documents half.jsonl q", "error: half.jsonl:1: not an object"),
     ("--memory bank --documents twice.jsonl q", "error: two documents have the id 'a'; ids must differ"),

@@ -194,11 +194,12 @@ def test_read_questions(tmp_path):
     path.write_text('{"question": "Which?", "answers": ["five"], "documents": ["a.md:3", "b.md"]}\n\n'
                     '{"question": "What?"}\n{"question": "Who?", "answer": "eight"}\n'
                     '{"question": "Where?", "answer": "", "documents": []}\n'
-                    '{"question": "When?", "answers": ["six"], "documents": []}\n')
+                    '{"question": "When?", "answers": ["", "six"], "documents": []}\n'
+                    '{"question": "How?", "answers": [" "], "documents": []}\n')
     assert read_questions(path, documents) == [
         SetQuestion("Which?", (1, 3), ("five",)), SetQuestion("What?", ()),
         SetQuestion("Who?", (), ("eight",)), SetQuestion("Where?", (), nothing=True),
-        SetQuestion("When?", (), ("six",))]
+        SetQuestion("When?", (), ("six",)), SetQuestion("How?", (), nothing=True)]
     path.write_text('{"question": "Which?", "documents": [["b.md", "a.md:5"]]}\n'  # a hop
                     '{"question": "Where?", "documents": []}\n' * 2
                     + '{"question": "Which?", "documents": ["b.md", "a.md"]}\n')
@@ -209,6 +210,7 @@ def test_read_questions(tmp_path):
     assert said == [f"{path}: skipped: asked again (2)"]
     for line, message in (('{"question": "?", "documents": ["a.md:2"]}', "'a.md:2' names no document"),
                           ('{"question": "?", "documents": ["c.md"]}', "'c.md' names no document"),
+                          ('{"question": "?", "documents": [3]}', "'3' names no document"),
                           ('{"question": "?", "documents": "b.md"}', "\"documents\" is 'b.md'"),
                           ('{"text": "?"}', 'not an object {"question"'), ("?", "not a JSON object")):
         path.write_text(f"\n{line}\n")

@@ -9,6 +9,7 @@ from test_prompts import write
 
 import routers
 import sample
+import sync
 from cache import Cache
 from memory import rank_documents
 from model import MSA, ModelConfig
@@ -131,6 +132,8 @@ def test_chance(backbone):
     asked, spelled = [], tokenizer.question
     tokenizer.question = lambda text: asked.append(text) or spelled(text)
     reaches = routers.chance(model, tokenizer, memory)
+    tokenizer.encoding.n_vocab += 50  # ids may have gaps
+    tokenizer.vocab_size += 50
     assert reaches == routers.chance(model, tokenizer, memory) != routers.chance(model, tokenizer, memory, 1)
     best = []
     for text in asked[:routers.RANDOM]:  # one by one, without padding
@@ -160,6 +163,35 @@ def test_another_bank(backbone, checkpoint, run, tmp_path):
             found = ask(folder)
             assert found.code == 2 and f"{lost}: missing; restore it from a copy" in found.error, found
         shutil.rmtree(tmp_path / "bank")
+
+
+def test_routers_of_a_new_bank(backbone, run, tmp_path, monkeypatch):
+    """A bank that another process has made meanwhile would get other routers, and be lost; or a file of the
+    same name be replaced in a folder that is no bank."""
+    def ask(count, bank="bank"):
+        rows = [json.dumps({"id": str(n), "text": text}) for n, text in enumerate(TEXTS[:count])]
+        (tmp_path / f"{count}.jsonl").write_text("\n".join(rows))
+        return run(sample, "--checkpoint", backbone, "--memory", tmp_path / bank, "--device", "cpu",
+                   "--documents", tmp_path / f"{count}.jsonl", "--max-answer-tokens", 1, "Where is it?")
+
+    def slow(*args):
+        monkeypatch.undo()
+        assert ask(3).code == 0  # another process is faster
+        routers.make_routers(*args)
+    monkeypatch.setattr(sync, "make_routers", slow)
+    found = ask(6)
+    assert found.code == 0 and "3 added, 3 unchanged;" in found.out, found
+    assert ask(6).code == 0
+    (tmp_path / "mine").mkdir()
+    for name in ("thesis.txt", "routers.safetensors"):
+        (tmp_path / "mine" / name).write_text("mine")
+    found = ask(3, "mine")
+    assert found.code == 2 and "mine: exists and is not a memory bank" in found.error, found
+    assert (tmp_path / "mine" / "routers.safetensors").read_text() == "mine"
+    (tmp_path / "bank" / "manifest.json").rename(tmp_path / "manifest.json")
+    assert ask(3).code == 2
+    (tmp_path / "manifest.json").rename(tmp_path / "bank" / "manifest.json")
+    assert ask(6).code == 0  # a manifest that was brought back still belongs to its routers
 
 
 @pytest.mark.parametrize("texts", [["a"], ["one two"], [TEXTS[0]], ["", "b c"]])

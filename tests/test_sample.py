@@ -62,6 +62,10 @@ def test_show(monkeypatch, prompts, printed):
                                        config, reaches, say)
     show(0.89)
     assert "".join(said) == "Ada Thornquist\n" + "".join(f"{line}\n" for line in printed)
+    events[2:] = ["Not in these", " documents."]
+    said.clear()
+    show(0.89)
+    assert "".join(said) == "Not in these documents.\n"  # it rests on none of them
     said.clear()
     show(0.9)
     assert "".join(said) == ("Nothing in these documents answers this (best score 0.90, chance reaches "
@@ -233,6 +237,7 @@ def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch, eager_compi
     for wrong, message in ((asks + [tmp_path / "x.json"], "q.jsonl:4: not an object"),
                            (asks[:-1], "--questions FILE.jsonl and --json OUT belong together"),
                            (asks + [tmp_path / "x.json", "Who?"], "leave out the one that is not"),
+                           (asks + [tmp_path / "x.json", "--trace"], "--trace is about questions that"),
                            (asks + [tmp_path / "x.json", "--batch", 0], "batch is 0")):
         done = run(sample, *wrong)
         assert done.code == 2 and message in done.error
