@@ -159,7 +159,8 @@ def read_prepared(folder):
                         "configuration")
     try:
         about = read_json(path, "an object")
-        return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"])}
+        return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"]),
+                "digest": about.get("digest")}
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{path}: malformed; run python prepare_data.py again") from None
 

@@ -20,6 +20,7 @@ they are made of its texts (training_sets.py).
 """
 import contextlib
 import dataclasses
+import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -247,6 +248,15 @@ def replacing(out):
                 out.rmdir()
 
 
+def digest_of(folder):
+    """16 hexadecimal digits of a split's files: texts may change, and the configuration be the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
 def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
@@ -258,7 +268,8 @@ def script():
         else:
             tokenizer = (write_own if config.documents else write_synthetic)(config, building)
         tokenizer.save(building)
-        about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config)}
+        about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config),
+                 "digest": digest_of(building / "train")}
         write_json(building / "about.json", about)
     pools = Pools(out / "train", tokenizer.vocab_size)
     tokens = len(pools.documents.values)

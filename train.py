@@ -50,7 +50,7 @@ from common import (
 from low_rank import add_factors, factors
 from memory import compile_blocks
 from model import MSA, ModelConfig
-from pools import Pools, check_prepared, collate, collate_chat
+from pools import Pools, check_prepared, collate, collate_chat, read_prepared
 from prepare_data import CODERS, DataConfig, own_folders
 from prompts import load_tokenizer
 from routers import fit_routers
@@ -437,8 +437,9 @@ def make_optimizer(model, config):
 
 
 def settings_of(config, tokenizer):
-    """Every setting by name, nested ones as "model.top_k", not those of one call; and the tokenizer's."""
-    values = {"tokenizer": tokenizer.fingerprint()}
+    """Every setting by name, nested ones as "model.top_k", not those of one call; and what the tokenizer and
+    the prepared data are known by."""
+    values = {"tokenizer": tokenizer.fingerprint(), "data": read_prepared(config.data.out)["digest"]}
     for name, value in asdict(config).items():
         nested = value if is_dataclass(getattr(config, name)) else {}
         values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}

@@ -410,9 +410,9 @@ def test_resume_another_model(fit, tmp_path, whole, files_of, flags, said):
     assert said in result.error and files_of(tmp_path) == whole
 
 
-def test_resume_tells_what_changed(fit, tmp_path, whole):
-    """A run would go on with another learning rate or more pools a step, and nobody would know why its curve
-    bends."""
+def test_resume_tells_what_changed(fit, tmp_path, whole, monkeypatch):
+    """A run would go on with another learning rate, more pools a step, or other data, and nobody would know
+    why its curve bends."""
     put(whole, tmp_path)
     result = fit("--out", tmp_path, "--resume", "--max-steps", 9, "--learning-rate", 0.5, "--accumulate", 2,
                  "--model.top-k", 3)
@@ -422,6 +422,9 @@ def test_resume_tells_what_changed(fit, tmp_path, whole):
     again = fit("--out", tmp_path, "--resume", "--max-steps", 9, "--learning-rate", 0.5, "--accumulate", 2,
                 "--model.top-k", 3)
     assert f"resumed from {tmp_path} at step 9\n" in again.out
+    monkeypatch.setattr(train, "read_prepared", lambda folder: {"digest": "other"})
+    again = fit("--out", tmp_path, "--resume", "--max-steps", 10)
+    assert re.search(r"at step 9; .*data [0-9a-f]{16} -> other", again.out)
 
 
 def test_resume_with_another_tokenizer(fit, run, tiny, tmp_path, whole, files_of):
