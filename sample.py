@@ -283,6 +283,8 @@ def script():
     def ask(question):
         if config.memory:
             memory.refresh()  # it may have changed since the last question
+            if not len(memory):
+                raise UserError(f"{config.memory}: holds no documents any more; bring some with --documents")
         show(*about, question, config, reaches, say)
 
     if config.questions:

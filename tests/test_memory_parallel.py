@@ -635,24 +635,27 @@ def test_a_name_that_is_not_utf8(run, here):
 
 
 def test_chat_follows_the_bank(run, here, monkeypatch):
-    """A question at the terminal would be answered from the bank as it was when the program began."""
+    """A question at the terminal would be answered from the bank as it was when the program began, or where
+    it has become empty, from nothing."""
     run(sample, "--checkpoint", "good", "--memory", "bank", "--documents", "docs", "What?")
-    seen, lines, refresh = [], iter(["What?", "", "And now?"]), ParallelMemory.refresh
+    seen, lines, refresh = [], iter(["What?", "", "And now?", "And?"]), ParallelMemory.refresh
 
     def type_line(_):
         line = next(lines, None)
         if line is None:
             raise EOFError
-        if line == "And now?":
+        if line.startswith("And"):
             with Writer("bank") as writer:
-                writer.remove([0, 2])
+                writer.remove([0, 2] if line == "And now?" else [1, 3])
         return line
 
     monkeypatch.setattr("builtins.input", type_line)
     monkeypatch.setattr(ParallelMemory, "refresh",
                         lambda memory: refresh(memory) or seen.append(memory.numbers.tolist()))
-    assert run(sample, "--checkpoint", "good", "--memory", "bank").code == 0
-    assert seen == [[0, 1, 2, 3], [1, 3]]
+    result = run(sample, "--checkpoint", "good", "--memory", "bank")
+    assert result.code == 0 and seen == [[0, 1, 2, 3], [1, 3], []]
+    assert result.out.splitlines()[-2] == ("error: bank: holds no documents any more; bring some with "
+                                           "--documents"), result.out
 
 
 @pytest.mark.parametrize("flags, message", [
