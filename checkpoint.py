@@ -115,6 +115,13 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
+    base, context = found.get("base", ""), found.get("max_position_embeddings", 1)
+    if not isinstance(base, str) or base and Path(base).resolve() == Path(folder).resolve():
+        raise UserError(f"{path}: base is {base!r}; it must be another folder, or a name on the Hub")
+    if context is not None and (type(context) is not int or context < 1):
+        raise UserError(f"{path}: max_position_embeddings is {context!r}; it must be at least 1, or absent")
+    if found.get("max_position_embeddings") is None:
+        found.pop("max_position_embeddings", None)
     found["qk_norm"] = kind != "llama"
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
@@ -129,6 +136,8 @@ def read_config(folder):
             raise UserError(f"{path}: not a checkpoint's configuration: {name!r} is missing")
     values = {name: found.pop(name) for name in PLAIN_FIELDS}
     if msa is None:  # a plain backbone: nobody has trained it to route, to read a memory or to name documents
+        if kind == "llama":
+            found.setdefault("max_position_embeddings", 2048)  # transformers' default
         layers = values["num_hidden_layers"]
         early = {max(1, round(share * layers)) for share in EARLY} if isinstance(layers, int) else {1}
         msa = {"attend_memory": False, "prompts": "chat",

@@ -31,7 +31,7 @@ BLOCKS = {"llama": BLOCK,
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2, BYTES = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
-CUTS = {"gpt-2": GPT2, "default": GPT2, "smollm": Sequence([Digits(individual_digits=True), GPT2]),
+CUTS = {"gpt-2": GPT2, "smollm": Sequence([Digits(individual_digits=True), GPT2]),
         "llama-bpe": Sequence([Split(Regex(WORDS % "{1,3}"), "isolated"), BYTES]),
         "qwen2": Sequence([Split(Regex(WORDS % ""), "isolated"), BYTES])}
 
@@ -108,6 +108,8 @@ def read_config(path, fields, tensors):
         if own.get(name, allowed) != allowed:
             raise UserError(f"{path}: {kind}.{name} is {own[name]!r}; it must be {allowed!r} or absent")
     tied = "output.weight" not in tensors
+    ends = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+            if name in fields]  # of a text, and of a turn
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
     if not tied:
         names["output"] = "lm_head"
@@ -124,13 +126,13 @@ def read_config(path, fields, tensors):
         num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
         rope_theta=own.get("rope.freq_base", 1e4), max_position_embeddings=own["context_length"],
         rms_norm_eps=float(str(np.float32(own["attention.layer_norm_rms_epsilon"]))),  # 1e-5, not 9.99...e-6
-        tie_word_embeddings=tied, eos_token_id=fields.get("tokenizer.ggml.eos_token_id")), names
+        tie_word_embeddings=tied, eos_token_id=ends), names
 
 
 def write_tokenizer(path, folder, fields):
     """tokenizer.json and tokenizer_config.json. Raises UserError for other kinds than byte-level BPE."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
-    cut = own.get("pre", "default")
+    cut = own.get("pre")
     if own["model"] != "gpt2" or cut not in CUTS:
         raise UserError(f"{path}: its tokenizer is {own['model']!r} with words cut as {cut!r}; supported is "
                         f"'gpt2' with {', '.join(CUTS)}")

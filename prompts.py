@@ -98,7 +98,11 @@ class ChatTokenizer(Tokenizer):
 
     def answer(self, text):
         """The ids of an answer that continues a `message`, and of its end."""
-        return [*self.encode(f" {text}"), min(self.ends)]
+        if not self.ends:
+            raise UserError(f"{self.encoding.path.parent}: no token ends an answer; name one as eos_token in "
+                            "tokenizer_config.json")
+        begun = self.encode("Answer:")  # alone, a first word may be spelled in another way
+        return [*self.encode(f"Answer: {text}")[len(begun):], min(self.ends)]
 
     def templated(self, text, begun=""):
         """The ids of a user's message in the chat template, and of an answer that has `begun`."""
@@ -221,7 +225,10 @@ def read_template(folder, about):
         parts = rendered.split(MARK)
         if len(parts) != 2:
             raise ValueError(f"it writes the user's message {len(parts) - 1} times; it must be once")
-        return *parts, rendered == render(template, f" {MARK} ", tokens)
+        head, tail = parts
+        if "<think>" in tail.rpartition("</think>")[2]:  # it always thinks: the thought is empty
+            tail = f"{tail.rstrip()}\n\n</think>\n\n"
+        return head, tail, rendered == render(template, f" {MARK} ", tokens)
     except Exception as error:  # a template may do anything but what is asked of it here
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}: its chat template cannot be used ({what})") from None

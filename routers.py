@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from cache import Cache
-from common import to_device
+from common import UserError, to_device
 from memory import BATCH_TOKENS, padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means
@@ -119,6 +119,9 @@ def fit_routers(model, documents, questions, head=()):
     whitenings themselves; else a random map to the heads follows, orthogonal and the same for both sides, and
     nothing is centred: there is no bias."""
     config, device, centred = model.config, model.device, model.config.routing_dim > 0
+    if config.routing_dim not in (0, config.hidden_size):
+        raise UserError(f"model.routing_dim is {config.routing_dim}; it must be {config.hidden_size}, the "
+                        "backbone's width, or 0 for keys shaped as attention's")
     chunks, tokens_of = ([Moments(config.hidden_size) for _ in config.router_layers] for _ in range(2))
     total = sum(map(len, documents)) + sum(map(len, questions))
     with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:

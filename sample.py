@@ -39,7 +39,7 @@ from common import (
     write_json,
 )
 from documents import check_documents, documents_size, list_documents, read_documents, tell_skipped
-from interleave import InterleaveConfig, answer_questions, check_lengths, interleave
+from interleave import InterleaveConfig, answer_questions, check_lengths, context_of, interleave
 from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
@@ -150,7 +150,7 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
     appended = cited(model, tokenizer, memory, texts, question, answer, appended, ranked)
     for n in appended:
         say(f"  [{n}] {where(place(n))}")
-    if not appended and ranked:
+    if not appended and ranked and model.config.attend_memory:
         say(f"  [{ranked[0]}] {where(place(ranked[0]))} (read in the memory; no text was appended)")
 
 
@@ -257,6 +257,9 @@ def script():
     if config.compile:
         compile_blocks(model)
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
+    if model.config.prompts == "chat" and config.max_document_tokens > context_of(model) // 2:
+        raise UserError(f"--max-document-tokens is {config.max_document_tokens:,}; this model reads "
+                        f"{context_of(model):,} tokens at once, and takes documents of half as many at most")
     ranks = Ranks(model.device, config.timeout)
     check_lengths(model, tokenizer, questions or [config.question])
     say = print if ranks.rank == 0 else lambda *_, **__: None

@@ -45,7 +45,7 @@ GGUF_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 4)  # it has all of
 
 
 def write_gguf(path, folder, kind, half=False, tokens=None, merges=(), kinds=None, pre="gpt-2", model="gpt2",
-               extra=(), **fields):
+               eot=0, extra=(), **fields):
     """Write the checkpoint of `folder` as llama.cpp's converter does it. half: matrices in float16; extra:
     more tensors; fields: of the model, in place of the folder's."""
     config = json.loads((folder / "config.json").read_text())
@@ -61,12 +61,15 @@ def write_gguf(path, folder, kind, half=False, tokens=None, merges=(), kinds=Non
         add(f"{kind}.{name}", value)
     tokens = tokens or [f"t{i}" for i in range(97)]
     writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds or [1] * len(tokens))
     writer.add_token_merges(list(merges) or ["t 1"])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 2)
+    if eot:
+        writer.add_eot_token_id(eot)
     writer.add_chat_template(TEMPLATE)
     for name, tensor in [*load_file(folder / "model.safetensors").items(), *extra]:
         array = tensor.float().numpy()
@@ -205,7 +208,7 @@ def test_cache(hub, cache, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_folder, "convert", lambda *_: pytest.fail("it was converted twice"))
         assert find(str(path)) == first
-    write_gguf(path, hub, "llama", **WEIGHTS_ONLY, **{"rope.freq_base": 99.0})
+    write_gguf(path, hub, "llama", eot=94, **WEIGHTS_ONLY, **{"rope.freq_base": 99.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_folder, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -214,6 +217,8 @@ def test_cache(hub, cache, tmp_path):
     second = find(path)
     assert second != first and MSA.from_pretrained(second).config.rope_theta == 99
     assert {*cache.iterdir()} == {first, second}
+    # What ends a turn ends an answer, beside what ends a text
+    assert json.loads((second / "config.json").read_text())["eos_token_id"] == [95, 94]
 
     # Another process finishes the same file first
     path.touch()
@@ -243,7 +248,8 @@ def test_cache(hub, cache, tmp_path):
     (dict(block_count=5), "not a plain llama in one file: its tensor blk.4.ffn_up.weight is missing"),
     (dict(block_count=4_000_000_000), "is missing"),
     (dict(model="llama"), "its tokenizer is 'llama' with words cut as 'gpt-2'; supported is 'gpt2'"),
-    (dict(pre="tekken"), "words cut as 'tekken'; supported is 'gpt2' with gpt-2, default, smollm, "),
+    (dict(pre="tekken"), "words cut as 'tekken'; supported is 'gpt2' with gpt-2, smollm, "),
+    (dict(pre="default"), "words cut as 'default'; supported"), (dict(pre=None), "words cut as None; "),
     (dict(merges=["no such"]), "cannot be converted, perhaps it is not whole"),
     (dict(kinds=[1]), "cannot be converted, perhaps it is not whole"),
 ])

@@ -1,5 +1,6 @@
 """How pretrained models are asked, and the loops that ask them, with models that follow a script."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +167,27 @@ def test_templates_in_every_kind_of_tokenizer(kind, tmp_path):
         assert t.templated(text) == theirs.apply_chat_template(messages, return_dict=False)
     found = t.templated("a </s> <|turn|>")  # in the text these are text
     assert [found.count(ids[name]) for name in ("<s>", "</s>", "<|turn|>", "<|end|>")] == [1, 1, 1, 1]
+
+
+def test_a_model_that_always_thinks(tmp_path):
+    """Its answer would be the first line of its thoughts."""
+    thinks = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    assert thinks != CHATML
+    t = ChatTokenizer(write(tmp_path, chat_template=thinks))
+    assert t.decode(t.message("Why?")).endswith("assistant\n<think>\n\n</think>\n\nAnswer:")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "byte fallback", "unigram"])
+def test_answers_to_learn(kind, tmp_path):
+    """An answer that is learned would begin with a token of its own that stands for the space, which the
+    model never writes behind "Answer:"; or a folder that names no end of a text be a traceback."""
+    test_tokenizer.make(kind).save(str(tmp_path / "tokenizer.json"))
+    t = ChatTokenizer(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: no token ends an answer; name one"):
+        t.answer("model")
+    t.ends = {3}
+    assert t.encode("Answer:") + t.answer("model") == [*t.encode("Answer: model"), 3]
+    assert t.decode(t.encode("Answer:") + t.answer("model")[:-1]) == "Answer: model"
 
 
 def test_a_base_model(tmp_path):

@@ -11,6 +11,7 @@ import routers
 import sample
 import sync
 from cache import Cache
+from common import UserError
 from memory import rank_documents
 from model import MSA, ModelConfig
 from prompts import ChatTokenizer, load_tokenizer
@@ -43,7 +44,10 @@ def backbone(tmp_path):
 
 
 def test_defaults(backbone):
-    """A backbone would route late, by each token, or store keys and values that it does not read."""
+    """A backbone would route late, by each token, or store keys and values that it does not read; routers of
+    another width would be a traceback."""
+    with pytest.raises(UserError, match="model.routing_dim is 8; it must be 32, the backbone's width, or 0"):
+        routers.fit_routers(MSA.from_pretrained(backbone, routing_dim=8), [[1, 2]], [[3]])
     config = MSA.from_pretrained(backbone).config
     assert config.router_layers == [0, 1] and config.routing_dim == 32 and config.query_reduction == "mean"
     assert config.reading_layers == [] and config.chunk_size == 32
@@ -163,6 +167,18 @@ def test_another_bank(backbone, checkpoint, run, tmp_path):
             found = ask(folder)
             assert found.code == 2 and f"{lost}: missing; restore it from a copy" in found.error, found
         shutil.rmtree(tmp_path / "bank")
+
+
+def test_documents_longer_than_the_context(backbone, run, tmp_path):
+    """No document would fit a message, and each question be answered from nothing."""
+    about = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 400}))
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "Ada is here."}')
+    ask = lambda most: run(sample, "--checkpoint", backbone, "--documents", tmp_path / "a.jsonl", "--device",
+                           "cpu", "--max-document-tokens", most, "--max-answer-tokens", 1, "Who?")
+    assert ask(200).code == 0
+    assert ask(201).error == ("error: --max-document-tokens is 201; this model reads 400 tokens at once, and "
+                              "takes documents of half as many at most")
 
 
 def test_routers_of_a_new_bank(backbone, run, tmp_path, monkeypatch):
