@@ -9,6 +9,7 @@ Trained on pools of the synthetic tasks, asked about needles (tasks.py) whose ke
 several lengths. Nothing routes: the loss is that of answers alone. To do without this file, delete it and
 config/full.toml.
 """
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from common import (
     keep_freed_memory,
     main,
     make_folder,
+    read_text,
     write_json,
     write_rows,
 )
@@ -143,6 +145,8 @@ def train(config, model, tokenizer, pools):
             optimizer.step()
             optimizer.zero_grad()
             loss, right = np.mean(losses, 0).tolist()
+            if not np.isfinite(loss):
+                raise UserError(f"the loss is not a number at step {step + 1}; lower --learning-rate")
             rows.append(dict(step=step + 1, texts=count, loss=round(loss, 4), answered=round(right, 4)))
             bar.update()
             if (step + 1) % config.log_every == 0:
@@ -201,14 +205,16 @@ def script():
         model.save_pretrained(out)
         tokenizer.save(out)
         write_rows(out / "log.jsonl", rows)
-    words, found = Words(), []
+    words, path = Words(), out / "answers.json"
+    found = json.loads(read_text(path)) if path.exists() else []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")
     for seed in map(int, config.seeds.split(",")):
         for row in ask(model.eval(), tokenizer, words, config, seed):
             print(f"{row['memory_tokens']:>8,} {row['documents']:>9,} {seed:>4} "
                   f"{row['exact_match']:>6.3f}", flush=True)
-            found.append(row)
-        write_json(out / "answers.json", found)
+            key = lambda row: (row["seed"], row["memory_tokens"], row["questions"])
+            found = [other for other in found if key(other) != key(row)] + [row]
+        write_json(path, found)
 
 
 if __name__ == "__main__":

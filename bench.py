@@ -55,10 +55,12 @@ import torch.nn.functional as F
 import msa_kernel as K
 import routing as R
 from cache import Cache
+from checkpoint import find_base
 from common import (
     UserError,
     autocast,
     check_drawing,
+    check_output,
     command_line,
     detect_device,
     keep_freed_memory,
@@ -578,11 +580,21 @@ def script():
     if (settings or args.config) and args.what != "plan":
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
     check_drawing(args.plot)
+    check_output("--plot", args.plot)
+    if not Path(args.json).expanduser().is_dir():
+        check_output("--json", args.json, args.plot)
+    if args.chunks and args.chunks < 1000 or min([*(args.questions or [1]), *(args.tokens or [1])]) < 1:
+        raise UserError("--chunks is at least 1000, --questions and --tokens are at least 1")
+    if not 64 <= args.shortest <= args.longest:
+        raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be at "
+                        "least 64, the second not less")
     if args.what == "plan":
         from train import TrainConfig
         if not (args.gpus > 0 and 0 < args.mfu <= 1):
             raise UserError(f"--gpus is {args.gpus} and --mfu {args.mfu}; at least 1, and above 0 up to 1")
         config = command_line(TrainConfig, __doc__, [*([args.config] if args.config else []), *settings])
+        if config.init_from and config.model.vocab_size == ModelConfig().vocab_size:  # it has no sizes
+            config.model = MSA.read_config(find_base(config.init_from))[0]
         print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, PEAK), GPU_BYTES, args.mfu, PEAK)
         return
     keep_freed_memory()

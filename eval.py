@@ -241,6 +241,16 @@ def memory_asker(model, tokenizer, texts, numbers, needles, questions, config):
     return at_length, speed
 
 
+def own_routers(model, tokenizer, texts, config, ranks):
+    """Give a backbone whose routers nobody has trained those of its bank, or new ones of its documents."""
+    if model.trained_routers:
+        return
+    if config.memory:
+        bank_routers(model, tokenizer, config.memory, lambda: texts, ranks)
+    else:
+        make_routers(model, tokenizer, texts)
+
+
 def fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say):
     """The bank --memory, which holds the documents when this returns; name: what they are, for their ids."""
     id_of = lambda i: f"{name} #{i}"
@@ -314,6 +324,8 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
     texts, numbers, questions = grown.texts, grown.numbers, grown.questions
     say(f"{config.task}: {len(texts):,} documents, {grown.ends[-1]:,} tokens; device: {on}")
     k, speed = model.config.top_k, 0
+    if config.baseline == "none":
+        own_routers(model, tokenizer, texts, config, ranks)
     if config.memory:
         at_length = bank_asker(model, tokenizer, texts, numbers, questions, config, ranks, say)
         texts = grown.texts = None  # they lie in the bank
@@ -414,11 +426,7 @@ def load_set(config, model, tokenizer, say):
 
 def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on):
     """A function: count -> the memory of the first `count` documents, numbered from 0."""
-    if not model.trained_routers:
-        if config.memory:
-            bank_routers(model, tokenizer, config.memory, lambda: texts, ranks)
-        else:
-            make_routers(model, tokenizer, texts)
+    own_routers(model, tokenizer, texts, config, ranks)
     if config.memory:
         bank = fill_bank(model, tokenizer, texts, range(len(texts)), name, config, ranks, say)
         return lambda count: ParallelMemory(bank.only(range(count)), model.device, ranks, config.routing_keys)

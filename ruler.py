@@ -50,7 +50,7 @@ from needles import RULER, Draw, Haystack, draw_question
 from prompts import open_checkpoint
 from question_sets import bm25_search
 from routers import make_routers
-from sync import encode_texts
+from sync import encode_texts, fingerprint
 from tasks import Words, count_tokens, frame_tokens, parse_lengths
 
 METHODS = ("none", "oracle", "bm25", "memory")
@@ -309,7 +309,8 @@ def rows_before(path, about):
         rows = json.loads(read_text(path)) if Path(path).exists() else []
         if not isinstance(rows, list):
             raise ValueError("no list")
-        other = [row for row in rows if about.items() - row.items()]
+        before = lambda row: dict(model=about["model"]) | row  # older files do not say which it was
+        other = [before(row) for row in rows if about.items() - before(row).items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
     if other:
@@ -329,7 +330,7 @@ def script():
     about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
                  seed=config.seed, top_k=model.config.top_k, device=str(model.device),
                  dtype=str(model.model.embed_tokens.weight.dtype), **asdict(config.interleave))
-    about |= dict(max_rounds=rounds_of(model, config.interleave),
+    about |= dict(model=fingerprint(model, tokenizer), max_rounds=rounds_of(model, config.interleave),
                   max_documents=documents_of(model, config.interleave))
     rows = rows_before(config.json, about) if config.json else []
     done = {(row["task"], row["method"], row["length"]) for row in rows}

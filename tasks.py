@@ -261,7 +261,8 @@ def grow_memory(words, tokenizer, task, lengths, questions, seed, filler=0, rank
     example = make_memory(words, task, 64, 1, seed, filler)[0][-1]
     count = lengths[-1] // (tokenizer.count(example) + 8) + questions  # a guess
     if not single:
-        count = min(count, int((words.of_split("test")).sum()))  # the guess for 100m is above all test keys
+        keys = int(words.of_split("test").sum())  # the guess for 100m is above all of them
+        count = min(count, keys - keys % TASKS[task])
     while True:
         texts, asked = make_memory(words, task, count, questions, seed, filler)
         needles = texts[:questions] if single else []

@@ -20,6 +20,7 @@ import importlib.util
 import math
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -147,7 +148,8 @@ def start_from(config, folder, tokenizer, device, dtype):
         raise UserError(f"rank is {config.rank}, but the changes of --init-from {config.init_from}, which go "
                         f"on, have {max(ranks)}; give --rank {max(ranks)}")
     if config.rank and not ranks:
-        model.others["base"] = config.init_from
+        known = os.path.exists(config.init_from)  # else it is a name on the Hub
+        model.others["base"] = os.path.abspath(config.init_from) if known else config.init_from
         add_factors(model, config.rank)
     if not config.rank:
         model.resize_vocabulary(tokenizer.vocab_size)
@@ -462,7 +464,9 @@ def resume(model, optimizer, tokenizer, config, world, say):
     rows = read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
-    return about["step"], about["position"], rows
+    together = about["settings"].get("pools_together", config.pools_together)
+    position = -(-about["position"] * together // config.pools_together)  # no pool is read again
+    return about["step"], position, rows
 
 
 def save(model, optimizer, tokenizer, config, step, position, rank, world):
@@ -548,7 +552,8 @@ def catch_signals(say):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError, RuntimeError):  # what reads the output may be gone, or it is in use
-            say("stopping after this step, which is saved; once more: at once", flush=True)
+            waits = " (torchrun waits for it 30 s, or its --shutdown-timeout)" if "RANK" in os.environ else ""
+            say(f"stopping after this step, which is saved{waits}; once more: at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, keep)
@@ -635,6 +640,8 @@ def train(config, device, dtype, rank, world, say):
         plot(log.rows, out / "curves.png", config.rank == 0)
     say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
         + ("; go on with --resume" if stop else ""))
+    if stop and world == 1:  # what would come next in a script waits, too; torchrun tells this by itself
+        sys.exit(128 + signals[0])
 
 
 if __name__ == "__main__":

@@ -91,5 +91,9 @@ def test_from_start_to_end(run, tiny, tmp_path):
     weights = (out / "model.safetensors").read_bytes()
     result = run(baseline, path, "--seeds", "3")
     assert result.code == 0 and (out / "model.safetensors").read_bytes() == weights
-    assert [row["seed"] for row in json.loads((out / "answers.json").read_text())] == [3]
+    assert [row["seed"] for row in json.loads((out / "answers.json").read_text())] == [1, 2, 3]
+    run(baseline, path, "--seeds", "2")  # in place of the one before
+    assert [row["seed"] for row in json.loads((out / "answers.json").read_text())] == [1, 3, 2]
+    result = run(baseline, path, "--out", tmp_path / "nan", "--learning-rate", 1e30)
+    assert result.code == 2 and "the loss is not a number at step" in result.error
     assert "prepared with" in run(baseline, path, "--out", tmp_path / "new", "--data.pools", "5").error

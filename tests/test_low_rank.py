@@ -657,6 +657,22 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     model = MSA.from_pretrained(tmp_path / "whole")
     assert model.config.prompts == "chat" and model.config.second_look == 3
     assert not model.config.attend_memory
+    read = []
+
+    def recorded(pools, position, tokenizer, config, *others):
+        together = config.pools_together
+        if len(pools) == 60:
+            read.extend(range(position * together, (position + 1) * together))
+        return next_pool(pools, position, tokenizer, config, *others)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "next_pool", recorded)
+        patch.chdir(backbone.parent)
+        few = [*flags, "--init-from", backbone.name, "--out", tmp_path / "few", "--max-steps"]
+        assert run(train, *few, 1, "--pools-together", 3).code == 0
+        assert run(train, *few, 2, "--pools-together", 2, "--resume").code == 0
+        assert run(train, *few, 3, "--pools-together", 1, "--resume").code == 0
+    assert read == sorted({*read}) and len(read) >= 6  # none twice
+    assert json.loads((tmp_path / "few" / "config.json").read_text())["base"] == str(backbone)
     on = [flag for flag in flags if flag not in ("--model.second-look", 3)]
     on += ["--init-from", tmp_path / "whole"]
     further = run(train, *on, "--out", tmp_path / "further", "--max-steps", 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_prompts import write
 
+import eval as evaluation
 import routers
 import sample
 import sync
@@ -167,6 +168,21 @@ def test_another_bank(backbone, checkpoint, run, tmp_path):
             found = ask(folder)
             assert found.code == 2 and f"{lost}: missing; restore it from a copy" in found.error, found
         shutil.rmtree(tmp_path / "bank")
+
+
+def test_tasks_of_a_backbone(backbone, run, tmp_path):
+    """Routers that nobody has made would be measured, and stand in a bank that nobody else can ask."""
+    asks = ("--checkpoint", backbone, "--device", "cpu", "--questions", 2, "--max-answer-tokens", 1)
+    made, make = [], routers.make_routers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "make_routers", lambda *args: made.append(args) or make(*args))
+        assert run(evaluation, *asks, "--task", "two_hop", "--lengths", "2k").code == 0
+        assert run(evaluation, *asks, "--lengths", "2k", "--baseline", "oracle").code == 0
+    assert len(made) == 1
+    for _ in range(2):
+        assert run(evaluation, *asks, "--lengths", "2k", "--memory", tmp_path / "bank").code == 0
+    asks = ("--checkpoint", backbone, "--device", "cpu", "--memory", tmp_path / "bank")
+    assert run(sample, *asks, "--info").code == 0
 
 
 def test_documents_longer_than_the_context(backbone, run, tmp_path):

@@ -1,11 +1,13 @@
 """RULER's needle tasks: their definitions, their documents, the set to train on, and the script."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import needles
 import ruler
@@ -168,6 +170,13 @@ def test_set_to_train_on(words, folder, run, tmp_path, monkeypatch):
     assert "The grass is green" not in whole and not tested & {*texts.values()}
 
 
+def changed_weights(folder):
+    """The weights of a folder, of which one is another."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.1
+    return save(weights)
+
+
 def test_script(words, folder, run, tmp_path, monkeypatch):
     """A model that can read needles would not find them, what is measured once would be measured again, or
     rows of other questions be taken for these."""
@@ -201,6 +210,11 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
     assert result.code == 2 and "measured with seed 1, not 2" in result.error
     result = run(ruler, *args, "--router-weight", 0.5)
     assert result.code == 2 and "measured with router_weight 1.0, not 0.5" in result.error
+    shutil.copytree(demo, tmp_path / "again")
+    path.write_text(json.dumps([row | dict(checkpoint=str(tmp_path / "again")) for row in again]))
+    (tmp_path / "again" / "model.safetensors").write_bytes(changed_weights(demo))  # trained anew
+    result = run(ruler, "--checkpoint", tmp_path / "again", *args[2:])
+    assert result.code == 2 and re.search(r"measured with model '[0-9a-f-]{33}', not '", result.error)
     path.write_text("{}")
     assert "rows.json: not a file that this script wrote (no list)" in run(ruler, *args).error
     result = run(ruler, "--tasks", "single_9")
