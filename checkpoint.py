@@ -115,13 +115,13 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
-    base, context = found.get("base", ""), found.get("max_position_embeddings", 1)
+    base, context = found.get("base", ""), found.get("max_position_embeddings")
     if not isinstance(base, str) or base and Path(base).resolve() == Path(folder).resolve():
         raise UserError(f"{path}: base is {base!r}; it must be another folder, or a name on the Hub")
-    if context is not None and (type(context) is not int or context < 1):
-        raise UserError(f"{path}: max_position_embeddings is {context!r}; it must be at least 1, or absent")
-    if found.get("max_position_embeddings") is None:
+    if context is None:
         found.pop("max_position_embeddings", None)
+    elif type(context) is not int or context < 1:
+        raise UserError(f"{path}: max_position_embeddings is {context!r}; it must be at least 1, or absent")
     found["qk_norm"] = kind != "llama"
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     defaults = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=128,
