@@ -1,8 +1,8 @@
 # make demo    install, prepare data, train on the CPU, ask over a memory that grows from 16K to 1M tokens
 # make test    the test suite
 # Both create .venv and install what they need; what is done already is not done again.
-# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.6 GB in SCALE=folder; a run
-#              that was interrupted goes on where it was
+# make scale   one memory from 16K to 100M tokens on two CPU processes: an hour, 5.6 GB in SCALE=folder; what was
+#              encoded when a run was interrupted is not encoded again
 # make ask     a pretrained model, SmolLM2-135M-Instruct (93 MB, from a package), asked about the notes in texts/
 # make ruler   RULER's eight needle tasks in up to 1M tokens of memory, and the demo model in up to 10M: hours
 #              on two cores; a run that was interrupted goes on where it was
