@@ -469,13 +469,15 @@ def resume(model, optimizer, tokenizer, config, world, say):
     return about["step"], position, rows
 
 
-def save(model, optimizer, tokenizer, config, step, position, rank, world):
-    """Write the checkpoint: first what --resume needs, then the folder in the Hugging Face layout, which the
-    first rank writes tensor by tensor. Each file appears whole or not at all."""
+def save(model, optimizer, tokenizer, config, step, position, rank, world, log):
+    """Write the checkpoint: first what --resume needs, its log too, then the folder in the Hugging Face
+    layout, which the first rank writes tensor by tensor. Each file appears whole or not at all."""
     out, shared = Path(config.out), is_shared(model)
+    log.sync()
     if rank == 0 or shared:
         about = dict(step=step, position=position, ranks=world, settings=settings_of(config, tokenizer))
         write_state(out / "training_state", model, optimizer, about, rank, world if shared else 1)
+        log.begin()
         model.save_pretrained(out if rank == 0 else None)
     if rank == 0:
         tokenizer.save(out)
@@ -631,9 +633,7 @@ def train(config, device, dtype, rank, world, say):
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
         if due(step) or stop:  # before the evaluation, which might fail
-            log.sync()
-            save(model, optimizer, tokenizer, config, step, position, rank, world)
-            log.begin()
+            save(model, optimizer, tokenizer, config, step, position, rank, world, log)
         if due(step):
             evaluate()
     if rank == 0:

@@ -361,6 +361,23 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
     assert len(read_log(files_of(tmp_path))) == 2
 
 
+def test_overwriting_that_fails(fit, tmp_path, whole, files_of, monkeypatch):
+    """A disk that is full when the new weights are written would leave the new state beside the old log,
+    and so neither run to go on with."""
+    put(whole, tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(MSA, "save_pretrained", full)
+        assert fit("--out", tmp_path, "--overwrite", "--seed", 1, "--max-steps", 2).code == 2
+    resumed = fit("--out", tmp_path, "--resume", "--seed", 1, "--max-steps", 3)
+    assert resumed.code == 0 and "resumed" in resumed.out, resumed.error
+    rows = [row["lm"] for row in read_log(files_of(tmp_path)) if row["split"] == "train"]
+    old = [row["lm"] for row in read_log(whole) if row["split"] == "train"]
+    assert len(rows) == 3 and rows[0] != old[0]
+
+
 def test_nothing_to_resume(fit, tmp_path, files_of):
     """Resuming a run that never was would end in a traceback."""
     result = fit("--out", tmp_path, "--resume")
