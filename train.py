@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import ROUTING_ONLY, WEIGHTS, find, find_base, whole
+from checkpoint import PACKAGES, ROUTING_ONLY, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
     autocast,
@@ -150,6 +150,8 @@ def start_from(config, folder, tokenizer, device, dtype):
     if config.rank and not ranks:
         known = os.path.exists(config.init_from)  # else it is a name on the Hub
         model.others["base"] = os.path.abspath(config.init_from) if known else config.init_from
+        if config.init_from not in PACKAGES:  # whose numbers are the Hub's, or these rounded
+            model.others["base_digest"] = model.weights_digest()
         add_factors(model, config.rank)
     if not config.rank:
         model.resize_vocabulary(tokenizer.vocab_size)

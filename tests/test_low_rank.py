@@ -673,6 +673,16 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
         assert run(train, *few, 3, "--pools-together", 1, "--resume").code == 0
     assert read == sorted({*read}) and len(read) >= 6  # none twice
     assert json.loads((tmp_path / "few" / "config.json").read_text())["base"] == str(backbone)
+    shutil.copytree(backbone, tmp_path / "base")
+    based = ("--init-from", tmp_path / "base", "--out", tmp_path / "of", "--max-steps", 1)
+    assert run(train, *flags, *based).code == 0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "base_digest" not in MSA.from_pretrained(tmp_path / "of", dtype=dtype).others
+    other = MSA.from_pretrained(tmp_path / "base")
+    other.model.norm.weight.data += 0.1  # trained anew
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="of: holds what training changed of .*base, whose weights"):
+        MSA.from_pretrained(tmp_path / "of")
     on = [flag for flag in flags if flag not in ("--model.second-look", 3)]
     on += ["--init-from", tmp_path / "whole"]
     further = run(train, *on, "--out", tmp_path / "further", "--max-steps", 1)
