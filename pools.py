@@ -119,9 +119,11 @@ class Pools:
     (question ids, answer ids, gold, pooled); gold: a list of hops, each a list of indices of documents."""
 
     def __init__(self, folder, vocab_size):
-        """Raises UserError for missing or broken files; reading a pool, for ids outside the vocabulary."""
+        """Raises UserError for missing or broken files; reading a pool, for ids outside the vocabulary.
+        digest: of the training data, None where an older prepare_data.py wrote them."""
         self.folder, self.vocab_size = Path(folder), vocab_size
         about = read_prepared(self.folder.parent)
+        self.digest = about["digest"]
         for name, dtype in array_types(about["vocab_size"]).items():
             setattr(self, name, Ragged(self.folder / name, dtype))
         if not len(self):

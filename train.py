@@ -51,7 +51,7 @@ from common import (
 from low_rank import add_factors, factors
 from memory import compile_blocks
 from model import MSA, ModelConfig
-from pools import Pools, check_prepared, collate, collate_chat, read_prepared
+from pools import Pools, check_prepared, collate, collate_chat
 from prepare_data import CODERS, DataConfig, own_folders
 from prompts import load_tokenizer
 from routers import fit_routers
@@ -440,10 +440,10 @@ def make_optimizer(model, config):
                              lr=config.learning_rate, betas=(0.9, 0.95), fused=model.device.type != "mps")
 
 
-def settings_of(config, tokenizer):
+def settings_of(config, tokenizer, digest):
     """Every setting by name, nested ones as "model.top_k", not those of one call; and what the tokenizer and
-    the prepared data are known by."""
-    values = {"tokenizer": tokenizer.fingerprint(), "data": read_prepared(config.data.out)["digest"]}
+    the prepared data, by their `digest`, are known by."""
+    values = {"tokenizer": tokenizer.fingerprint(), "data": digest}
     for name, value in asdict(config).items():
         nested = value if is_dataclass(getattr(config, name)) else {}
         values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
@@ -456,29 +456,28 @@ def is_fixed(name):
     return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"))
 
 
-def resume(model, optimizer, tokenizer, config, world, say):
+def resume(out, model, optimizer, settings, world, say):
     """Go on where the run in `out` was last saved: returns step, position and the log's rows. Says what is
     otherwise than before. Raises UserError for what cannot be."""
-    out = Path(config.out)
     about = read_about(out / "training_state")
-    settings = settings_of(config, tokenizer)
     changes = tell_changes(out / "training_state", about, settings, world, is_fixed)
     rows = read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
-    together = about["settings"].get("pools_together", config.pools_together)
-    position = -(-about["position"] * together // config.pools_together)  # no pool is read again
+    together = settings["pools_together"]
+    read = about["position"] * about["settings"].get("pools_together", together)
+    position = -(-read // together)  # no pool is read again
     return about["step"], position, rows
 
 
-def save(model, optimizer, tokenizer, config, step, position, rank, world, log):
-    """Write the checkpoint: first what --resume needs, its log too, then the folder in the Hugging Face
-    layout, which the first rank writes tensor by tensor. Each file appears whole or not at all."""
-    out, shared = Path(config.out), is_shared(model)
+def save(out, model, optimizer, tokenizer, about, log, rank):
+    """Write the checkpoint: first what --resume needs, `about` it and its log too, then the folder in the
+    Hugging Face layout, which the first rank writes tensor by tensor. Each file appears whole or not at
+    all."""
+    shared = is_shared(model)
     log.sync()
     if rank == 0 or shared:
-        about = dict(step=step, position=position, ranks=world, settings=settings_of(config, tokenizer))
-        write_state(out / "training_state", model, optimizer, about, rank, world if shared else 1)
+        write_state(out / "training_state", model, optimizer, about, rank, about["ranks"] if shared else 1)
         log.begin()
         model.save_pretrained(out if rank == 0 else None)
     if rank == 0:
@@ -591,9 +590,10 @@ def train(config, device, dtype, rank, world, say):
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
         f"{learns:,} learn, memory layers {config.model.memory_layers}; "
         f"data: {len(pools['train']):,} pools" + "; weights are shared out to the ranks" * is_shared(model))
+    settings = settings_of(config, tokenizer, pools["train"].digest)
     step, position, rows = 0, 0, []
     if config.resume:
-        step, position, rows = resume(model, optimizer, tokenizer, config, world, say)
+        step, position, rows = resume(out, model, optimizer, settings, world, say)
     unseen = not any((row["step"], row["split"]) == (step, "validation") for row in rows)
     make_folder(out, probe=True)  # an unusable folder is better known before the first step
     # What --overwrite replaces stays until there is something to put in its place
@@ -635,7 +635,8 @@ def train(config, device, dtype, rank, world, say):
             say(f"step {step:5d}/{config.max_steps} {describe(log.rows[-1], config)} | "
                 f"{rates} | {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
         if due(step) or stop:  # before the evaluation, which might fail
-            save(model, optimizer, tokenizer, config, step, position, rank, world, log)
+            about = dict(step=step, position=position, ranks=world, settings=settings)
+            save(out, model, optimizer, tokenizer, about, log, rank)
         if due(step):
             evaluate()
     if rank == 0:

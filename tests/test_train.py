@@ -20,6 +20,7 @@ from test_prompts import write
 from torch.utils.flop_counter import FlopCounterMode
 
 import msa_kernel
+import pools
 import prepare_data
 import sample
 import train
@@ -440,7 +441,8 @@ def test_resume_tells_what_changed(fit, tmp_path, whole, monkeypatch):
     again = fit("--out", tmp_path, "--resume", "--max-steps", 9, "--learning-rate", 0.5, "--accumulate", 2,
                 "--model.top-k", 3)
     assert f"resumed from {tmp_path} at step 9\n" in again.out
-    monkeypatch.setattr(train, "read_prepared", lambda folder: {"digest": "other"})
+    read = pools.read_prepared
+    monkeypatch.setattr(pools, "read_prepared", lambda folder: read(folder) | {"digest": "other"})
     again = fit("--out", tmp_path, "--resume", "--max-steps", 10)
     assert re.search(r"at step 9; .*data [0-9a-f]{16} -> other", again.out)
 
