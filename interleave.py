@@ -19,7 +19,7 @@ from batches import Find, Likelihood, Name, Pick, Prompt, Read, Server, choose, 
 from checkpoint import CONTEXT
 from common import UserError
 from memory_parallel import ParallelMemory
-from prompts import END_OF_RETRIEVE, NOT_FOUND
+from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .02 are refused, .23 without it
@@ -108,7 +108,7 @@ def reluctant(model, tokenizer, logits):
     only where NOT_FOUND leads by REFUSAL_MARGIN."""
     if model.config.prompts == "chat" and model.config.second_look:
         logits = logits.clone()
-        logits[..., tokenizer.answer(NOT_FOUND)[0]] -= REFUSAL_MARGIN
+        logits[..., tokenizer.refusal[0]] -= REFUSAL_MARGIN
     return logits
 
 
@@ -124,7 +124,7 @@ def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look
         return ranked, []
     read = lambda documents: [(numbers(d), tokenizer.decode(texts[d])) for d in documents]
     prompts = [tokenizer.message(question, read([*before, d])) for d, _ in first]
-    log_p = torch.tensor((yield Likelihood(prompts, tokenizer.answer(NOT_FOUND))))
+    log_p = torch.tensor((yield Likelihood(prompts, tokenizer.refusal)))
     found = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
     order = scores.argsort(descending=True, stable=True).tolist()

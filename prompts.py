@@ -23,7 +23,7 @@ tokens. Users' text is never parsed for special tokens.
 import json
 import re
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -103,6 +103,11 @@ class ChatTokenizer(Tokenizer):
                             "tokenizer_config.json")
         begun = self.encode("Answer:")  # alone, a first word may be spelled in another way
         return [*self.encode(f"Answer: {text}")[len(begun):], min(self.ends)]
+
+    @cached_property
+    def refusal(self):
+        """The ids of NOT_FOUND as an answer: every token that is written asks for them."""
+        return self.answer(NOT_FOUND)
 
     def templated(self, text, begun=""):
         """The ids of a user's message in the chat template, and of an answer that has `begun`."""

@@ -739,7 +739,7 @@ def test_second_look(backbone):
 def looks(rankings, weight, most, look):
     """`look_again` of documents whose text is their number, which is 10 more than their place."""
     tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
-                                answer=lambda text: [0], decode=lambda text: text)
+                                refusal=[0], decode=lambda text: text)
     model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
     texts = {n: n for n in range(9)}
     return look_again(model, tokenizer, "?", rankings, texts, lambda d: d + 10, weight, most, look)
