@@ -499,6 +499,8 @@ def script():
     check_output("--plot", config.plot, config.json, *inputs)
     for flag in ("json", "plot", "memory"):
         check_outside(f"--{flag}", getattr(config, flag), config.documents)
+    for flag in ("json", "plot"):
+        check_outside(f"--{flag}", getattr(config, flag), config.memory, "--memory")
     check_drawing(config.plot)
     names = [Path(path).stem for path in given]
     beside = {name if names.count(name) == 1 else path: read_results(path)

@@ -623,3 +623,12 @@ def test_flags_of_sets(run, checkpoint, flags, message):
     """A flag that does nothing would be taken without a word."""
     result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", *flags)
     assert result.code == 2 and message in result.error, result.error
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_outputs_in_the_bank(run, tmp_path, flag):
+    """A file of the bank, such as its manifest, would be replaced by what is measured."""
+    (tmp_path / "manifest.json").write_text("{}")
+    result = run(evaluation, "--memory", tmp_path, flag, tmp_path / "manifest.json")
+    assert result.code == 2 and f"{flag} {tmp_path / 'manifest.json'}: lies in --memory" in result.error
+    assert (tmp_path / "manifest.json").read_text() == "{}"
