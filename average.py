@@ -61,7 +61,7 @@ def mean_change(pairs, shares):
 def script():
     config = command_line(AverageConfig, __doc__, takes_file=False)
     out = Path(config.out)
-    if not config.out or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not config.out or out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {config.out!r}: not a new or empty folder; give another")
     folders, shares = read_flags(config)
     first, own = None, []

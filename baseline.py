@@ -11,6 +11,7 @@ config/full.toml.
 """
 import json
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -205,14 +206,13 @@ def script():
         model.save_pretrained(out)
         tokenizer.save(out)
         write_rows(out / "log.jsonl", rows)
-    words, path = Words(), out / "answers.json"
+    words, path, key = Words(), out / "answers.json", itemgetter("seed", "memory_tokens", "questions")
     found = json.loads(read_text(path)) if path.exists() else []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")
     for seed in map(int, config.seeds.split(",")):
         for row in ask(model.eval(), tokenizer, words, config, seed):
             print(f"{row['memory_tokens']:>8,} {row['documents']:>9,} {seed:>4} "
                   f"{row['exact_match']:>6.3f}", flush=True)
-            key = lambda row: (row["seed"], row["memory_tokens"], row["questions"])
             found = [other for other in found if key(other) != key(row)] + [row]
         write_json(path, found)
 

@@ -511,11 +511,9 @@ def atomic_file(path, mode="w"):
     if real.exists() and not real.is_file():
         raise UserError(f"{path}: not a regular file; it would be replaced")
     make_folder(real.parent)
+    temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{real.name[:40]}.", suffix=".tmp", dir=real.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
-    try:
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
@@ -527,7 +525,7 @@ def atomic_file(path, mode="w"):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
         raise
     sync_folder(real.parent)
 

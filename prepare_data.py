@@ -248,7 +248,7 @@ def replacing(out):
                 out.rmdir()
 
 
-def digest_of(folder):
+def folder_digest(folder):
     """16 hexadecimal digits of a split's files: texts may change, and the configuration be the same."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
@@ -269,7 +269,7 @@ def script():
             tokenizer = (write_own if config.documents else write_synthetic)(config, building)
         tokenizer.save(building)
         about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config),
-                 "digest": digest_of(building / "train")}
+                 "digest": folder_digest(building / "train")}
         write_json(building / "about.json", about)
     pools = Pools(out / "train", tokenizer.vocab_size)
     tokens = len(pools.documents.values)

@@ -309,8 +309,8 @@ def rows_before(path, about):
         rows = json.loads(read_text(path)) if Path(path).exists() else []
         if not isinstance(rows, list):
             raise ValueError("no list")
-        before = lambda row: dict(model=about["model"]) | row  # older files do not say which it was
-        other = [before(row) for row in rows if about.items() - before(row).items()]
+        complete = [dict(model=about["model"]) | row for row in rows]  # older files do not say which it was
+        other = [row for row in complete if about.items() - row.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
     if other:
