@@ -40,6 +40,7 @@ ANSWER_WORDS = 4        # but so many words are one, however many tokens they ha
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
+NO_TESTS = ("train", "unlabelled")  # splits of questions that no test asks
 
 
 def training_questions(path, documents):
@@ -128,7 +129,7 @@ class QuestionSet:
         texts, questions, none = read_training_set(path, documents, tokenizer, limit, rng)
         self.texts, self.search = texts, bm25_search(texts)
         titles = [text.partition("\n")[0] for text in texts]
-        tested = {titles[i] for split, asked in questions.items() if split != "train"
+        tested = {titles[i] for split, asked in questions.items() if split not in NO_TESTS
                   for question in asked for i in question.gold}
         self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
                        if len(tokens) <= limit and titles[i] not in tested}

@@ -126,6 +126,9 @@ def test_what_training_leaves_out(places, backbone, tmp_path, capsys):
     assert own.usable == long.usable and len(own.usable) < len(own.texts)
     assert len(own.about) - len(long.about) == 1
     assert f"{tmp_path / 'set'}: questions left out: of more than 1024 tokens (1)" in capsys.readouterr().out
+    (tmp_path / "set" / "qrels" / "validation.tsv").rename(tmp_path / "set" / "qrels" / "unlabelled.tsv")
+    free = training_sets.QuestionSet(tmp_path / "set", ChatTokenizer(backbone), 400, np.random.default_rng(0))
+    assert len(free.usable) == len(free.texts)  # no test asks about those without an answer
 
 
 def test_held_out_documents_of_a_folder(backbone, run, tmp_path):
