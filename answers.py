@@ -263,6 +263,10 @@ def table(rows):
         values = ["-" if row[column] is None else f"{row[column]:.3f}" for column in columns]
         cells = [f"{value:>{max(6, len(name))}}" for value, name in zip(values, names)]
         lines.append(f"{row['k'] or '-':>3} {row['method']:<7} " + " ".join(cells))
+    judged = {row["method"]: row["questions_of_recall"] for row in rows if "questions_of_recall" in row}
+    if len({*judged.values()}) > 1:
+        lines.append("R@ and all16 are of different questions: "
+                     + ", ".join(f"{method}'s of {count:,}" for method, count in judged.items()))
     for row in rows:
         for column, name in (("recall_at_1_over_bm25", "recall@1"), ("f1_over_bm25", "F1")):
             if column in row:

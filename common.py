@@ -492,8 +492,8 @@ def check_output(flag, path, *others):
 
 
 def check_outside(flag, path, documents, of="--documents"):
-    """Raises UserError where what is written at `path` would be among the documents of a folder, which the
-    flag `of` names; either may be "", which is nowhere."""
+    """Raises UserError where `path`, a file that is written or has answers, would be among the documents of a
+    folder, which the flag `of` names; either may be "", which is nowhere."""
     if not path or not documents:
         return
     inside, folder = Path(os.path.realpath(path)), os.path.realpath(documents)

@@ -80,9 +80,11 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
 
 
 def check_documents(path):
-    """Raises UserError for what is neither a folder nor a file."""
+    """Raises UserError for what is neither folder nor file, and for a set, whose answers would be read."""
     if not Path(path).is_dir() and not Path(path).is_file():
         raise UserError(f"{path}: no such folder of documents, nor a file")
+    if all((Path(path) / name).is_file() for name in ("corpus.jsonl", "queries.jsonl")):
+        raise UserError(f"{path}: a set of questions; its documents are {Path(path) / 'corpus.jsonl'}")
 
 
 def list_documents(path, count_tokens, max_tokens, say):
@@ -257,7 +259,8 @@ def read_jsonl(path):
     """Yields (id, title, text) of the lines of a .jsonl file; the title may be ""."""
     wanted = 'an object {"id": "...", "title": "...", "text": "..."} of UTF-8 strings'
     for number, row in read_rows(path, wanted):
-        id, title, text = name_in(row.get("_id", row.get("id"))), row.get("title") or "", row.get("text", 0)
+        id, title = name_in(row.get("_id", row.get("id"))), name_in(row.get("title") or "")
+        text = row.get("text", 0)
         text = "" if text is None else text
         for name, value in (("id", id), ("title", title), ("text", text)):
             if not isinstance(value, str):
@@ -266,7 +269,7 @@ def read_jsonl(path):
 
 
 def name_in(id):
-    """An id as text: sets number their documents, too."""
+    """An id, or a title, as text: some are numbers."""
     return str(id) if type(id) is int else id
 
 

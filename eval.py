@@ -79,9 +79,10 @@ from interleave import (
     Round,
     answer_questions,
     answers_from_texts,
-    check_lengths,
     documents_of,
+    most_tokens,
     rounds_of,
+    too_long,
 )
 from memory import compile_blocks
 from memory_bank import Bank, is_bank, read_manifest
@@ -96,6 +97,7 @@ from question_sets import (
     read_set,
     read_texts,
     set_files,
+    tell_odd,
 )
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, encode_texts, hash64, sync
@@ -414,9 +416,13 @@ def load_set(config, model, tokenizer, say):
         if model.config.second_look:  # one that has learned to say NOT_FOUND
             drawn = draw(none, min(config.questions, IMPOSSIBLE), config.seed)
             questions = questions + [SetQuestion(text, (), nothing=True) for text, _ in drawn]
+    long = too_long(model, tokenizer, [question.text for question in questions])
+    tell_odd(config.data, {f"questions left out: of more than {most_tokens(model):,} tokens": len(long)}, say)
+    questions = [question for i, question in enumerate(questions) if i not in long]
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
-        texts += read_texts(path, say)
+        own = {*texts}  # what two sets hold is one document
+        texts += [text for text in read_texts(path, say) if text not in own]
         group += range(group[-1] + 1, group[-1] + 1 + len(texts) - counts[-1])
         counts.append(len(texts))
     texts, text_of = passages(texts, tokenizer.count)
@@ -439,7 +445,6 @@ def set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
 def evaluate_set(model, tokenizer, config, ranks, say, on):
     """Yields the rows of the table of answers.py, for one size of memory after another."""
     texts, owner, counts, questions, split = load_set(config, model, tokenizer, say)
-    check_lengths(model, tokenizer, [question.text for question in questions])
     name = Path(config.data).resolve().name
     ks = [*dict.fromkeys(map(int, config.k.split(",")))] if config.k else [
         documents_of(model, config.interleave)]
@@ -497,7 +502,7 @@ def script():
     inputs = [*sets, *given, *(file for path in sets for file in set_files(path))]
     check_output("--json", config.json, *inputs)
     check_output("--plot", config.plot, config.json, *inputs)
-    for flag in ("json", "plot", "memory"):
+    for flag in ("json", "plot", "memory", "data"):
         check_outside(f"--{flag}", getattr(config, flag), config.documents)
     for flag in ("json", "plot"):
         check_outside(f"--{flag}", getattr(config, flag), config.memory, "--memory")

@@ -88,13 +88,23 @@ def context_of(model):
     return model.others.get("max_position_embeddings", CONTEXT)
 
 
-def check_lengths(model, tokenizer, questions):
-    """Raises UserError for a question that leaves documents less than half of the model's context."""
-    most = context_of(model) // 2
-    for question, tokens in zip(questions, tokenizer.encode_batch(questions)):
-        if len(tokens) > most:
-            raise UserError(f"a question has {len(tokens):,} tokens, {question[:50]!r} and so on; this model "
-                            f"takes {most:,} at most: shorten it")
+def most_tokens(model):
+    """How many tokens a question or a document may have: half of the context."""
+    return context_of(model) // 2
+
+
+def too_long(model, tokenizer, questions):
+    """The questions of more than `most_tokens`: {place: tokens}."""
+    lengths = map(len, tokenizer.encode_batch(questions))
+    return {i: length for i, length in enumerate(lengths) if length > most_tokens(model)}
+
+
+def check_lengths(model, tokenizer, questions, where=None):
+    """Raises UserError for a question that is `too_long`; where: file and line of each, or None."""
+    for i, length in too_long(model, tokenizer, questions).items():
+        raise UserError(f"{f'{where[i]}: ' if where else ''}a question has {length:,} tokens, "
+                        f"{questions[i][:50]!r} and so on; this model takes {most_tokens(model):,} at most: "
+                        "shorten it")
 
 
 def fits(model, message, config):

@@ -261,7 +261,10 @@ def script():
     config = command_line(DataConfig, __doc__, table="data")
     out = Path(config.out)
     for folder in own_folders(config):
-        check_outside("--out", out, folder, "--documents" if folder == config.documents else "--data")
+        of = "--documents" if folder == config.documents else "--data"
+        check_outside("--out", out, folder, of)
+        for path in filter(is_questions, [config.questions, *config.data.split(",")]):
+            check_outside("--data" if config.data else "--questions", path, folder, of)
     with replacing(out) as building:
         if config.data:
             tokenizer = write_sets(config, building)

@@ -9,6 +9,7 @@
 A document's title is the first line of its text. Questions come by split (train, test and others).
 """
 import json
+import re
 import unicodedata
 from collections import Counter
 from itertools import chain
@@ -89,7 +90,7 @@ def read_beir(folder, say=print):
     corpus, path = read_corpus(folder, say), Path(folder) / "queries.jsonl"
     place, asked, odd = {id: i for i, id in enumerate(corpus)}, {}, Counter()
     for number, row in read_rows(path):
-        id, text = name_in(row.get("_id")), row.get("text", 0)
+        id, text = name_in(row.get("_id", row.get("id"))), row.get("text", 0)
         if not isinstance(id, str):
             raise UserError(f'{path}:{number}: a question needs an "_id", a string or a whole number')
         if text is None or isinstance(text, str) and not text.strip():
@@ -98,10 +99,12 @@ def read_beir(folder, say=print):
             odd["skipped: an _id that was there before"] += 1
         else:
             asked[id] = question_of(row, "text", f"{path}:{number}")
-    tell_odd(path, odd, say)
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
-    questions = {path.stem: read_qrels(path, asked, place, say) for path in splits}
-    return [*corpus.values()], questions, read_impossible(folder, place)
+    questions = {split.stem: read_qrels(split, asked, place, say) for split in splits}
+    judged = {question._replace(gold=()) for own in questions.values() for question in own}
+    odd["not asked: no qrels name a document that answers"] = len({*asked.values()} - judged)
+    tell_odd(path, odd, say)
+    return [*corpus.values()], questions, read_impossible(folder, place, [*questions])
 
 
 def tell_odd(path, odd, say):
@@ -110,16 +113,18 @@ def tell_odd(path, odd, say):
         say(f"{path}: " + ", ".join(f"{what} ({count:,})" for what, count in odd.items() if count))
 
 
-def read_impossible(folder, place):
+def read_impossible(folder, place, splits):
     """`none` of a folder's impossible.jsonl; {} without one. place: of documents, by their ids. A line:
-    {"text": "...", "document": an _id of the corpus, "split": "train"}. Raises UserError."""
+    {"text": "...", "document": an _id of the corpus, "split": "train"}; without a document training leaves it
+    out, and without a split it is of all `splits`. Raises UserError."""
     path, found = Path(folder) / "impossible.jsonl", {}
     for number, row in read_rows(path) if path.is_file() else ():
         document = name_in(row.get("document"))
-        if not isinstance(document, str) or document not in place:
-            raise UserError(f'{path}:{number}: "document" is {row.get("document")!r}, no _id of corpus.jsonl')
+        if document is not None and (not isinstance(document, str) or document not in place):
+            raise UserError(f'{path}:{number}: "document" is {document!r}, no _id of corpus.jsonl')
         question = question_of(row, "text", f"{path}:{number}")
-        found.setdefault(str(row.get("split")), []).append((question.text, place[document]))
+        for split in [str(row["split"])] if row.get("split") else splits:
+            found.setdefault(split, []).append((question.text, place.get(document)))
     return found
 
 
@@ -143,42 +148,55 @@ def read_corpus(folder, say=print):
 
 
 def question_of(row, name, where):
-    """A SetQuestion, without gold, of an object {name: question, "answers": [...]} or {..., "answer": ""};
-    where: file and line."""
-    text, answers = row.get(name), [] if row.get("answers") in (None, "") else row["answers"]
-    if answers == [] and row.get("answer") not in (None, ""):
-        answers = [row["answer"]]
+    """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
+
+    What else sets have is understood: "answer", one answer that is no list, numbers, true for yes, lists in
+    the list, and all of these in "metadata". "answer_aliases" are right, too.
+    """
+    text, answers = row.get(name), []
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f'{where}: "answers" is {answers!r}; it must be a list of strings')
-    return SetQuestion(text, (), tuple(answer for answer in answers if answer.strip()))
+    for place in (row, row.get("metadata")):
+        for key in ("answers", "answer", "answer_aliases") if isinstance(place, dict) else ():
+            given = place.get(key)
+            if key == "answer_aliases" or not answers:
+                parts = [one for part in (given if isinstance(given, list) else [given])
+                         for one in (part if isinstance(part, list) else [part]) if one is not None]
+                if not all(type(one) in (str, int, float, bool) for one in parts):
+                    raise UserError(f'{where}: "{key}" is {given!r}; it must be a list of strings')
+                texts = [("no", "yes")[one] if type(one) is bool else str(one) for one in parts]
+                answers += [text for text in texts if text.strip()]
+    return SetQuestion(text, (), tuple(dict.fromkeys(answers)))
 
 
 def read_qrels(path, asked, place, say=print):
     """The questions of a file qrels/SPLIT.tsv, with their gold documents.
 
     asked: SetQuestions by their ids; place: of documents, by their ids. Judgements of unknown ids are
-    skipped; a missing header, scores with a decimal point and the four columns of TREC are understood; `say`
-    gets one line that counts them. Raises UserError for a line that is not a judgement at all.
+    skipped; a missing header, scores with a decimal point and, where there is no header, the four columns of
+    TREC are understood; `say` gets one line that counts them. Raises UserError for a line that is not a
+    judgement at all.
     """
-    gold, lost, odd = {}, set(), Counter()
+    gold, lost, odd, header = {}, set(), Counter(), None
     for number, line in numbered(read_text(path)):
-        line = line.rstrip()
-        columns = line.split("\t") if "\t" in line else line.split()
+        line = line.strip()
+        columns = [column.strip() for column in (line.split("\t") if "\t" in line else line.split())]
         if not columns:
             continue
+        first, header = header is None, header or False
+        trec = len(columns) == 4 and not header
         try:
-            score = float(columns[3] if len(columns) == 4 else columns[2])
+            score = float(columns[2 + trec])
         except (ValueError, IndexError):
-            if number == 1 and not (columns[0] in asked and columns[-2:][0] in place):
-                continue  # the names of the columns
+            if first and not (columns[0] in asked and columns[-2:][0] in place):
+                header = True  # the names of the columns
+                continue
             raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
                             "with tabs between") from None
-        query, document = columns[0], columns[2] if len(columns) == 4 else columns[1]
-        odd["no header"] += number == 1
-        odd["four columns"] += len(columns) == 4
-        odd["decimal scores"] += not columns[-1].strip().lstrip("-+").isdigit()
+        query, document = columns[0], columns[1 + trec]
+        odd["no header"] += first
+        odd["four columns"] += trec
+        odd["decimal scores"] += not columns[2 + trec].lstrip("-+").isdigit()
         if query not in asked or document not in place:
             odd["skipped: unknown question or document"] += 1
             lost |= {query} if score > 0 and document not in place else set()
@@ -197,7 +215,7 @@ def read_squad(path, say=print):
 
     The splits are train and test: every fourth article is for testing. Raises UserError for another file.
     """
-    texts, questions, none = [], {"train": [], "test": []}, {"train": [], "test": []}
+    texts, questions, none, blank = [], {"train": [], "test": []}, {"train": [], "test": []}, 0
     try:
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
@@ -205,13 +223,17 @@ def read_squad(path, say=print):
             for paragraph in article["paragraphs"]:
                 for row in paragraph["qas"]:
                     asked = row["question"].strip()
+                    blank += not asked
+                    if not asked:
+                        continue
                     if row.get("is_impossible"):
                         none[split].append((asked, len(texts)))
                         continue
-                    answers = dict.fromkeys(answer["text"] for answer in row.get("answers", []))
+                    answers = dict.fromkeys(answer["text"] for answer in row.get("answers") or [])
                     if not all(isinstance(answer, str) for answer in answers):
                         raise TypeError(f"an answer of {asked!r} is no text")
-                    questions[split].append(SetQuestion(asked, (len(texts),), tuple(answers)))
+                    answers = tuple(answer for answer in answers if answer.strip())
+                    questions[split].append(SetQuestion(asked, (len(texts),), answers))
                 if not isinstance(paragraph["context"], str):
                     raise TypeError("a context is no text")
                 texts.append(titled((article.get("title") or "").replace("_", " "), paragraph["context"]))
@@ -224,6 +246,7 @@ def read_squad(path, say=print):
         raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
     say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
         f"{len(questions['train']):,} of train")
+    tell_odd(path, {"skipped: empty question": blank}, say)
     return texts, questions, none
 
 
@@ -250,7 +273,8 @@ def read_questions(path, documents, say=print):
         nothing = row.get("documents") == [] and not question.answers
         answers = lambda place: holds(documents[place].text, question.answers)
         meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
-        whole = any(len(places) > 1 and not share_a_line(places, documents) for places in found)
+        whole = any(len(places) > 1 and (same(name) in pieces or not share_a_line(places, documents))
+                    for name, places in zip(gold, found))
         question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None
@@ -297,8 +321,9 @@ def share_a_line(places, documents):
 
 
 def holds(text, answers):
-    """Whether a text has one of the answers in it."""
-    return any(answer.lower() in text.lower() for answer in answers)
+    """Whether a text has one of the answers in it, as words: "no" is not in "known"."""
+    return any(re.search(rf"(?<![a-z0-9]){re.escape(answer.lower())}(?![a-z0-9])", text.lower())
+               for answer in answers)
 
 
 def place_of(name, pieces, documents, answer):

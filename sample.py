@@ -39,7 +39,14 @@ from common import (
     write_json,
 )
 from documents import check_documents, documents_size, list_documents, read_documents, tell_skipped
-from interleave import InterleaveConfig, answer_questions, check_lengths, context_of, interleave
+from interleave import (
+    InterleaveConfig,
+    answer_questions,
+    check_lengths,
+    context_of,
+    interleave,
+    most_tokens,
+)
 from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
@@ -233,12 +240,14 @@ def open_bank(model, tokenizer, config, ranks, say, on):
 
 
 def questions_of(config):
-    """The questions of --questions. Raises UserError."""
-    questions = [question_of(row, "question", f"{config.questions}:{line}").text
-                 for line, row in read_rows(Path(config.questions))]
+    """The questions of --questions, and file and line of each. Raises UserError."""
+    questions, where = [], []
+    for line, row in read_rows(Path(config.questions)):
+        where.append(f"{config.questions}:{line}")
+        questions.append(question_of({"question": row.get("question")}, "question", where[-1]).text)
     if not questions:
         raise UserError(f"{config.questions}: no question in it")
-    return questions
+    return questions, where
 
 
 def script():
@@ -247,7 +256,8 @@ def script():
         raise UserError("--documents is missing; give a folder of texts, such as --documents examples, "
                         "or a bank (--memory)")
     keep_freed_memory()
-    questions = questions_of(config) if config.questions else []
+    check_outside("--questions", config.questions, config.documents)
+    questions, lines = questions_of(config) if config.questions else ([], None)
     check_output("--json", config.json, config.questions, config.documents)
     check_outside("--json", config.json, config.documents)
     check_outside("--json", config.json, config.memory, "--memory")
@@ -257,11 +267,11 @@ def script():
     if config.compile:
         compile_blocks(model)
     config.max_document_tokens = config.max_document_tokens or model.config.max_document_tokens
-    if model.config.prompts == "chat" and config.max_document_tokens > context_of(model) // 2:
+    if model.config.prompts == "chat" and config.max_document_tokens > most_tokens(model):
         raise UserError(f"--max-document-tokens is {config.max_document_tokens:,}; this model reads "
                         f"{context_of(model):,} tokens at once, and takes documents of half as many at most")
     ranks = Ranks(model.device, config.timeout)
-    check_lengths(model, tokenizer, questions or [config.question])
+    check_lengths(model, tokenizer, questions or [config.question], lines)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if not config.checkpoint and default == "checkpoints/demo":
         say("asking checkpoints/demo, which knows synthetic sentences alone; `make ask` brings a real model")

@@ -44,13 +44,14 @@ NO_TESTS = ("train", "unlabelled")  # splits of questions that no test asks
 
 
 def training_questions(path, documents):
-    """The Questions of a .jsonl file about `documents`, each with one answer and its hops in order. Raises
-    UserError that names the line."""
+    """The Questions of a .jsonl file about `documents`, each with one answer, of "answers" the first, and its
+    hops in order. Raises UserError that names the line."""
     pieces, questions = pieces_of(documents), {}
     wanted = 'an object with "question", "answer" (text) and "documents" (a list)'
     for number, row in read_rows(path, wanted):
         try:
-            text, answer, names = row["question"], row["answer"], row["documents"]
+            text, names = row["question"], row["documents"]
+            answer = row["answer"] if "answer" in row else row["answers"][0]
             pooled = row.get("pooled", False)
             if not (isinstance(text, str) and isinstance(answer, str) and isinstance(names, list)
                     and text.strip() and answer.strip()):
@@ -68,7 +69,7 @@ def training_questions(path, documents):
             questions[question] = questions.get(question, 0) + 1
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"{path}:{number}: not {wanted}") from None
     again = sum(questions.values()) - len(questions)  # one of two could train, the other validate
     tell_odd(path, {"skipped: asked again": again}, print)

@@ -123,6 +123,8 @@ def test_long_lines_are_split(tmp_path, text, count):
 
 @pytest.mark.parametrize("make,message", [
     (lambda folder: None, "no such folder of documents"),
+    (lambda folder: [folder.mkdir(), *((folder / f"{name}.jsonl").touch() for name in ("corpus", "queries"))],
+     "a set of questions; its documents are .*corpus.jsonl"),
     (lambda folder: folder.mkdir(), "no text in it; expected text files"),
     (lambda folder: folder.write_text(" \n"), "no text in it"),
     (lambda folder: [folder.mkdir(), (folder / "a.txt").write_text(" \n")], "no text in it"),

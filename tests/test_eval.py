@@ -494,6 +494,21 @@ def test_sets(evaluate_set, tokenizer, tmp_path):
     assert {question for question, *_ in seen} < {f"Which item is {word}?" for word in words[::2]}
 
 
+def test_what_a_set_leaves_out(evaluate_set, tmp_path):
+    """One question, with the history of its conversation, would cost a whole set; or what a distractor holds,
+    too, count as a wrong answer."""
+    data = write_set(tmp_path / "set", "amber teal otter heron".split())
+    more = write_set(tmp_path / "more", "amber khaki".split())  # "amber" as in the set
+    with open(data / "queries.jsonl", "a") as file:
+        file.write(json.dumps({"_id": "q-teal", "text": "Why? " * 10_000}) + "\n")
+    with open(data / "qrels" / "test.tsv", "a") as file:
+        file.write("q-teal\tteal\t1\n")
+    rows, _, out = evaluate_set("--data", data, "--distractors", more, "--questions", 1)
+    assert f"{data}: questions left out: of more than 16,384 tokens (1)" in out
+    assert {row["documents"] for row in rows} == {4, 5}
+    assert {row["questions_of_recall"] for row in rows} == {2}
+
+
 def test_impossible(evaluate_set, checkpoint, tmp_path):
     """Questions that nothing answers would be asked of a model that never learned to say so, count among
     those with an answer, or be those of another split."""
@@ -591,7 +606,8 @@ def test_questions_about_whole_files(evaluate_set, tmp_path):
 
 
 def test_a_set_without_answers(evaluate_set, checkpoint, tmp_path):
-    """A set that nobody answers would have a second look taken at each of its questions, for hours."""
+    """A set that nobody answers would have a second look taken at each of its questions, for hours; or shares
+    of all questions stand beside shares of some, and nobody say so."""
     data = write_set(tmp_path / "set", "amber teal otter heron khaki".split())
     lines = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
     (data / "queries.jsonl").write_text("".join(json.dumps({"_id": row["_id"], "text": row["text"]}) + "\n"
@@ -601,9 +617,10 @@ def test_a_set_without_answers(evaluate_set, checkpoint, tmp_path):
     about["msa_config"]["second_look"] = 2
     (tmp_path / "looks" / "config.json").write_text(json.dumps(about))
     for count, looked in ((2, 2), (0, len(lines))):
-        rows, _, _ = evaluate_set("--data", data, "--questions", count, "--checkpoint", tmp_path / "looks")
+        rows, _, out = evaluate_set("--data", data, "--questions", count, "--checkpoint", tmp_path / "looks")
         found = {row["method"]: row["questions_of_recall"] for row in rows}
         assert found == dict(bm25=len(lines), routing=len(lines), memory=looked)
+        assert ("of different questions: bm25's of 3, routing's of 3, memory's of 2" in out) == (count == 2)
 
 
 @pytest.mark.parametrize("flags,message", [

@@ -450,3 +450,10 @@ def test_questions_as_windows_writes_them(own):
     (own / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     texts = [question.text for question in training_questions(own / "q.jsonl", documents)]
     assert texts == ["What is alpha?", "Two\u2028lines?", "What is beta?"]
+
+
+def test_answers_in_a_list(own):
+    """A file that eval.py asks would not do for training."""
+    listed = {name: value for name, value in ALPHA.items() if name != "answer"}
+    write_lines(own / "q.jsonl", [listed | {"answers": ["one", "1"]}, BETA])
+    assert training_questions(own / "q.jsonl", documents_of(own))[0].answer == "one"

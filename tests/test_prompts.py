@@ -456,6 +456,8 @@ def test_lengths(tmp_path):
     check_lengths(SimpleNamespace(others={}), tokenizer, ["x" * 16384])
     with pytest.raises(UserError, match="a question has 51 tokens, 'x{50}' and so on; this model takes 50"):
         check_lengths(model, tokenizer, ["Why?", "x" * 51])
+    with pytest.raises(UserError, match="^q.jsonl:2: a question has 51 tokens"):
+        check_lengths(model, tokenizer, ["Why?", "x" * 51], ["q.jsonl:1", "q.jsonl:2"])
 
 
 def test_chat_in_shared_mode(ask, monkeypatch):

@@ -65,6 +65,7 @@ def test_read_beir(tmp_path):
     ("q0\t0\td0\t1\nq1\t0\td2\t0\nq1\tQ0\td3\t2\n", {"q0": (0,), "q1": (3,)},
      "no header (1), four columns (3)"),
     ("q0 0 d0 1\nq1 0 d2 1\n", {"q0": (0,), "q1": (2,)}, "no header (1), four columns (2)"),
+    ("\nquery-id\tcorpus-id\tscore\thop\nq0 \t d0\t1\t1\nq0\td1\t0\t1\n", {"q0": (0,)}, None),
     (HEAD + "q0\td0\t-1\n", {}, None),
     ("\ufeff" + HEAD + "q0\td0\t1\r\n", {"q0": (0,)}, None)])
 def test_odd_judgements(tmp_path, text, gold, message):
@@ -75,6 +76,7 @@ def test_odd_judgements(tmp_path, text, gold, message):
     _, questions, _ = read_beir(folder, said.append)
     names = {"Which is third?": "q0", "Which are first?": "q1"}
     assert {names[question.text]: question.gold for question in questions["test"]} == gold
+    said = [line for line in said if "qrels/test.tsv" in line]
     assert said == ([f"{folder}/qrels/test.tsv: {message}"] if message else [])
 
 
@@ -92,13 +94,41 @@ def test_numbers_as_ids(tmp_path):
         read_beir(folder)
 
 
-@pytest.mark.parametrize("answer", ["0", "false", "5", "true", "[]", "{}"])
+@pytest.mark.parametrize("fields,answers", [
+    ('"answer": 0', ("0",)), ('"answer": false', ("no",)), ('"answers": 5.5', ("5.5",)),
+    ('"answers": "c"', ("c",)), ('"answers": [["x", "y"], [true], null, " "]', ("x", "y", "yes")),
+    ('"answers": [], "answer": ["x"]', ("x",)), ('"answers": ["x"], "answer": "y"', ("x",)),
+    ('"answer": "x", "answer_aliases": ["y", "x"]', ("x", "y")),
+    ('"metadata": {"answer": "x", "answer_aliases": ["y"]}', ("x", "y")),
+    ('"answer": [], "metadata": 5', ())])
+def test_how_answers_are_spelled(tmp_path, fields, answers):
+    """A set would be refused, or an answer that is right be wrong, for the way in which others write them."""
+    folder = beir_set(tmp_path / "set")
+    (folder / "queries.jsonl").write_text('{"id": "q", "text": "How many?", ' + fields + "}")
+    (folder / "qrels" / "test.tsv").write_text(HEAD + "q\td1\t1\n")
+    assert read_beir(folder)[1]["test"] == [SetQuestion("How many?", (1,), answers)]
+
+
+@pytest.mark.parametrize("answer", ["{}", "[{}]", '[["x", ["y"]]]'])
 def test_answers_that_are_no_text(tmp_path, answer):
-    """A number that answers would be left out, and its question not be asked."""
+    """An object that answers would be left out, and its question not be asked."""
     folder = beir_set(tmp_path / "set")
     (folder / "queries.jsonl").write_text('{"_id": "q", "text": "How many?", "answer": ' + answer + "}")
-    with pytest.raises(UserError, match='queries.jsonl:1: "answers" is .*; it must be a list of strings'):
+    with pytest.raises(UserError, match='queries.jsonl:1: "answer" is .*; it must be a list of strings'):
         read_beir(folder)
+
+
+def test_what_is_not_asked(tmp_path):
+    """A question that nobody judged would vanish, and one that nothing answers, where its split is not
+    named; or a title that is a number be refused."""
+    folder, said = beir_set(tmp_path / "set"), []
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": 1984, "text": "Text."}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q0", "text": "Which?"}\n{"_id": "q1", "text": "Who?"}\n')
+    (folder / "impossible.jsonl").write_text('{"text": "Why?"}\n{"text": "How?", "split": "test"}\n')
+    texts, questions, none = read_beir(folder, said.append)
+    assert texts == ["1984\nText."] and questions["test"] == [SetQuestion("Who?", (0,))]
+    assert none == {"test": [("Why?", None), ("How?", None)], "train": [("Why?", None)]}
+    assert f"{folder}/queries.jsonl: not asked: no qrels name a document that answers (1)" in said
 
 
 @pytest.mark.parametrize("file,text,message", [
@@ -108,7 +138,6 @@ def test_answers_that_are_no_text(tmp_path, answer):
     ("queries.jsonl", '{"text": "a"}\n', 'queries.jsonl:1: a question needs an "_id"'),
     ("queries.jsonl", '\n[]\n', "queries.jsonl:2: not a JSON object"),
     ("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n', "queries.jsonl:1: not a JSON object"),
-    ("queries.jsonl", '{"_id": "a", "text": "b", "answers": "c"}\n', "queries.jsonl:1: \"answers\" is 'c'"),
     ("corpus.jsonl", '{"_id": "a", "text": ""}\n', "corpus.jsonl: no document in it"),
     ("qrels/test.tsv", HEAD + "q0\td1\tbest\n", "test.tsv:2: 'q0.*is not a question's id"),
     ("qrels/test.tsv", HEAD + "q0\td1\t--1\n", "test.tsv:2"),
@@ -175,6 +204,12 @@ def test_read_squad(tmp_path):
         read_squad(path)
     path.write_text(json.dumps({"data": [article("A") | {"title": None}]}))
     assert read_squad(path)[0] == ["A text."]
+    blank, none = article("", ("Why?", False), (" ", False), (" ", True)), article("C", ("Who?", False))
+    none["paragraphs"][0]["qas"][0]["answers"] = None
+    path.write_text(json.dumps({"data": [blank, none]}))
+    _, questions, none = read_squad(path, said.append)
+    assert questions["train"] == [SetQuestion("Why?", (0,)), SetQuestion("Who?", (1,))] and not none["train"]
+    assert said[-1] == f"{path}: skipped: empty question (2)"
 
 
 def test_titled():
@@ -219,6 +254,19 @@ def test_read_questions(tmp_path):
     path.write_text("\n")
     with pytest.raises(UserError, match="no question in it"):
         read_questions(path, documents)
+
+
+def test_a_document_of_one_long_line(tmp_path):
+    """A document of a .jsonl file is one line: the piece where a letter of the answer stands would be meant
+    in its place; of a line that is named the piece that holds the answer as a word."""
+    path, rows = tmp_path / "own.jsonl", tmp_path / "news.jsonl"
+    rows.write_text('{"id": "news", "text": "known as one two no three"}\n')
+    documents = list(read_documents(rows, lambda text: len(text.split()), 3))
+    assert [document.text for document in documents] == ["known as one", "two no three"]
+    path.write_text('{"question": "Is it?", "answer": "no", "documents": ["news"]}\n'
+                    '{"question": "Is it so?", "answer": "no", "documents": ["news:1"]}\n')
+    whole, line = read_questions(path, documents)
+    assert whole.whole and not line.whole and line.gold == (1,)
 
 
 # ------------------------------------------------------------------------------------------------------------
