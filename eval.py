@@ -419,6 +419,8 @@ def load_set(config, model, tokenizer, say):
     long = too_long(model, tokenizer, [question.text for question in questions])
     tell_odd(config.data, {f"questions left out: of more than {most_tokens(model):,} tokens": len(long)}, say)
     questions = [question for i, question in enumerate(questions) if i not in long]
+    if not questions:
+        raise UserError(f"{config.data}: no question is left to ask")
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         own = {*texts}  # what two sets hold is one document
