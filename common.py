@@ -353,10 +353,12 @@ def read_text(path):
 
 
 def check_download(head, path, page=False):
-    """Raises UserError where the first bytes of a file are of what git-lfs puts in its place, or, with
-    `page`, of a web page."""
+    """Raises UserError where the first bytes of a file are of what git-lfs puts in its place, of gzip's, or,
+    with `page`, of a web page."""
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a pointer of git-lfs, not the file; git lfs pull brings it")
+    if head.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path}: compressed; gunzip it first")
     if page and head.lstrip().startswith(b"<"):
         raise UserError(f"{path}: a web page, not the file; download it again")
 

@@ -200,7 +200,7 @@ def test_read_squad(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_squad(tmp_path / "none.json")
     path.write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(UserError, match=f"^{path}: (?!not a file of SQuAD's)"):
+    with pytest.raises(UserError, match=f"^{path}: compressed; gunzip it first"):
         read_squad(path)
     path.write_text(json.dumps({"data": [article("A") | {"title": None}]}))
     assert read_squad(path)[0] == ["A text."]
