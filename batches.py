@@ -66,8 +66,9 @@ class Read:
 
 @dataclass(eq=False)
 class Pick:
-    """The token that comes next, one of `choices` where there are any."""
+    """The token that comes next, one of `choices` where there are any; begins: an answer begins with it."""
     choices: tuple = ()
+    begins: bool = False
 
 
 def parts_of(questions, label, batch):
@@ -116,9 +117,10 @@ REQUESTS = Find, Likelihood, Prompt, Name, Read, Pick  # in the order in which a
 class Server:
     """Answers requests, those of several rows in one read. A method takes {row: request}, returns replies."""
 
-    def __init__(self, model, rows, choose, prepare=lambda logits: logits, agree=lambda choices: choices):
-        """choose: logits (n, m) -> indices (n,); prepare: logits (n, V) of what a text goes on with, before;
-        agree: rank 0's choices, on every rank."""
+    def __init__(self, model, rows, choose, prepare=lambda logits, begins: logits,
+                 agree=lambda choices: choices):
+        """choose: logits (n, m) -> indices (n,); prepare: what logits (n, V) are before, where answers begin
+        or go on; agree: rank 0's choices, on every rank."""
         self.model, self.rows, self.choose, self.prepare, self.agree = model, rows, choose, prepare, agree
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
         self.picked, self.ids = ([], None), {}       # ((row, token) of the last picks, these on the device)
@@ -207,8 +209,8 @@ class Server:
         """Tokens; the only wait of a step in which all questions write their answers."""
         groups, rows, picked = {}, [], []
         for row, request in asked.items():
-            groups.setdefault(request.choices, []).append(row)
-        for choices, members in groups.items():
+            groups.setdefault((request.choices, request.begins), []).append(row)
+        for (choices, begins), members in groups.items():
             logits = torch.stack([self.logits[row] for row in members])
             if choices:
                 if choices not in self.ids:
@@ -216,7 +218,7 @@ class Server:
                 ids = self.ids[choices]
                 picked.append(ids[self.choose(logits[:, ids])])
             else:
-                picked.append(self.choose(self.prepare(logits)))
+                picked.append(self.choose(self.prepare(logits, begins)))
             rows += members
         tokens = self.agree(torch.cat(picked))
         told = list(zip(rows, tokens.tolist()))

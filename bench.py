@@ -569,8 +569,9 @@ def script():
                         "bfloat16, else float32")
     parser.add_argument("--shortest", type=int, default=2048, help="tokens, of linear")
     parser.add_argument("--longest", type=int, default=2 ** 20, help="tokens, of linear")
-    parser.add_argument("--plot", default="", help="of linear: a .png file")
-    parser.add_argument("--json", default="", help="write a file, or into a folder, named by the device")
+    parser.add_argument("--plot", default="", type=os.path.expanduser, help="of linear: a .png file")
+    parser.add_argument("--json", default="", type=os.path.expanduser,
+                        help="write a file, or into a folder, named by the device")
     parser.add_argument("--chunks", type=int, default=0, help="to route; default 200,000, on a GPU 1,048,576")
     numbers = lambda text: [int(number) for number in text.split(",")]
     parser.add_argument("--questions", type=numbers, help="to route: 1,8,64")
@@ -581,7 +582,7 @@ def script():
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
     check_drawing(args.plot)
     check_output("--plot", args.plot)
-    if not Path(args.json).expanduser().is_dir():
+    if not Path(args.json).is_dir():
         check_output("--json", args.json, args.plot)
     if args.chunks and args.chunks < 1000 or min([*(args.questions or [1]), *(args.tokens or [1])]) < 1:
         raise UserError("--chunks is at least 1000, --questions and --tokens are at least 1")
@@ -589,21 +590,24 @@ def script():
         raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be at "
                         "least 64, the second not less")
     if args.what == "plan":
-        from train import TrainConfig
+        from train import TrainConfig, changes_of
         if not (args.gpus > 0 and 0 < args.mfu <= 1):
             raise UserError(f"--gpus is {args.gpus} and --mfu {args.mfu}; at least 1, and above 0 up to 1")
         config = command_line(TrainConfig, __doc__, [*([args.config] if args.config else []), *settings])
         if config.init_from and config.model.vocab_size == ModelConfig().vocab_size:  # it has no sizes
-            config.model = MSA.read_config(find_base(config.init_from))[0]
+            loaded = MSA.read_config(find_base(config.init_from))[0]
+            config.model = dataclasses.replace(loaded, **changes_of(config, loaded))
         print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, PEAK), GPU_BYTES, args.mfu, PEAK)
         return
     keep_freed_memory()
     device, _, reason = detect_device(args.device)
+    if device.type == "mps":
+        device, reason = torch.device("cpu"), f"{reason}, which is not timed here"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     kernels = "Triton" if K.use_triton(torch.empty(0, device=device)) else "PyTorch"
     print(f"device: {name} ({reason}); torch {torch.__version__}; kernels: {kernels}")
     torch.manual_seed(1)
-    bench, path = Bench(device), Path(args.json).expanduser()
+    bench, path = Bench(device), Path(args.json)
     if args.what == "linear" and args.dtype:
         bench.dtype = getattr(torch, args.dtype)
     if path.is_dir():

@@ -336,12 +336,12 @@ class Pretrained:
         """
         folder = find(name)
         stored, others = cls.read_config(folder)
+        config = merge(stored, changes, "from_pretrained")
         if "base" in others:
-            config = merge(stored, changes, "from_pretrained")
             return cls.from_base(folder, config, others, device, dtype, merged)
         with torch.device("meta"):
-            model = cls(merge(stored, changes, "from_pretrained"))
-        config, model.others, weights = model.config, others, Weights(folder)
+            model = cls(config)
+        model.others, weights = others, Weights(folder)
         unused = r"rotary_emb\.inv_freq$|(^|\.)temperature$"
         if config.tie_word_embeddings:
             unused += "|^lm_head.weight$"

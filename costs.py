@@ -124,7 +124,7 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
     shared = dict(weights=4 * P / gpus, gradients=4 * P / gpus, moments=8 * P / gpus, all_weights=2 * P,
                   all_gradients=6 * P + 4 * P * (config.accumulate > 1))
     fits = sum(ddp[name] for name in ("weights", "gradients", "moments", "buckets")) <= 0.75 * gpu_bytes
-    out = config.shard == "on" or config.shard == "auto" and gpus > 1 and not (fits or config.rank)
+    out = gpus > 1 and (config.shard == "on" or config.shard == "auto" and not (fits or config.rank))
     tokens, asked = sum(lengths), sum(rows * width + before for rows, width, before, _ in batches)
     largest = max(rows * width + before for rows, width, before, _ in batches)
     chunks = sum(-(-length // shape.chunk_size) for length in lengths)

@@ -461,6 +461,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
     read = reader(model, tokenizer, encoded, config.interleave, config.batch)
     for count, search in zip(counts, searches):
+        memory = None  # the last one goes before the next one is opened
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
         by_words = lambda asked: [([place for place, _ in search(text, most)], most) for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
@@ -528,10 +529,8 @@ def script():
             if config.json and ranks.rank == 0:
                 write_json(config.json, rows)  # after every length: long runs end early
     ranks.end()
-    if config.plot and ranks.rank == 0 and config.data:
-        plot_set(rows, config.plot)
-    elif config.plot and ranks.rank == 0:
-        plot(rows, config.plot, beside)
+    if config.plot and ranks.rank == 0:
+        plot_set(rows, config.plot) if config.data else plot(rows, config.plot, beside)
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def fits(model, message, config):
     return len(message) + min(config.max_answer_tokens, most // 4) <= most
 
 
-def reluctant(model, tokenizer, logits):
-    """Logits (..., V) of what a chat backbone's answer goes on with. One that has learned to refuse does so
-    only where NOT_FOUND leads by REFUSAL_MARGIN."""
-    if model.config.prompts == "chat" and model.config.second_look:
+def reluctant(model, tokenizer, logits, begins):
+    """Logits (..., V) of the next token, with which an answer `begins` or not. A chat backbone that has
+    learned to refuse does so only where NOT_FOUND leads by REFUSAL_MARGIN."""
+    if begins and model.config.prompts == "chat" and model.config.second_look:
         logits = logits.clone()
         logits[..., tokenizer.refusal[0]] -= REFUSAL_MARGIN
     return logits
@@ -151,7 +151,7 @@ def answer(tokenizer, stop, limit, one_line=False):
     for _ in range(limit):
         if found:
             yield Read(found[-1:])
-        token = yield Pick()
+        token = yield Pick(begins=not found)
         if token in stop:
             break
         found.append(token)
@@ -200,7 +200,7 @@ def run(model, tokenizer, loops, config, batch, memory=None):
     """Serves loops, `batch` at a time: yields (place of the loop, event). memory: whose ranks agree."""
     ranks = dict(agree=memory.ranks.agree) if isinstance(memory, ParallelMemory) else {}
     # A vocabulary may be padded
-    prepare = lambda logits: reluctant(model, tokenizer, logits)[:, :tokenizer.vocab_size]
+    prepare = lambda logits, begins: reluctant(model, tokenizer, logits, begins)[:, :tokenizer.vocab_size]
     pick = partial(choose, temperature=config.temperature, top_p=config.top_p)
     yield from serve(loops, Server(model, batch, pick, prepare, **ranks))
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, atomic_file, check_least, command_line, main, read_text, write_rows
-from tasks import Words
+from tasks import Words, hide
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {} for {} is: {}."
@@ -77,6 +77,7 @@ class Draw:
     def __init__(self, words, split, rng):
         self.words, self.rng, self.used = words, rng, set()
         self.pairs = words.of_split(split)
+        self.most = int(self.pairs.sum())
 
     def value(self, kind):
         """A random value: seven digits, an adjective and a noun, or a uuid."""
@@ -90,7 +91,9 @@ class Draw:
                 return self.words.key(pair)
 
     def key(self, kind):
-        """A value that was not drawn before as a key."""
+        """A value that was not drawn before as a key. Raises UserError where there are no more."""
+        if kind == "words" and len(self.used) >= self.most:
+            raise UserError(f"there are {self.most:,} keys of two words; ask for a smaller memory")
         while True:
             key = self.value(kind)
             if key not in self.used:
@@ -189,14 +192,6 @@ def essay_passages(folder, split):
         if (zlib.crc32(name.encode()) % TRAIN_SOURCES == 0) == (split == "train"):
             known |= {" ".join(passage): passage for passage in pack_sentences(text)}
     return list(known.values())
-
-
-def hide(needles, sentences, rng):
-    """A document of `sentences` with needles at random places between them."""
-    sentences = list(sentences)
-    for needle in needles:
-        sentences.insert(int(rng.integers(len(sentences) + 1)), needle)
-    return " ".join(sentences)
 
 
 class Haystack:

@@ -168,7 +168,8 @@ def own_folders(config):
 def write_sets(config, folder):
     """Pools of sets of questions, which take turns; returns the tokenizer."""
     paths = [path for path in config.data.split(",") if path]
-    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths) for text in read_texts(path)))
+    tokenizer = make_encoding(config, (text for path in dict.fromkeys(paths)
+                                      for text in read_texts(path, lambda _: None)))
     rng = np.random.default_rng(config.seed)
     sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
             for path in paths}

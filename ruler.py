@@ -135,7 +135,7 @@ def grow(haystack, tokenizer, lengths, seed):
     numbers: a random permutation; ends: tokens up to the end of each document, numbers and punctuation
     counted; counts: documents that each length holds.
     """
-    texts, count = [], 64
+    count = 64
     while True:
         haystack.grow(count)
         texts = [" ".join(sentences) for sentences in haystack.sentences]
@@ -236,8 +236,8 @@ def ask_all(ask, questions):
 
 # ------------------------------------------------------------------------------------------------------------
 
-def evaluate(model, tokenizer, config, done, say):
-    """Yields rows. done: a function that says whether a row with these (task, method, length) is there."""
+def evaluate(model, tokenizer, config, done):
+    """Yields rows. done: the (task, method, length) of those that are there."""
     lengths, words, tasks = parse_lengths(config.lengths), Words(), config.tasks.split(",")
     methods = config.methods.split(",")
     trained, shared = model.trained_routers, {}  # tasks by their haystack
@@ -246,14 +246,14 @@ def evaluate(model, tokenizer, config, done, say):
     for kind, names in shared.items():
         wanted = [(name, method, length) for name in names for method in methods
                   for length in (lengths if method in ("bm25", "memory") else [0])
-                  if not done(name, method, length)]
+                  if (name, method, length) not in done]
         if not wanted:
             continue
         texts, numbers, ends, counts, asked = lay_out_tasks(names, words, tokenizer, lengths, config)
         order = np.argsort(numbers)  # a memory is in the order of its numbers, which count from 0
         encoded = memory = ask = None  # the last haystack's are not held while this one is encoded
         speed = seconds = 0
-        say(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
+        print(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
             f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
             questions, at = asked[name], lengths.index(length) if length else 0
@@ -274,7 +274,7 @@ def evaluate(model, tokenizer, config, done, say):
                     encoded = tokenizer.encode_batch(texts)
                     memory, speed = encode_texts(model, tokenizer, [encoded[i] for i in order])
                     seconds = time.perf_counter() - began
-                    say(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
+                    print(f"encoded {speed:,.0f} tokens/s; {seconds:,.0f} s", flush=True)
                 held = np.flatnonzero(order < count)
                 ask = memory_asker(model, tokenizer, memory if count == len(texts) else memory.subset(held),
                                    [encoded[i] for i in order[held]], numbers[:count], config)
@@ -284,7 +284,7 @@ def evaluate(model, tokenizer, config, done, say):
                        documents=count if length else 0,
                        distinct=len({*texts[:count]}) if length else 0, **measured,
                        encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
-            say(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
+            print(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
                 f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
             yield row, said
             seconds = 0  # the haystack's are counted once
@@ -339,7 +339,7 @@ def script():
           f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")
     began = time.perf_counter()
     with torch.no_grad():
-        for row, said in evaluate(model, tokenizer, config, lambda *key: key in done, print):
+        for row, said in evaluate(model, tokenizer, config, done):
             rows.append(row | about)
             if config.answers:
                 with open(config.answers, "a", encoding="utf-8") as file:

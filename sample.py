@@ -294,8 +294,12 @@ def script():
     about, reaches = (model, tokenizer, memory, texts, where), chance(model, tokenizer, memory)
 
     def ask(question):
+        nonlocal reaches
         if config.memory:
+            bank = memory.bank
             memory.refresh()  # it may have changed since the last question
+            if memory.bank is not bank:
+                reaches = chance(model, tokenizer, memory)
             if not len(memory):
                 raise UserError(f"{config.memory}: holds no documents any more; bring some with --documents")
         show(*about, question, config, reaches, say)

@@ -88,7 +88,8 @@ def bank_routers(model, tokenizer, folder, texts, ranks, content="bfloat16"):
 
 def hash64(*parts):
     """Strings -> an unsigned 64-bit number."""
-    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+    data = "\0".join(parts).encode(errors="replace")  # a set may hold half characters
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class Changes:
@@ -235,7 +236,7 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
                     records, tokens = encode_records(model, tokenizer, share, bank.layout)
                     pieces.append(records)
                     encoded += tokens
-                bar.update(sum(len(document.text.encode()) for document in group))
+                bar.update(sum(len(document.text.encode(errors="replace")) for document in group))
                 speed = encoded * ranks.world / (time.monotonic() - began)
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
     ranks.wait("written")

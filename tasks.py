@@ -159,11 +159,17 @@ def colour_question(key, document, colour):
     return Question(COLOUR_QUESTION.format(key), ((document,),), colour, pooled=True)
 
 
+def hide(needles, sentences, rng):
+    """A document of `sentences` with needles at random places between them."""
+    sentences = list(sentences)
+    for needle in needles:
+        sentences.insert(int(rng.integers(len(sentences) + 1)), needle)
+    return " ".join(sentences)
+
+
 def fill(words, text, count, rng):
     """`text` at a random place among `count` noise sentences."""
-    sentences = [words.noise(rng) for _ in range(count)]
-    sentences.insert(int(rng.integers(count + 1)), text)
-    return " ".join(sentences)
+    return hide([text], [words.noise(rng) for _ in range(count)], rng)
 
 
 def values(count, rng):

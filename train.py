@@ -119,6 +119,19 @@ def learning_rate(step, config):
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
 
 
+def changes_of(config, loaded):
+    """What `config.model` changes of `loaded`, the configuration of what `init_from` names: {field: value}.
+    Raises UserError."""
+    backbone = loaded.prompts != "nanomsa"
+    free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
+    changes = own_settings(config, loaded, ("second_look",) if config.rank else free)
+    if config.rank:
+        changes["second_look"] = changes["second_look"] or loaded.second_look
+    elif backbone:
+        changes |= dict(attend_memory=True, prompts="nanomsa", second_look=0)
+    return changes
+
+
 def start_from(config, folder, tokenizer, device, dtype):
     """The model of `folder`, which `init_from` names. One of train.py's goes on as it is. A backbone keeps
     its sizes and weights, and is a memory model as `config.model` says; routers that it lacks: see
@@ -131,13 +144,7 @@ def start_from(config, folder, tokenizer, device, dtype):
     if config.rank > loaded.hidden_size:
         raise UserError(f"rank is {config.rank}; at most {loaded.hidden_size}, the width of --init-from "
                         f"{config.init_from}")
-    backbone = loaded.prompts != "nanomsa"
-    free = (*ROUTING, "number_chunk", "normalize_values", "score_bias") if backbone else ()
-    changes = own_settings(config, loaded, ("second_look",) if config.rank else free)
-    if config.rank:
-        changes["second_look"] = changes["second_look"] or loaded.second_look
-    elif backbone:
-        changes |= dict(attend_memory=True, prompts="nanomsa", second_look=0)
+    changes = changes_of(config, loaded)
     if not tokenizer.extends(load_tokenizer(folder, loaded)):
         raise UserError(f"{config.data.out}: prepared with another tokenizer than that of --init-from "
                         f"{config.init_from}, in which its tokens are other words; run prepare_data.py with "

@@ -33,10 +33,10 @@ from tasks import Question
 
 QUESTION_TOKENS = 1024  # longer ones are left out: all questions of a pool are padded to the longest
 ANSWER_TOKENS = 24      # a question whose shortest answer is longer is left out: sentences are not answers
+ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
 # Names, aside from a first word's capital, and numbers of two digits or more
 NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
-ANSWER_WORDS = 4        # but so many words are one, however many tokens they have: a uuid has 36
 IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks

@@ -75,11 +75,12 @@ def read_state(folder, model, optimizer, about):
             parts.setdefault(name, []).append(file.get_slice(name))
     shapes = {name: (sum(part.get_shape()[0] for part in slices), *slices[0].get_shape()[1:])
               for name, slices in parts.items()}
-    weights, learns = model.trained(), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    weights = model.trained()
+    stepped = {name: parameter for name, parameter in model.named_parameters()
+               if parameter.requires_grad and f"{name}.step" in shapes}
     own = {name: tuple(x.shape) for name, x in weights.items()}
-    own |= {f"{name}.{kind}": tuple(p.shape) for name, p in learns.items() for kind in MOMENTS
-            if f"{name}.step" in shapes}
-    own |= {f"{name}.step": (1,) for name in learns if f"{name}.step" in shapes}
+    own |= {f"{name}.{kind}": tuple(p.shape) for name, p in stepped.items() for kind in MOMENTS}
+    own |= {f"{name}.step": (1,) for name in stepped}
     check_shapes(own, shapes, lambda name: Path(folder) / about["files"][0])
 
     def fill(name, tensor):
@@ -98,11 +99,10 @@ def read_state(folder, model, optimizer, about):
     for name, tensor in weights.items():
         fill(name, tensor)
     fused = optimizer.param_groups[0]["fused"]
-    for name, parameter in learns.items():
-        if f"{name}.step" in parts:
-            step = fill(f"{name}.step", torch.zeros(1, device=parameter.device if fused else "cpu"))
-            optimizer.state[parameter] = {"step": step.reshape(())} | {
-                kind: fill(f"{name}.{kind}", torch.zeros_like(parameter)) for kind in MOMENTS}
+    for name, parameter in stepped.items():
+        step = fill(f"{name}.step", torch.zeros(1, device=parameter.device if fused else "cpu"))
+        optimizer.state[parameter] = {"step": step.reshape(())} | {
+            kind: fill(f"{name}.{kind}", torch.zeros_like(parameter)) for kind in MOMENTS}
 
 
 class Log:

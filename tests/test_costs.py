@@ -1,4 +1,5 @@
 """What training costs, counted and measured."""
+import dataclasses
 import sys
 
 import pytest
@@ -84,6 +85,20 @@ def test_plan_of_a_configuration(name, gpus, parameters, shared, monkeypatch, ca
     said = capsys.readouterr().out
     assert said.startswith(parameters) and f"{gpus} x 80 GB; weights {shared}" in said
     assert said.splitlines()[-2].split()[-1] == "fits" and "TFLOP a pool" in said
+
+
+def test_plan_of_a_backbone_by_name(tmp_path, monkeypatch, capsys):
+    """A backbone whose sizes the configuration does not repeat would be counted as one that does not read the
+    memory, and what the configuration says of it not at all."""
+    MSA(dataclasses.replace(SMALL, prompts="chat")).save_pretrained(tmp_path)
+    seen, count = [], bench.plan
+    noting = lambda config, *more: seen.append(config.model) or count(config, *more)
+    monkeypatch.setattr(bench, "plan", noting)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--init-from", str(tmp_path), "--model.top-k", "5"])
+    main(bench.script)
+    model, = seen
+    assert model.attend_memory and model.prompts == "nanomsa" and model.top_k == 5
+    assert model.hidden_size == SMALL.hidden_size
 
 
 @pytest.mark.parametrize("flags,message", [

@@ -545,8 +545,8 @@ def test_a_long_document(evaluate_set, tmp_path):
 
 
 def test_a_set_in_a_bank(evaluate_set, tmp_path):
-    """A bank would hold other documents than the set, be searched beyond the size that a row is about, or be
-    encoded twice."""
+    """A bank would hold other documents than the set, be searched beyond the size that a row is about, be
+    encoded twice, or fail for half a character."""
     data = write_set(tmp_path / "set", "amber teal otter heron".split())
     more = write_set(tmp_path / "more", ["khaki"])
     flags = ["--data", data, "--distractors", more, "--questions", 1]
@@ -557,6 +557,12 @@ def test_a_set_in_a_bank(evaluate_set, tmp_path):
     assert bare(rows) == bare(evaluate_set(*flags)[0])
     evaluate_set(*flags, "--memory", tmp_path / "bank")
     assert (tmp_path / "bank" / "manifest.json").read_bytes() == state
+    ask = {"question": "Which?", "answers": [{"text": "item 0"}]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"title": "Half \ud83d", "paragraphs": [
+        {"context": "The amber \ud83d is item 0.", "qas": [ask]}]}]}))
+    half = "--data", tmp_path / "squad.json", "--split", "all", "--memory", tmp_path / "half"
+    rows, _, _ = evaluate_set(*half)
+    assert rows[0]["documents"] == 1
 
 
 def test_own_questions(evaluate_set, tmp_path):

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,11 @@ from test_prompts import write
 
 import average
 import checkpoint
+import interleave
 import prepare_data
 import train
 import training_sets
-from batches import Server, choose, likelihoods, serve
+from batches import Pick, Server, choose, likelihoods, serve
 from common import UserError, command_line
 from documents import Titled
 from interleave import look_again, reluctant, second_look
@@ -786,8 +788,23 @@ def test_reluctant(backbone):
     tokenizer = ChatTokenizer(backbone)
     first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
     logits[first], logits[first - 1] = 2.9, 0.1
-    assert reluctant(model, tokenizer, logits) is logits
+    assert reluctant(model, tokenizer, logits, True) is logits
     model.config.second_look = 8
-    assert int(reluctant(model, tokenizer, logits).argmax()) == first - 1 and logits.argmax() == first
+    assert int(reluctant(model, tokenizer, logits, True).argmax()) == first - 1 and logits.argmax() == first
+    assert reluctant(model, tokenizer, logits, False) is logits
     logits[first] = 3.2
-    assert int(reluctant(model, tokenizer, logits).argmax()) == first
+    assert int(reluctant(model, tokenizer, logits, True).argmax()) == first
+
+
+def test_refusing_at_the_beginning(backbone):
+    """A word of an answer, "Thou shalt not", would be taken for the beginning of a refusal."""
+    model, tokenizer = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
+    model.config.second_look = 8
+    first = tokenizer.refusal[0]
+    loop = interleave.answer(tokenizer, {0}, 3)
+    assert next(loop).begins and loop.send(first) and next(loop).tokens == [first] and not next(loop).begins
+    server = Server(model, 2, lambda logits: logits.argmax(-1), partial(reluctant, model, tokenizer))
+    logits = torch.zeros(model.config.vocab_size)
+    logits[first], logits[first - 1] = 2.9, 0.1
+    server.logits = {0: logits, 1: logits}
+    assert server.pick({0: Pick(begins=True), 1: Pick()}) == [first - 1, first]

@@ -635,8 +635,8 @@ def test_a_name_that_is_not_utf8(run, here):
 
 
 def test_chat_follows_the_bank(run, here, monkeypatch):
-    """A question at the terminal would be answered from the bank as it was when the program began, or where
-    it has become empty, from nothing."""
+    """A question at the terminal would be answered from the bank as it was when the program began, be refused
+    by what chance reached there, or, where it has become empty, be answered from nothing."""
     run(sample, "--checkpoint", "good", "--memory", "bank", "--documents", "docs", "What?")
     seen, lines, refresh = [], iter(["What?", "", "And now?", "And?"]), ParallelMemory.refresh
 
@@ -652,8 +652,10 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     monkeypatch.setattr("builtins.input", type_line)
     monkeypatch.setattr(ParallelMemory, "refresh",
                         lambda memory: refresh(memory) or seen.append(memory.numbers.tolist()))
+    reached = []
+    monkeypatch.setattr(sample, "chance", lambda *about: reached.append(len(about[2])) or float("-inf"))
     result = run(sample, "--checkpoint", "good", "--memory", "bank")
-    assert result.code == 0 and seen == [[0, 1, 2, 3], [1, 3], []]
+    assert result.code == 0 and seen == [[0, 1, 2, 3], [1, 3], []] and reached == [4, 2, 0]
     assert result.out.splitlines()[-2] == ("error: bank: holds no documents any more; bring some with "
                                            "--documents"), result.out
 

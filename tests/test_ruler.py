@@ -69,6 +69,16 @@ def test_definitions(words):
             assert key == UUID or {key for key, _ in said} <= pairs
 
 
+def test_keys_run_out(words):
+    """A haystack of more needles than there are keys would be drawn for ever."""
+    draw = Draw(words(), "test", np.random.default_rng(3))
+    assert draw.most == (words().split == 0).sum()
+    draw.most = 1
+    draw.key("words")
+    with pytest.raises(UserError, match="there are 1 keys of two words; ask for a smaller memory"):
+        draw.key("words")
+
+
 def test_passages(folder):
     """A word would be lost or stand twice, a document be longer than it may, or tests would show what
     training has seen."""
