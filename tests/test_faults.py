@@ -408,26 +408,29 @@ def a_set(folder, corpus, queries, qrels):
 
 DOCUMENTS = [{"_id": f"d{i}", "title": "", "text": f"Text {i}."} for i in range(3)]
 QUERIES = [{"_id": f"q{i}", "text": f"Question {i}?"} for i in range(3)]
+NOT_ASKED = "not asked: no qrels name a document that answers"
 
 
 @pytest.mark.parametrize("corpus, queries, qrels, gold, said", [
     # one id of the judgements is of no document, one of no question
     (DOCUMENTS, QUERIES, "query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td9\t1\nq9\td1\t1\n", {0: "Text 0."},
-     ["qrels/test.tsv: skipped: unknown question or document (2)"]),
+     ["qrels/test.tsv: skipped: unknown question or document (2)", f"queries.jsonl: {NOT_ASKED} (2)"]),
     # no names of columns: the first line counts; TREC's four columns; scores with a point
     (DOCUMENTS, QUERIES, "q0\td0\t1\nq1\td1\t1\n", {0: "Text 0.", 1: "Text 1."},
-     ["qrels/test.tsv: no header (1)"]),
+     ["qrels/test.tsv: no header (1)", f"queries.jsonl: {NOT_ASKED} (1)"]),
     (DOCUMENTS, QUERIES, "q0 0 d0 1.0\nq1 0 d1 0\n", {0: "Text 0."},
-     ["qrels/test.tsv: no header (1), four columns (2), decimal scores (1)"]),
+     ["qrels/test.tsv: no header (1), four columns (2), decimal scores (1)",
+      f"queries.jsonl: {NOT_ASKED} (2)"]),
     # documents and questions that are there twice, or empty
     ([*DOCUMENTS, {"_id": "d0", "text": "Another."}, {"_id": "d3", "title": "", "text": " "}], QUERIES,
      "h\th\th\nq0\td0\t1\nq1\td3\t1\n", {0: "Text 0."},
      ["corpus.jsonl: skipped: an _id that was there before (1), skipped: empty text (1)",
-      "qrels/test.tsv: skipped: unknown question or document (1)"]),
+      "qrels/test.tsv: skipped: unknown question or document (1)", f"queries.jsonl: {NOT_ASKED} (2)"]),
     (DOCUMENTS, [*QUERIES, {"_id": "q0", "text": "Another?"}, {"_id": "q3", "text": ""}],
      "h\th\th\nq0\td0\t1\nq3\td0\t1\n", {0: "Text 0."},
-     ["queries.jsonl: skipped: an _id that was there before (1), skipped: empty text (1)",
-      "qrels/test.tsv: skipped: unknown question or document (1)"])])
+     ["qrels/test.tsv: skipped: unknown question or document (1)",
+      "queries.jsonl: skipped: an _id that was there before (1), skipped: empty text (1), "
+      f"{NOT_ASKED} (2)"])])
 def test_sets_as_published(tmp_path, corpus, queries, qrels, gold, said):
     """One odd line of thousands would keep a set from being read, or be left out without a word."""
     told, folder = [], a_set(tmp_path / "set", corpus, queries, qrels)
