@@ -119,8 +119,8 @@ class Server:
 
     def __init__(self, model, rows, choose, prepare=lambda logits, begins: logits,
                  agree=lambda choices: choices):
-        """choose: logits (n, m) -> indices (n,); prepare: what logits (n, V) are before, where answers begin
-        or go on; agree: rank 0's choices, on every rank."""
+        """choose: logits (n, m) -> indices (n,); prepare: (logits (n, V) of the next token, whether an answer
+        begins with it) -> what is chosen from; agree: rank 0's choices, on every rank."""
         self.model, self.rows, self.choose, self.prepare, self.agree = model, rows, choose, prepare, agree
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
         self.picked, self.ids = ([], None), {}       # ((row, token) of the last picks, these on the device)

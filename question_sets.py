@@ -147,25 +147,36 @@ def read_corpus(folder, say=print):
     return corpus
 
 
+def question_text(row, name, where):
+    """The question of an object {name: question}; where: file and line. Raises UserError."""
+    text = row.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
+    return text
+
+
+def answer_texts(given, where):
+    """The answers in what a set gives: a text, a number, true for yes, or a list of these, perhaps of lists;
+    where: file, line and name. Raises UserError."""
+    parts = [one for part in (given if isinstance(given, list) else [given])
+             for one in (part if isinstance(part, list) else [part]) if one is not None]
+    if not all(type(one) in (str, int, float, bool) for one in parts):
+        raise UserError(f"{where} is {given!r}; it must be a list of strings")
+    texts = [("no", "yes")[one] if type(one) is bool else str(one) for one in parts]
+    return [text for text in texts if text.strip()]
+
+
 def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
 
-    What else sets have is understood: "answer", one answer that is no list, numbers, true for yes, lists in
-    the list, and all of these in "metadata". "answer_aliases" are right, too.
+    Where there are no "answers" it is "answer", and where that is missing what "metadata" has of both;
+    "answer_aliases" are right, too. Raises UserError.
     """
-    text, answers = row.get(name), []
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{where}: not an object {{"{name}": "...", "answers": ["..."]}} with a question')
-    for place in (row, row.get("metadata")):
-        for key in ("answers", "answer", "answer_aliases") if isinstance(place, dict) else ():
-            given = place.get(key)
+    text, answers = question_text(row, name, where), []
+    for part in [part for part in (row, row.get("metadata")) if isinstance(part, dict)]:
+        for key in ("answers", "answer", "answer_aliases"):
             if key == "answer_aliases" or not answers:
-                parts = [one for part in (given if isinstance(given, list) else [given])
-                         for one in (part if isinstance(part, list) else [part]) if one is not None]
-                if not all(type(one) in (str, int, float, bool) for one in parts):
-                    raise UserError(f'{where}: "{key}" is {given!r}; it must be a list of strings')
-                texts = [("no", "yes")[one] if type(one) is bool else str(one) for one in parts]
-                answers += [text for text in texts if text.strip()]
+                answers += answer_texts(part.get(key), f'{where}: "{key}"')
     return SetQuestion(text, (), tuple(dict.fromkeys(answers)))
 
 
@@ -177,24 +188,21 @@ def read_qrels(path, asked, place, say=print):
     TREC are understood; `say` gets one line that counts them. Raises UserError for a line that is not a
     judgement at all.
     """
-    gold, lost, odd, header = {}, set(), Counter(), None
-    for number, line in numbered(read_text(path)):
-        line = line.strip()
+    gold, lost, odd, header = {}, set(), Counter(), False
+    lines = [(number, line.strip()) for number, line in numbered(read_text(path)) if line.strip()]
+    for nth, (number, line) in enumerate(lines):
         columns = [column.strip() for column in (line.split("\t") if "\t" in line else line.split())]
-        if not columns:
-            continue
-        first, header = header is None, header or False
         trec = len(columns) == 4 and not header
         try:
             score = float(columns[2 + trec])
         except (ValueError, IndexError):
-            if first and not (columns[0] in asked and columns[-2:][0] in place):
+            if nth == 0 and not (columns[0] in asked and columns[-2:][0] in place):
                 header = True  # the names of the columns
                 continue
             raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
                             "with tabs between") from None
         query, document = columns[0], columns[1 + trec]
-        odd["no header"] += first
+        odd["no header"] += nth == 0
         odd["four columns"] += trec
         odd["decimal scores"] += not columns[2 + trec].lstrip("-+").isdigit()
         if query not in asked or document not in place:
@@ -223,8 +231,8 @@ def read_squad(path, say=print):
             for paragraph in article["paragraphs"]:
                 for row in paragraph["qas"]:
                     asked = row["question"].strip()
-                    blank += not asked
                     if not asked:
+                        blank += 1
                         continue
                     if row.get("is_impossible"):
                         none[split].append((asked, len(texts)))
@@ -273,8 +281,7 @@ def read_questions(path, documents, say=print):
         nothing = row.get("documents") == [] and not question.answers
         answers = lambda place: holds(documents[place].text, question.answers)
         meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
-        whole = any(len(places) > 1 and (same(name) in pieces or not share_a_line(places, documents))
-                    for name, places in zip(gold, found))
+        whole = any(len(places) > 1 and same(name) in pieces for name, places in zip(gold, found))
         question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None

@@ -254,7 +254,7 @@ def evaluate(model, tokenizer, config, done):
         encoded = memory = ask = None  # the last haystack's are not held while this one is encoded
         speed = seconds = 0
         print(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
-            f"{ends[len(texts) - 1]:,} tokens", flush=True)
+              f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
             questions, at = asked[name], lengths.index(length) if length else 0
             count = counts[at]
@@ -285,7 +285,8 @@ def evaluate(model, tokenizer, config, done):
                        distinct=len({*texts[:count]}) if length else 0, **measured,
                        encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
             print(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
-                f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}", flush=True)
+                  f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}",
+                  flush=True)
             yield row, said
             seconds = 0  # the haystack's are counted once
 

@@ -51,7 +51,7 @@ from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
 from prompts import NOT_FOUND, open_checkpoint
-from question_sets import question_of
+from question_sets import question_text
 from routers import chance, make_routers
 from sync import bank_routers, check_fingerprint, describe, encode_texts, sync
 
@@ -244,7 +244,7 @@ def questions_of(config):
     questions, where = [], []
     for line, row in read_rows(Path(config.questions)):
         where.append(f"{config.questions}:{line}")
-        questions.append(question_of({"question": row.get("question")}, "question", where[-1]).text)
+        questions.append(question_text(row, "question", where[-1]))
     if not questions:
         raise UserError(f"{config.questions}: no question in it")
     return questions, where
