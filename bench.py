@@ -65,6 +65,7 @@ from common import (
     detect_device,
     keep_freed_memory,
     main,
+    peak_memory,
     write_json,
 )
 from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
@@ -338,7 +339,7 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
             held = int(bank.chunks.sum())
             sizes = lambda n: f"keys {keys * n / 1e9:.1f} GB, content {content * n / 1e9:.1f} GB"
             title = f"memory {kind}, {held / per_token / 1e6:,.1f}M tokens, {name}"
-            note = f"random contents; {sizes(held)}, peak {peak(device)}; "
+            note = f"random contents; {sizes(held)}, peak {peak_memory(device)}; "
             note += f"100M tokens: {sizes(1e8 * per_token)}"
             operations = 2 * tokens * SHAPE.layers * G * D * held
             bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
@@ -404,15 +405,6 @@ def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
 def proc_bytes(file, name):
     """A number that /proc/FILE gives in kB, as bytes."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc", file).read_text())[1])
-
-
-def peak(device):
-    """The most memory that this process has held, as text."""
-    host = proc_bytes("self/status", "VmHWM")
-    text = f"{host / 1e9:.1f} GB"
-    if device.type == "cuda":
-        text += f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device"
-    return text
 
 
 def drop_caches(folder):
@@ -481,7 +473,7 @@ def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
             print(f"{tokens:>12,} {count:>9,} {speed:>10,.0f} {cells}", flush=True)
             disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             bench.rows.append(dict(what="bank", tokens=tokens, documents=count, disk_bytes=disk,
-                                   encode_tokens_per_second=speed, peak=peak(device), seconds=times))
+                                   encode_tokens_per_second=speed, peak=peak_memory(device), seconds=times))
 
 
 def bench_load(bench, shape=QWEN3_4B):

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -210,6 +211,15 @@ def merge(config, table, path, prefix=""):
         return dataclasses.replace(config, **changes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def peak_memory(device):
+    """The most memory that this process has held, as text; on a torch.device, too, if it is a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    if device.type == "cuda":
+        text += f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device"
+    return text
 
 
 def detect_device(device="auto", dtype="auto", hidden_size=0):

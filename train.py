@@ -46,6 +46,7 @@ from common import (
     keep_freed_memory,
     main,
     make_folder,
+    peak_memory,
     start_process_group,
 )
 from low_rank import add_factors, factors
@@ -648,8 +649,9 @@ def train(config, device, dtype, rank, world, say):
             evaluate()
     if rank == 0:
         plot(log.rows, out / "curves.png", config.rank == 0)
-    say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s)"
-        + ("; go on with --resume" if stop else ""))
+    say(f"{'stopped' if stop else 'done'} at step {step}: {out} ({time.time() - began:.0f} s, "
+        f"{tokens_done * world:,.0f} tokens; a rank held {peak_memory(device)} at most)"
+        + "; go on with --resume" * bool(stop))
     if stop and world == 1:  # what would come next in a script waits, too; torchrun tells this by itself
         sys.exit(128 + signals[0])
 

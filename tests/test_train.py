@@ -95,6 +95,8 @@ def test_what_a_run_writes(fit, tmp_path, draw, tokenizer, files_of):
     draw()
     result = fit("--out", tmp_path / "run", "--max-steps", 2)
     assert result.code == 0 and "done at step 2" in result.out and "Traceback" not in result.err
+    tokens, held = re.search(r" s, ([\d,]+) tokens; a rank held ([\d.]+) GB at most", result.out).groups()
+    assert int(tokens.replace(",", "")) > 100 and 0.05 < float(held) < 30  # not KiB as bytes
     files = files_of(tmp_path / "run")
     assert files.keys() == files_at(2) | {"curves.png"} and files["curves.png"].startswith(b"\x89PNG")
     model = MSA.from_pretrained(tmp_path / "run")
