@@ -13,14 +13,13 @@ compares them.
 """
 import re
 import string
-import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 
 import numpy as np
 
 from batches import Find, parts_of
-from common import drawing
+from common import drawing, timed
 from interleave import answers_from_texts, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
 from question_sets import holds
@@ -149,10 +148,9 @@ def first(k, documents, most):
 
 def find_all(find, questions, label, batch):
     """What `find` finds for every question, as for `measure`, and the mean seconds of one."""
-    began, rankings = time.perf_counter(), []
-    for part in parts_of(questions, label, batch):
-        rankings += find([question.text for question in part])
-    return rankings, (time.perf_counter() - began) / len(questions)
+    seconds, rankings = timed(lambda: [found for part in parts_of(questions, label, batch)
+                                       for found in find([question.text for question in part])])
+    return rankings, seconds / len(questions)
 
 
 def reader(model, tokenizer, texts, config, batch):
@@ -165,11 +163,9 @@ def reader(model, tokenizer, texts, config, batch):
     def read(asked):
         asked = [(question, *documents) for question, documents in asked]
         new = list(dict.fromkeys(one for one in asked if one not in known))
-        began = time.perf_counter()
-        found = answers_from_texts(model, tokenizer, [(question, [(d, texts[d]) for d in documents])
-                                                      for question, *documents in new], config, batch)
-        seconds = (time.perf_counter() - began) / max(len(new), 1)
-        known.update({one: (answer, seconds) for one, answer in zip(new, found)})
+        given = [(question, [(d, texts[d]) for d in documents]) for question, *documents in new]
+        seconds, found = timed(lambda: answers_from_texts(model, tokenizer, given, config, batch))
+        known.update({one: (answer, seconds / len(new)) for one, answer in zip(new, found)})
         return [known[one] for one in asked]
     return read
 
@@ -182,21 +178,20 @@ def draw(items, count, seed):
     return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
 
 
-def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, owner=None, texts=None,
-            looked=()):
+def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, quiet=False, looked=()):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
     finders: of bm25 and memory, perhaps of routing: questions' texts -> pairs (documents, best first, how
     many of them are read at most). With routing, memory is asked the questions `looked` at, if any, alone.
     read: a `reader`; chosen: the indices of the questions that are answered.
-    owner: where finders deal with passages, the document of each, increasing; k counts passages then, recall
-    documents, and the oracle shows SHOWN passages, see `shown`, of these `texts`.
+    owner, texts: the document of each passage, increasing, and its text. Finders deal with passages, of which
+    k counts so many; recall counts documents, and the oracle shows what `shown` takes.
 
     What does not apply is None. Rows of memory hold what it has over bm25, with intervals.
     """
     judged = [i for i, question in enumerate(questions) if question.gold]
     rankings, seconds, recalls = {}, dict.fromkeys(METHODS, 0.0), {}
-    owners_of = lambda places: [*dict.fromkeys(places if owner is None else [owner[i] for i in places])]
+    owners_of = lambda places: [*dict.fromkeys(owner[i] for i in places)]
     for method, find in finders.items():
         asked = range(len(questions))
         if method == "memory" and "routing" in finders and looked:
@@ -245,9 +240,7 @@ def measure(questions, chosen, finders, read, ks, seed, batch=8, quiet=False, ow
 def shown(question, owner, texts):
     """The places of what the oracle shows: a question's gold documents; or SHOWN of their passages, as many
     of each, those with one of the answers before those without. owner, texts: as for `measure`."""
-    if owner is None:
-        return question.gold
-    found, lacks = [], lambda place: texts is None or not holds(texts[place], question.answers)
+    found, lacks = [], lambda place: not holds(texts[place], question.answers)
     for document in question.gold:
         places = range(bisect_left(owner, document), bisect_right(owner, document))
         found += sorted(sorted(places, key=lacks)[:max(1, SHOWN // len(question.gold))])

@@ -66,6 +66,8 @@ from common import (
     keep_freed_memory,
     main,
     peak_memory,
+    proc_bytes,
+    timed,
     write_json,
 )
 from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
@@ -86,9 +88,7 @@ def take_turns(runs, device, turns=7):
     for turn in range(turns + 1):
         for name, run in runs.items():
             if turn < 3 or sum(times[name]) < 2:
-                began = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - began)
+                times[name].append(timed(run)[0])
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first is a warm-up
 
 
@@ -402,23 +402,11 @@ def bench_modes(bench, name, shape, fraction=0.25, top_k=16):
         del memory, bank, run
 
 
-def proc_bytes(file, name):
-    """A number that /proc/FILE gives in kB, as bytes."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc", file).read_text())[1])
-
-
 def drop_caches(folder):
     """Ask the kernel to forget what it has of the files below a folder: the next read comes from the disk."""
     for path in filter(Path.is_file, Path(folder).rglob("*")):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def timed(run):
-    """(seconds, result) of a call."""
-    began = time.perf_counter()
-    result = run()
-    return time.perf_counter() - began, result
 
 
 TIMES = ("open cold", "open warm", "ask cold", "ask warm", "add one", "follow", "remove")

@@ -58,8 +58,7 @@ def find(name):
 def packaged(name):
     """The .gguf file of a model that an installed package of PACKAGES brings, or None."""
     spec = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-    return files[0] if files else None
+    return min(Path(spec.origin).parent.glob("*.gguf"), default=None) if spec else None
 
 
 def find_base(name):
@@ -272,8 +271,8 @@ def write_tensors(file, tensors):
 
 
 def other_names(path, begin):
-    """"" or "b", so that names that begin like this and end in it are not those in the file `path`: what it
-    names stays as it is until it names what has come."""
+    """The end, "" or "b", of the names of new files that begin with `begin`: such that they are not the files
+    which `path` names, since those stay whole until `path` names the new ones."""
     with contextlib.suppress(OSError):
         named = path.read_text(encoding="utf-8", errors="replace")
         return "b" if begin in named and "b.safetensors" not in named else ""

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -213,10 +212,17 @@ def merge(config, table, path, prefix=""):
         raise UserError(f"{path}: {error}") from None
 
 
+def proc_bytes(file, name):
+    """A number that /proc/FILE gives in kB, as bytes."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc", file).read_text())[1])
+
+
 def peak_memory(device):
     """The most memory that this process has held, as text; on a torch.device, too, if it is a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    try:
+        text = f"{proc_bytes('self/status', 'VmHWM') / 1e9:.1f} GB"
+    except OSError:  # not Linux
+        text = "? GB"
     if device.type == "cuda":
         text += f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device"
     return text
@@ -262,6 +268,13 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def timed(run):
+    """(seconds, result) of a call."""
+    began = time.perf_counter()
+    result = run()
+    return time.perf_counter() - began, result
+
+
 def has_bfloat16():
     """Whether torch knows instructions of this CPU for products in bfloat16."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -272,16 +285,10 @@ def bfloat16_speed():
     0 where it has no instructions for it."""
     if not has_bfloat16():
         return 0.0
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(384, 384, dtype=dtype)
-        times = []
-        for _ in range(5):  # the first one prepares, and others may be disturbed: the fastest counts
-            began = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    # The first product prepares, and others may be disturbed: the fastest counts
+    best = lambda x: min(timed(lambda: x @ x)[0] for _ in range(5))
+    x = torch.ones(384, 384)
+    return best(x) / best(x.bfloat16())
 
 
 def autocast(device, dtype):

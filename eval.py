@@ -33,10 +33,8 @@ encoded once; the same questions are asked at every length. recall@k: gold docum
 ranking by mean routing score, union over rounds. top-1: gold documents that ranked first, among those not yet
 appended, in some round. named: gold documents that the model named first in the round that wants them.
 """
+import contextlib
 import json
-import os
-import sys
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +43,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from answers import (
     AT,
@@ -59,6 +56,7 @@ from answers import (
     table,
     told_not_found,
 )
+from batches import parts_of
 from common import (
     UserError,
     check_drawing,
@@ -69,8 +67,10 @@ from common import (
     drawing,
     keep_freed_memory,
     main,
+    proc_bytes,
     read_text,
     return_freed_memory,
+    timed,
     write_json,
 )
 from documents import Document, list_documents, passages, spelled_texts
@@ -190,22 +190,16 @@ def ask_all(ask, numbers, questions, top_k, label, batch):
 
     ask(places of questions) -> [(answer, rounds)]; numbers: of the documents that gold indices mean.
     """
-    scores, seconds, first = [], 0, 0
-    shown = dict(desc=label, unit="question", leave=False, delay=1, disable=not label)
-    with tqdm(total=len(questions), **shown) as bar:
-        for start in [0, *range(1, len(questions), 8 * batch)]:  # the first alone: it reads what is cold
-            places = range(start, min(start + 8 * batch if start else 1, len(questions)))
-            began = time.perf_counter()
-            found = ask(places)
-            seconds += time.perf_counter() - began
-            first = first or seconds
-            for i, (answer, rounds) in zip(places, found):
-                gold = [[numbers[document] for document in hop] for hop in questions[i].gold]
-                scores.append(score(questions[i], gold, rounds, answer, top_k))
-            bar.update(len(places))
+    first, found = timed(lambda: ask(range(1)))  # alone: it reads what is cold
+    parts = parts_of(range(1, len(questions)), label, 4 * batch)
+    seconds, others = timed(lambda: [one for places in parts for one in ask(places)])
+    scores = []
+    for question, (answer, rounds) in zip(questions, found + others):
+        gold = [[numbers[document] for document in hop] for hop in question.gold]
+        scores.append(score(question, gold, rounds, answer, top_k))
     names = ("recall_at_k", "router_top1", "named", "exact_match")
     row = dict(zip(names, np.mean(scores, 0).tolist()))
-    return row | {"seconds_per_question": round(seconds / len(questions), 5)}, first
+    return row | {"seconds_per_question": round((first + seconds) / len(questions), 5)}, first
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,7 +256,7 @@ def fill_bank(model, tokenizer, texts, numbers, name, config, ranks, say):
             raise UserError(f"{config.memory}: holds other documents than this evaluation's; "
                             "give another --memory")
     documents = (Document(text, id=id_of(i), number=numbers[i]) for i, text in enumerate(texts))
-    size = sum(map(len, texts))
+    size = sum(len(text.encode(errors="replace")) for text in texts)
     say(f"{config.memory}: " + sync(model, tokenizer, config.memory, documents, ranks, size=size))
     return ranks.same(Bank(config.memory))
 
@@ -281,12 +275,9 @@ def bank_asker(model, tokenizer, texts, numbers, questions, config, ranks, say):
 
 
 def resident_bytes():
-    """What this process holds in RAM now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """What this process holds in RAM now; None where no /proc tells it."""
+    with contextlib.suppress(OSError):
+        return proc_bytes("self/status", "VmRSS")
 
 
 def baseline_asker(model, tokenizer, texts, numbers, needles, questions, config):
@@ -341,9 +332,7 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
     say(f"{'tokens':>10} {'documents':>9} {columns}")
     for count in grown.counts:
         ask = None  # the last memory goes before the next one is opened
-        began = time.perf_counter()
-        ask = at_length(count)
-        opened = time.perf_counter() - began
+        opened, ask = timed(lambda: at_length(count))
         measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents",
                                   config.batch)
         tokens = int(grown.ends[count - 1])
@@ -476,8 +465,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         finders = dict(bm25=by_words, memory=partial(by_memory, look=model.config.second_look))
         if model.config.second_look:
             finders["routing"] = partial(by_memory, look=0)
-        measured = measure(questions, chosen, finders, read, ks, config.seed, config.batch,
-                           ranks.rank > 0, owner, texts, looked)
+        measured = measure(questions, chosen, finders, read, ks, config.seed, owner, texts, config.batch,
+                           ranks.rank > 0, looked)
         say("\n".join(table(measured)), flush=True)
         told = told_not_found(questions, finders["memory"], read, ks, config.batch, ranks.rank > 0)
         for k, share in told.items():

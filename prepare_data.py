@@ -160,7 +160,8 @@ def write_own(config, folder):
 
 
 def own_folders(config):
-    """Of a DataConfig the folders and files of one's own documents, which sample.py cuts as they are cut."""
+    """The folders and files of one's own documents that a DataConfig names. A model that train.py makes of
+    some keeps max_document_tokens, so that sample.py and eval.py split documents alike."""
     texts = [path for path in config.data.split(",") if path and is_texts(path)]
     return [config.documents, *texts] if config.documents else texts
 

@@ -36,7 +36,7 @@ def titled(title, text):
 def read_set(path, say=print):
     """A folder in BEIR's layout or SQuAD's .json file: (texts, {split: list of SetQuestion}, none).
 
-    none: {split: pairs (question, place of the document that seems to answer it, but does not)}.
+    none: {split: pairs (question, place of the document that seems to answer it, but does not, or None)}.
     say: told in one line of each file what of it could not be used. Raises UserError.
     """
     return read_beir(path, say) if Path(path).is_dir() else read_squad(path, say)
@@ -322,11 +322,6 @@ def places_of(name, pieces, documents):
     return places
 
 
-def share_a_line(places, documents):
-    """Whether documents at increasing places are pieces of a line that was split."""
-    return all(documents[place].first_line <= documents[places[0]].last_line for place in places)
-
-
 def holds(text, answers):
     """Whether a text has one of the answers in it, as words: "no" is not in "known"."""
     return any(re.search(rf"(?<![a-z0-9]){re.escape(answer.lower())}(?![a-z0-9])", text.lower())
@@ -337,7 +332,8 @@ def place_of(name, pieces, documents, answer):
     """The place of the one document that is meant, as by `places_of`; of a line that is several documents the
     first one that holds the answer. Raises UserError."""
     places = places_of(name, pieces, documents)
-    if len(places) > 1 and share_a_line(places, documents):
+    end = documents[places[0]].last_line
+    if len(places) > 1 and all(documents[place].first_line <= end for place in places):
         places = [place for place in places if holds(documents[place].text, [answer])][:1]
         if not places:
             raise UserError(f"{name!r} is a line that was split, and no piece of it holds {answer!r}; give a "

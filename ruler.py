@@ -177,20 +177,16 @@ def own_documents(question, numbers, places):
 def bm25_finder(model, texts, numbers, questions, most):
     """find(question) by BM25. One index holds the needles of all questions, of which those of the question
     at hand count; a haystack's document in whose place a needle stands does not."""
-    own = [(i, place, text) for i, question in enumerate(questions)
-           for place, text in zip(question.places, question.texts)]
-    which = {question.text: i for i, question in enumerate(questions)}
-    search = bm25_search(texts + [text for *_, text in own])
+    shown = [(None, place, text) for place, text in enumerate(texts)]
+    shown += [(question, place, text) for question in questions
+              for place, text in zip(question.places, question.texts)]
+    search = bm25_search([text for *_, text in shown])
 
     def find(question):
         count = most if model.config.prompts != "nanomsa" else len(question.gold)
-        found = []
-        for at, _ in search(wording(model, question.text), len(own) + most):
-            if at < len(texts) and at not in question.places:
-                found.append((numbers[at], at, texts[at]))
-            elif at >= len(texts) and own[at - len(texts)][0] == which[question.text]:
-                _, place, text = own[at - len(texts)]
-                found.append((numbers[place], place, text))
+        best = search(wording(model, question.text), len(shown) - len(texts) + most)
+        found = [(numbers[place], place, text) for asker, place, text in (shown[at] for at, _ in best)
+                 if asker is question or not asker and place not in question.places]
         return found[:count]
     return find
 

@@ -98,7 +98,6 @@ class Changes:
     def __init__(self, bank):
         self.bank = bank
         self.by_hash = np.argsort(bank.id_hashes)   # positions in the bank, in the order of their hashes
-        self.sorted_hashes = bank.id_hashes[self.by_hash]
         self.seen = np.zeros(len(bank), bool)       # by position: whether the document has come
         self.added = set()                          # hashes of ids that the bank did not hold
         self.next_number = bank.next_number
@@ -106,8 +105,9 @@ class Changes:
 
     def position_of(self, id_hash):
         """Where the bank holds the document with this hash of its id; None where it holds none."""
-        place = self.sorted_hashes.searchsorted(np.uint64(id_hash))
-        if place < len(self.sorted_hashes) and self.sorted_hashes[place] == id_hash:
+        hashes = self.bank.id_hashes
+        place = hashes.searchsorted(np.uint64(id_hash), sorter=self.by_hash)
+        if place < len(hashes) and hashes[self.by_hash[place]] == id_hash:
             return self.by_hash[place]
         return None
 

@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -84,7 +85,7 @@ class TrainConfig:
     evaluate_every: int = 250           # steps; the checkpoint is written first
     shard: Literal["auto", "on", "off"] = "auto"  # each rank holds a part of the model; auto: where it must
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; with --rank of weights, too
     resume: bool = False                # continue the run in `out`
     overwrite: bool = False             # start anew although `out` holds a checkpoint
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -231,13 +232,10 @@ def samples(pools, tokenizer, config, device, step, position, rank, world):
     if device.type == "cuda":
         with ThreadPoolExecutor(1) as worker:
             coming = (worker.submit(next_pool, *place) for place in places())
-            ahead = next(coming, None)
-            while ahead:
-                made, ahead = ahead, next(coming, None)
+            for made, _ in pairwise(chain(coming, [None])):  # the one behind it is being made
                 yield made.result()
-        return
-    for place in places():
-        yield next_pool(*place)
+    else:
+        yield from (next_pool(*place) for place in places())
 
 
 def operations(config, lengths, batches, learns=3.0):
@@ -392,7 +390,7 @@ def prepare(config, device, dtype):
     torch.manual_seed(config.seed)
     weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
-    if own_folders(config.data):  # sample.py and eval.py cut them alike
+    if own_folders(config.data):  # sample.py and eval.py split them alike
         model.config.max_document_tokens = config.data.max_document_tokens
     config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
@@ -493,7 +491,7 @@ def save(out, model, optimizer, tokenizer, about, log, rank):
 
 
 def validate(model, pools, tokenizer, config, device, dtype, rank, world):
-    """Mean metrics over the validation pools, dealt to the ranks, each pool by itself."""
+    """The sums of `flatten_metrics` over the validation pools, dealt to the ranks, each pool by itself."""
     config = replace(config, pools_together=1)
     sums = torch.zeros(2, len(METRICS) + config.model.rankings + 1, device=device)
     model.eval()

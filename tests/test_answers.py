@@ -1,5 +1,6 @@
 """How answers and rankings are scored, and the table of four methods."""
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,12 +125,15 @@ def rankings():
     return questions, {method: finder(method) for method in place}
 
 
+of_documents = partial(measure, owner=range(40), texts=["so"] * 40)  # each of them is one passage
+
+
 def test_measure(scripted):
     """A method would read other documents than it found or in another order, be asked with another number of
     documents, or be credited with another's recall; what does not apply would look like a measurement."""
     read, seen = scripted
     questions, finders = rankings()
-    rows = measure(questions, [0, 1, 2], finders, read, [1, 5], seed=1, quiet=True)
+    rows = of_documents(questions, [0, 1, 2], finders, read, [1, 5], seed=1, quiet=True)
     assert [(row["k"], row["method"]) for row in rows] == [
         (k, method) for k in (1, 5) for method in ("none", "oracle", "bm25", "memory")]
     recalls = {"bm25": ((0.5 + 0.5) / 4, (1 + 0.5 + 0.5) / 4, (1 + 1 + 0.5) / 4, 2 / 4),
@@ -163,12 +167,12 @@ def test_measure_of_passages(scripted):
     read, seen = scripted
     questions = [SetQuestion("q0 1 2", (1, 2), ("1 2",))]
     finders = dict(bm25=lambda texts: [([0, 1, 2, 3, 4], 5)], memory=lambda texts: [([3, 2, 4, 1, 0], 5)])
-    rows = measure(questions, [0], finders, read, [2], seed=1, quiet=True, owner=[0, 1, 1, 1, 2])
+    rows = measure(questions, [0], finders, read, [2], 1, [0, 1, 1, 1, 2], ["so"] * 5, quiet=True)
     found = {row["method"]: (row["recall_at_1"], row["recall_at_5"], row["all_gold_at_16"]) for row in rows}
     assert found["bm25"] == (0, 1, 1) and found["memory"] == (0.5, 1, 1)
     assert {tuple(documents) for _, documents in seen} == {(), (1, 2, 3, 4), (0, 1), (3, 2)}
     both, owner = SetQuestion("q", (0, 1), ("The End",)), [0] * 20 + [1]
-    assert answers.shown(both, owner, None) == [0, 1, 2, 3, 20] and answers.shown(both, None, None) == (0, 1)
+    assert answers.shown(both, owner, ["so"] * 21) == [0, 1, 2, 3, 20]
     texts = ["so"] * 17 + ["the end", "so", "THE END."] + ["so"]
     assert answers.shown(both, owner, texts) == [0, 1, 17, 19, 20]
     assert answers.shown(both._replace(gold=(0,)), owner, texts) == [*range(6), 17, 19]
@@ -182,7 +186,7 @@ def test_measure_of_a_second_look(scripted):
     def noting(method, find=finders["memory"]):
         return lambda texts: asked[method].extend(texts) or find(texts)
     both = dict(bm25=finders["bm25"], memory=noting("memory"), routing=noting("routing"))
-    rows = measure(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True, looked=[1, 3])
+    rows = of_documents(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True, looked=[1, 3])
     found = {row["method"]: row for row in rows}
     assert [*found] == ["none", "oracle", "bm25", "routing", "memory"]
     assert len(asked["routing"]) == 4 and asked["memory"] == [questions[i].text for i in (1, 3)]
@@ -190,9 +194,9 @@ def test_measure_of_a_second_look(scripted):
     assert [found[name]["questions_of_recall"] for name in ("bm25", "routing", "memory")] == [4, 4, 2]
     assert found["routing"]["f1"] is None
     assert found["memory"]["recall_at_1_over_bm25"] == interval([0, 0.5], 1)
-    assert measure(questions, [], both, scripted[0], [1], 1, quiet=True)[-1]["questions_of_recall"] == 4
+    assert of_documents(questions, [], both, scripted[0], [1], 1, quiet=True)[-1]["questions_of_recall"] == 4
     enough = dict(finders, memory=lambda texts: [(found, 1) for found, _ in finders["memory"](texts)])
-    rows = measure(questions, [1], enough, read, [5], seed=1, quiet=True)  # it reads one of two
+    rows = of_documents(questions, [1], enough, read, [5], seed=1, quiet=True)  # it reads one of two
     assert [row["exact_match"] for row in rows] == [0, 1, 0, 0] and rows[3]["recall_at_5"] == 0.875
 
 
@@ -200,13 +204,13 @@ def test_measure_without_answers_or_judgements(scripted):
     """A set without answers would print exact matches of 0, or one without judgements recalls of 0."""
     read, seen = scripted
     questions, finders = rankings()
-    rows = measure([question._replace(answers=()) for question in questions], [], finders, read, [1, 5], 1,
-                   quiet=True)
+    rows = of_documents([question._replace(answers=()) for question in questions], [], finders, read, [1, 5],
+                        1, quiet=True)
     assert [(row["method"], row["k"], row["f1"], row["empty"]) for row in rows] == [
         ("bm25", None, None, None), ("memory", None, None, None)]
     assert rows[1]["recall_at_16"] == 1 and seen == [] and "f1_over_bm25" not in rows[1]
-    rows = measure([question._replace(gold=()) for question in questions], [0, 1], finders, read, [5], 1,
-                   quiet=True)
+    rows = of_documents([question._replace(gold=()) for question in questions], [0, 1], finders, read, [5],
+                        1, quiet=True)
     assert [(row["method"], row["recall_at_1"], row["exact_match"]) for row in rows] == [
         ("none", None, 0), ("bm25", None, 0.5), ("memory", None, 1)]
     assert "recall_at_1_over_bm25" not in rows[2] and rows[2]["f1_over_bm25"] == interval([0, 1], 1)
@@ -293,7 +297,7 @@ def test_plot_set(scripted, tmp_path):
     questions, finders = rankings()
     for sizes, chosen in (([10], [0, 1]), ([10, 20], [0, 1]), ([10], [])):
         rows = [dict(row, set="set", memory_tokens=size) for size in sizes
-                for row in measure(questions, chosen, finders, scripted[0], [1, 5], 1, quiet=True)]
+                for row in of_documents(questions, chosen, finders, scripted[0], [1, 5], 1, quiet=True)]
         plot_set(rows, tmp_path / "rows.png")
         assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
         (tmp_path / "rows.png").unlink()
