@@ -408,8 +408,11 @@ def load_set(config, model, tokenizer, say):
     long = too_long(model, tokenizer, [question.text for question in questions])
     tell_odd(config.data, {f"questions left out: of more than {most_tokens(model):,} tokens": len(long)}, say)
     questions = [question for i, question in enumerate(questions) if i not in long]
-    if not questions:
-        raise UserError(f"{config.data}: no question is left to ask")
+    if not any(question.gold or question.answers or question.nothing for question in questions):
+        raise UserError(f"{config.data}: no question is left of which an answer or a document is known; "
+                        "sample.py --questions FILE.jsonl answers what nobody has judged")
+    bare = sum(bool(question.answers and not question.gold) for question in questions)
+    tell_odd(config.data, {"answered, but no document is named; so none is given as the oracle's": bare}, say)
     counts = [len(texts)]
     for path in filter(None, config.distractors.split(",")):
         own = {*texts}  # what two sets hold is one document
@@ -441,7 +444,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         documents_of(model, config.interleave)]
     interleave = replace(config.interleave, max_documents=max(ks))
     parts = np.bincount(owner).max().item()  # of the longest document: of several only one may be found
-    most = max(model.config.top_k, *AT, *ks) * min(parts, 4)
+    most = max(model.config.top_k, *AT, *ks) * min(parts, 16 if model.config.prompts == "chat" else 4)
     most = model.config.top_k = min(most, max(*AT, len(texts)))
     searches, encoded = [bm25_search(texts[:count]) for count in counts], tokenizer.encode_batch(texts)
     those = lambda field: [i for i, question in enumerate(questions) if getattr(question, field)]
@@ -481,7 +484,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
                                   max_rounds=rounds_asked(model, interleave, model.config.second_look),
                                   checkpoint=config.checkpoint, device=str(model.device),
                                   refused=shares[0], refused_rightly=shares[1],
-                                  not_found_rightly=told.get(row["k"]) if row["method"] == "memory" else None)
+                                  not_found_rightly=told.get(row["k"] or ks[0])
+                                  if row["method"] == "memory" else None)
                for row in measured]
 
 

@@ -174,6 +174,14 @@ def write_sets(config, folder):
     rng = np.random.default_rng(config.seed)
     sets = {path: QuestionSet(path, tokenizer, config.max_document_tokens, rng, config.documents)
             for path in paths}
+    mute = [path for path in sets if is_texts(path) and not sets[path].about]
+    if mute:
+        told = f"{', '.join(mute)}: no sentence makes a question: none has a name or number that stands twice"
+        if len(mute) == len(sets):
+            raise UserError(f"{told}; give questions, --data FILE.jsonl --documents FOLDER")
+        print(f"{told}; left out")
+        paths = [path for path in paths if path not in mute]
+        sets = {path: sets[path] for path in paths}
     folder_of = {path: Path(config.documents if is_questions(path) else path).resolve() for path in paths}
     held = hold_out(sets, folder_of, config.seed)
     for split, pools in (("train", config.pools), ("validation", config.validation_pools)):

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from common import UserError, numbered, read_rows, read_text
 from documents import Titled, name_in, read_jsonl
 
+UNANSWERED = ("cannotanswer", "unanswerable", "no answer present")  # QuAC's, Qasper's and MS MARCO's words
+
 
 class SetQuestion(NamedTuple):
     text: str
@@ -58,7 +60,7 @@ def read_texts(path, say=print):
     """The texts of a set's documents alone; the set needs no questions. Raises UserError."""
     if not Path(path).is_dir():
         return read_squad(path, lambda _: None)[0]
-    return [*read_corpus(path, say).values()]
+    return [*dict.fromkeys(read_corpus(path, say).values())]
 
 
 def choose_split(questions, none, split, path):
@@ -88,7 +90,8 @@ def read_beir(folder, say=print):
     Raises UserError that names the file and line.
     """
     corpus, path = read_corpus(folder, say), Path(folder) / "queries.jsonl"
-    place, asked, odd = {id: i for i, id in enumerate(corpus)}, {}, Counter()
+    places, asked, odd = {}, {}, Counter()
+    place = {id: places.setdefault(text, len(places)) for id, text in corpus.items()}
     for number, row in read_rows(path):
         id, text = name_in(row.get("_id", row.get("id"))), row.get("text", 0)
         if not isinstance(id, str):
@@ -100,11 +103,15 @@ def read_beir(folder, say=print):
         else:
             asked[id] = question_of(row, "text", f"{path}:{number}")
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
-    questions = {split.stem: read_qrels(split, asked, place, say) for split in splits}
-    judged = {question._replace(gold=()) for own in questions.values() for question in own}
-    odd["not asked: no qrels name a document that answers"] = len({*asked.values()} - judged)
+    judged = {split.stem: read_qrels(split, asked, place, say) for split in splits}
+    odd["not asked: no qrels name a document that answers"] = len(asked.keys() - {*chain(*judged.values())})
     tell_odd(path, odd, say)
-    return [*corpus.values()], questions, read_impossible(folder, place, [*questions])
+    questions, none = {}, read_impossible(folder, place, [*judged])
+    for split, own in judged.items():
+        questions[split] = [question for question in own.values() if not question.nothing]
+        unanswered = [(question.text, question.gold[0]) for question in own.values() if question.nothing]
+        none |= {split: none.get(split, []) + unanswered} if unanswered else {}
+    return [*places], questions, none
 
 
 def tell_odd(path, odd, say):
@@ -141,10 +148,16 @@ def read_corpus(folder, say=print):
             odd["skipped: an _id that was there before"] += 1
         else:
             corpus[id] = titled(title, text)
+    odd["the same as another, and one document with it"] = len(corpus) - len({*corpus.values()})
     tell_odd(path, odd, say)
     if not corpus:
         raise UserError(f"{path}: no document in it")
     return corpus
+
+
+def is_unanswered(answer):
+    """Whether an answer is what a set says in place of one."""
+    return answer.strip().rstrip(".").lower() in UNANSWERED
 
 
 def question_text(row, name, where):
@@ -170,34 +183,35 @@ def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
 
     Where there are no "answers" it is "answer", and where that is missing what "metadata" has of both;
-    "answer_aliases" are right, too. Raises UserError.
+    "answer_aliases" are right, too. An answer of UNANSWERED alone is none: nothing answers. Raises UserError.
     """
     text, answers = question_text(row, name, where), []
     for part in [part for part in (row, row.get("metadata")) if isinstance(part, dict)]:
         for key in ("answers", "answer", "answer_aliases"):
             if key == "answer_aliases" or not answers:
                 answers += answer_texts(part.get(key), f'{where}: "{key}"')
-    return SetQuestion(text, (), tuple(dict.fromkeys(answers)))
+    real = tuple(dict.fromkeys(answer for answer in answers if not is_unanswered(answer)))
+    return SetQuestion(text, (), real, nothing=bool(answers) and not real)
 
 
 def read_qrels(path, asked, place, say=print):
-    """The questions of a file qrels/SPLIT.tsv, with their gold documents.
+    """The questions of a file qrels/SPLIT.tsv, with their gold documents, by their ids.
 
     asked: SetQuestions by their ids; place: of documents, by their ids. Judgements of unknown ids are
-    skipped; a missing header, scores with a decimal point and, where there is no header, the four columns of
-    TREC are understood; `say` gets one line that counts them. Raises UserError for a line that is not a
-    judgement at all.
+    skipped; a missing header, scores with a decimal point and the four columns of TREC, whose third one is
+    the document, are understood; `say` gets one line that counts them. Raises UserError for a line that is
+    not a judgement at all.
     """
-    gold, lost, odd, header = {}, set(), Counter(), False
+    gold, lost, odd, header = {}, set(), Counter(), []
     lines = [(number, line.strip()) for number, line in numbered(read_text(path)) if line.strip()]
     for nth, (number, line) in enumerate(lines):
         columns = [column.strip() for column in (line.split("\t") if "\t" in line else line.split())]
-        trec = len(columns) == 4 and not header
+        trec = len(columns) == 4 and not re.match("score|rel|label|grade", "".join(header[2:3]), re.I)
         try:
             score = float(columns[2 + trec])
         except (ValueError, IndexError):
             if nth == 0 and not (columns[0] in asked and columns[-2:][0] in place):
-                header = True  # the names of the columns
+                header = columns  # their names
                 continue
             raise UserError(f"{path}:{number}: {line!r} is not a question's id, a document's id and a score, "
                             "with tabs between") from None
@@ -212,7 +226,7 @@ def read_qrels(path, asked, place, say=print):
             gold.setdefault(query, {})[place[document]] = None  # a dict: in order, each once
     odd["questions judged by the others of their documents alone"] = len(lost & gold.keys())
     tell_odd(path, odd, say)
-    return [asked[query]._replace(gold=tuple(indices)) for query, indices in gold.items()]
+    return {query: asked[query]._replace(gold=tuple(indices)) for query, indices in gold.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,28 +237,34 @@ def read_squad(path, say=print):
 
     The splits are train and test: every fourth article is for testing. Raises UserError for another file.
     """
-    texts, questions, none, blank = [], {"train": [], "test": []}, {"train": [], "test": []}, 0
+    places, questions, none = {}, {"train": [], "test": []}, {"train": [], "test": []}
+    odd = Counter()
     try:
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
             split = "test" if i % 4 == 3 else "train"
+            title = (article.get("title") or "").replace("_", " ")
             for paragraph in article["paragraphs"]:
+                if not isinstance(paragraph["context"], str):
+                    raise TypeError("a context is no text")
+                context = re.sub(r"\s*CANNOTANSWER\s*$", "", paragraph["context"])  # as all of QuAC's end
+                if not context.strip():
+                    odd["skipped: empty context"] += 1
+                    continue
+                place = places.setdefault(titled(title, context), len(places))
                 for row in paragraph["qas"]:
                     asked = row["question"].strip()
                     if not asked:
-                        blank += 1
+                        odd["skipped: empty question"] += 1
                         continue
-                    if row.get("is_impossible"):
-                        none[split].append((asked, len(texts)))
-                        continue
-                    answers = dict.fromkeys(answer["text"] for answer in row.get("answers") or [])
-                    if not all(isinstance(answer, str) for answer in answers):
+                    given = dict.fromkeys(answer["text"] for answer in row.get("answers") or [])
+                    if not all(isinstance(answer, str) for answer in given):
                         raise TypeError(f"an answer of {asked!r} is no text")
-                    answers = tuple(answer for answer in answers if answer.strip())
-                    questions[split].append(SetQuestion(asked, (len(texts),), answers))
-                if not isinstance(paragraph["context"], str):
-                    raise TypeError("a context is no text")
-                texts.append(titled((article.get("title") or "").replace("_", " "), paragraph["context"]))
+                    answers = tuple(one for one in given if one.strip() and not is_unanswered(one))
+                    if row.get("is_impossible") or not answers and any(map(is_unanswered, given)):
+                        none[split].append((asked, place))
+                    else:
+                        questions[split].append(SetQuestion(asked, (place,), answers))
     except UserError:
         raise
     except OSError as error:
@@ -254,8 +274,8 @@ def read_squad(path, say=print):
         raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
     say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
         f"{len(questions['train']):,} of train")
-    tell_odd(path, {"skipped: empty question": blank}, say)
-    return texts, questions, none
+    tell_odd(path, odd, say)
+    return [*places], questions, none
 
 
 def read_questions(path, documents, say=print):
@@ -278,11 +298,12 @@ def read_questions(path, documents, say=print):
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)
-        nothing = row.get("documents") == [] and not question.answers
+        nothing = question.nothing or row.get("documents") == [] and not question.answers
         answers = lambda place: holds(documents[place].text, question.answers)
         meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
         whole = any(len(places) > 1 and same(name) in pieces for name, places in zip(gold, found))
-        question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
+        gold = () if nothing else tuple(dict.fromkeys(meant))
+        question = question._replace(gold=gold, nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None
     if not questions:

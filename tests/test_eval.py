@@ -509,6 +509,24 @@ def test_what_a_set_leaves_out(evaluate_set, tmp_path):
     assert {row["questions_of_recall"] for row in rows} == {2}
 
 
+def test_nothing_to_measure(evaluate_set, run, checkpoint, tmp_path):
+    """Questions without answers and documents would cost the whole evaluation and give dashes; or the oracle
+    vanish, and nobody say why."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("The heron is 3.")
+    bare, flags = {"question": "Which?"}, ("--data", tmp_path / "q.jsonl", "--documents", tmp_path / "notes")
+    (tmp_path / "q.jsonl").write_text(json.dumps(bare))
+    result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", *flags)
+    assert result.code == 2 and "no question is left of which an answer or a document" in result.error
+    (tmp_path / "q.jsonl").write_text(json.dumps(bare | {"answer": "3"}))
+    rows, _, out = evaluate_set(*flags, "--k", 1)
+    assert [row["method"] for row in rows] == ["none", "bm25", "memory"]
+    assert "answered, but no document is named; so none is given as the oracle's (1)" in out
+    (tmp_path / "q.jsonl").write_text(json.dumps(bare | {"documents": []}))
+    rows, _, out = evaluate_set(*flags, "--k", 1)
+    assert "k 1: told " in out and rows[-1]["not_found_rightly"] == 0
+
+
 def test_impossible(evaluate_set, checkpoint, tmp_path):
     """Questions that nothing answers would be asked of a model that never learned to say so, count among
     those with an answer, or be those of another split."""

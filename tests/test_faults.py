@@ -319,8 +319,8 @@ def test_one_reader_of_text(place, tiny, name, kind, capsys):
         if kind == "configuration":
             return common.command_line(train.TrainConfig, "", ["file.toml"]).out
         if kind == "judgements":
-            asked, = question_sets.read_qrels(path, {"q0": question_sets.SetQuestion("?", ())}, {letters: 0})
-            return letters if asked.gold == (0,) else asked
+            asked = question_sets.read_qrels(path, {"q0": question_sets.SetQuestion("?", ())}, {letters: 0})
+            return letters if asked["q0"].gold == (0,) else asked
         return read_log(path, 1)[0]["of"]
     if good:
         assert read() == letters

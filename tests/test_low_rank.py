@@ -131,6 +131,15 @@ def test_what_training_leaves_out(places, backbone, tmp_path, capsys):
     (tmp_path / "set" / "qrels" / "validation.tsv").rename(tmp_path / "set" / "qrels" / "unlabelled.tsv")
     free = training_sets.QuestionSet(tmp_path / "set", ChatTokenizer(backbone), 400, np.random.default_rng(0))
     assert len(free.usable) == len(free.texts)  # no test asks about those without an answer
+    (tmp_path / "set" / "impossible.jsonl").unlink()
+    rows = [{"_id": i, "text": f"Ann: Hello!\nBob: It is number {i}."} for i in range(4)]  # without a title
+    (tmp_path / "set" / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "set" / "queries.jsonl").write_text("\n".join(
+        json.dumps({"_id": i, "text": "Which?", "answers": [f"{i}"]}) for i in range(4)))
+    for split, i in (("train", 0), ("test", 1)):
+        (tmp_path / "set" / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{i}\t{i}\t1\n")
+    chat = training_sets.QuestionSet(tmp_path / "set", ChatTokenizer(backbone), 400, np.random.default_rng(0))
+    assert chat.usable == {0, 2, 3} and [*chat.about] == [(0,)]
 
 
 def test_held_out_documents_of_a_folder(backbone, run, tmp_path):
@@ -622,6 +631,14 @@ def test_own_notes(backbone, run, tmp_path):
     assert MSA.from_pretrained(tmp_path / "out").config.max_document_tokens == 150  # asked as trained
     alone = run(prepare_data, "--data", notes, *flags)
     assert alone.code == 0 and "training pools" in alone.out, alone.err
+    short = tmp_path / "short"  # no sentence makes a question: the file's do, and without a file none
+    short.mkdir()
+    for name in ("mill", "inn"):
+        (short / f"{name}.txt").write_text(f"The {name} leaks.")
+    both = run(prepare_data, "--data", f"{asked},{short}", "--documents", short, *flags)
+    assert both.code == 0 and f"{short}: no sentence makes a question" in both.out, both.err
+    alone = run(prepare_data, "--data", short, *flags)
+    assert alone.code == 2 and "no sentence makes a question" in alone.error
     for given, message in ((["--data", asked], "data and documents go together"),
                            (["--data", notes, "--out", notes / "data"], f"lies in --data {notes}, and would"),
                            (["--data", notes, "--documents", notes], "data and documents go together"),

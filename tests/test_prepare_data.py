@@ -408,7 +408,6 @@ def test_own_questions(run, own, tokenizer):
     (ALPHA | {"documents": []}, "'documents' is empty"),
     (ALPHA | {"documents": ["a.txt", []]}, "'documents' is empty, or"),
     (ALPHA | {"documents": [[["a.txt"]]]}, r"\"\['a.txt'\]\" names no document"),
-    (ALPHA | {"documents": ["a.txt", ["sub/b.md:1", "a.txt"]]}, "'documents' names a document twice"),
     (ALPHA | {"documents": [["a.txt", "sub/b.md:1"]], "pooled": True},
      "'pooled' is True; .*only with one document"),
     (ALPHA | {"documents": ["none.txt"]}, "'none.txt' names no document"),
@@ -457,3 +456,17 @@ def test_answers_in_a_list(own):
     listed = {name: value for name, value in ALPHA.items() if name != "answer"}
     write_lines(own / "q.jsonl", [listed | {"answers": ["one", "1"]}, BETA])
     assert training_questions(own / "q.jsonl", documents_of(own))[0].answer == "one"
+
+
+def test_what_eval_asks_can_be_trained_on(own, capsys):
+    """A number as an answer, two lines of one document, or a question that nothing answers would end the
+    preparation of a file that eval.py takes."""
+    no_answer = {"question": "What is delta?", "documents": []}
+    write_lines(own / "q.jsonl", [
+        ALPHA | {"answer": 42}, no_answer,
+        ALPHA | {"question": "Both?", "documents": ["a.txt", ["sub/b.md:1", "a.txt"]]},
+        ALPHA | {"question": "Again?", "documents": ["a.txt", "a.txt:1"]}])
+    number, both, again = training_questions(own / "q.jsonl", documents_of(own))
+    assert number.answer == "42" and number.gold == again.gold and len(again.gold) == 1
+    assert both.gold[0] == number.gold[0] and len(both.gold) == 2 and both.gold[0] != both.gold[1]
+    assert capsys.readouterr().out == f"{own / 'q.jsonl'}: left out: nothing answers (1)\n"

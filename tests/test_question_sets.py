@@ -66,6 +66,7 @@ def test_read_beir(tmp_path):
      "no header (1), four columns (3)"),
     ("q0 0 d0 1\nq1 0 d2 1\n", {"q0": (0,), "q1": (2,)}, "no header (1), four columns (2)"),
     ("\nquery-id\tcorpus-id\tscore\thop\nq0 \t d0\t1\t1\nq0\td1\t0\t1\n", {"q0": (0,)}, None),
+    ("query-id\titer\tcorpus-id\tscore\nq0\td1\td0\t1\n", {"q0": (0,)}, "four columns (1)"),
     (HEAD + "q0\td0\t-1\n", {}, None),
     ("\ufeff" + HEAD + "q0\td0\t1\r\n", {"q0": (0,)}, None)])
 def test_odd_judgements(tmp_path, text, gold, message):
@@ -109,6 +110,38 @@ def test_how_answers_are_spelled(tmp_path, fields, answers):
     assert read_beir(folder)[1]["test"] == [SetQuestion("How many?", (1,), answers)]
 
 
+def test_what_stands_for_no_answer(tmp_path):
+    """A model that rightly refuses would be wrong, and be trained to say CANNOTANSWER."""
+    folder = beir_set(tmp_path / "set")
+    rows = [("a", ["CANNOTANSWER"]), ("b", ["Unanswerable", "CANNOTANSWER"]), ("c", ["CANNOTANSWER", "yes"])]
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": id, "text": id, "answers": given}) + "\n"
+                                                  for id, given in rows))
+    (folder / "qrels" / "test.tsv").write_text(HEAD + "a\td1\t1\nb\td2\t1\nc\td3\t1\n")
+    _, questions, none = read_beir(folder)
+    assert questions["test"] == [SetQuestion("c", (3,), ("yes",))] and none == {"test": [("a", 1), ("b", 2)]}
+    asked = lambda *answers: {"question": "Why?", "answers": [{"text": answer} for answer in answers]}
+    paragraphs = [{"context": "It is red. CANNOTANSWER", "qas": [asked("CANNOTANSWER"), asked("red")]},
+                  {"context": " ", "qas": [asked("blue")]}, {"context": "It is red.", "qas": [asked("It")]}]
+    path, said = tmp_path / "quac.json", []
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    texts, questions, none = read_squad(path, said.append)
+    assert texts == ["It is red."] and none["train"] == [("Why?", 0)]
+    assert questions["train"] == [SetQuestion("Why?", (0,), ("red",)), SetQuestion("Why?", (0,), ("It",))]
+    assert said[-1] == f"{path}: skipped: empty context (1)"
+
+
+def test_documents_that_repeat(tmp_path):
+    """Of two documents alike one would count as wrong, and be what does not answer in training."""
+    folder, said = beir_set(tmp_path / "set"), []
+    with open(folder / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "d4", "text": "Text 0."}\n{"_id": "d5", "text": "Text 5."}\n')
+    (folder / "qrels" / "test.tsv").write_text(HEAD + "q0\td4\t1\nq0\td0\t1\nq1\td5\t1\n")
+    texts, questions, _ = read_beir(folder, said.append)
+    assert texts == ["Text 0.", "Title\nText 1.", "Text 2.", "Text 3.", "Text 5."] == read_texts(folder)
+    assert [question.gold for question in questions["test"]] == [(0,), (4,)]
+    assert said == [f"{folder}/corpus.jsonl: the same as another, and one document with it (1)"]
+
+
 @pytest.mark.parametrize("answer", ["{}", "[{}]", '[["x", ["y"]]]'])
 def test_answers_that_are_no_text(tmp_path, answer):
     """An object that answers would be left out, and its question not be asked."""
@@ -129,6 +162,9 @@ def test_what_is_not_asked(tmp_path):
     assert texts == ["1984\nText."] and questions["test"] == [SetQuestion("Who?", (0,))]
     assert none == {"test": [("Why?", None), ("How?", None)], "train": [("Why?", None)]}
     assert f"{folder}/queries.jsonl: not asked: no qrels name a document that answers (1)" in said
+    with open(folder / "queries.jsonl", "a") as file:
+        file.write('{"_id": "q2", "text": "Who?"}\n')  # a turn with the same words
+    assert len(read_beir(folder, said.append)[1]["test"]) == 1 and said[-1].endswith("that answers (2)")
 
 
 @pytest.mark.parametrize("file,text,message", [
