@@ -101,8 +101,9 @@ class Draw:
                 return key
 
     def like(self, key):
-        """A new key of words that shares its adjective or its noun with `key`."""
-        while True:
+        """A new key of words that shares its adjective or its noun with `key`. Raises UserError where there
+        is none."""
+        for _ in range(10_000):
             other = self.value("words").split("-")
             shared = int(self.rng.integers(2))
             other[shared] = key.split("-")[shared]
@@ -111,6 +112,7 @@ class Draw:
             if self.pairs[pair] and "-".join(other) not in self.used:
                 self.used.add("-".join(other))
                 return "-".join(other)
+        raise UserError(f"there is no other key like {key!r}; ask for fewer needles")
 
 
 def question_about(keys, kind, several):

@@ -74,7 +74,10 @@ def test_keys_run_out(words):
     draw = Draw(words(), "test", np.random.default_rng(3))
     assert draw.most == (words().split == 0).sum()
     draw.most = 1
-    draw.key("words")
+    key = draw.key("words")
+    draw.used |= {draw.words.key(pair) for pair in range(len(draw.pairs))}
+    with pytest.raises(UserError, match=f"no other key like '{key}'; ask for fewer needles"):
+        draw.like(key)
     with pytest.raises(UserError, match="there are 1 keys of two words; ask for a smaller memory"):
         draw.key("words")
 
