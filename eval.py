@@ -444,6 +444,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         documents_of(model, config.interleave)]
     interleave = replace(config.interleave, max_documents=max(ks))
     parts = np.bincount(owner).max().item()  # of the longest document: of several only one may be found
+    # A chat backbone only ranks passages; the layers of others attend to all that are selected
     most = max(model.config.top_k, *AT, *ks) * min(parts, 16 if model.config.prompts == "chat" else 4)
     most = model.config.top_k = min(most, max(*AT, len(texts)))
     searches, encoded = [bm25_search(texts[:count]) for count in counts], tokenizer.encode_batch(texts)

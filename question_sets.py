@@ -60,7 +60,7 @@ def read_texts(path, say=print):
     """The texts of a set's documents alone; the set needs no questions. Raises UserError."""
     if not Path(path).is_dir():
         return read_squad(path, lambda _: None)[0]
-    return [*dict.fromkeys(read_corpus(path, say).values())]
+    return read_corpus(path, say)[0]
 
 
 def choose_split(questions, none, split, path):
@@ -89,9 +89,8 @@ def read_beir(folder, say=print):
 
     Raises UserError that names the file and line.
     """
-    corpus, path = read_corpus(folder, say), Path(folder) / "queries.jsonl"
-    places, asked, odd = {}, {}, Counter()
-    place = {id: places.setdefault(text, len(places)) for id, text in corpus.items()}
+    texts, place = read_corpus(folder, say)
+    path, asked, odd = Path(folder) / "queries.jsonl", {}, Counter()
     for number, row in read_rows(path):
         id, text = name_in(row.get("_id", row.get("id"))), row.get("text", 0)
         if not isinstance(id, str):
@@ -106,12 +105,14 @@ def read_beir(folder, say=print):
     judged = {split.stem: read_qrels(split, asked, place, say) for split in splits}
     odd["not asked: no qrels name a document that answers"] = len(asked.keys() - {*chain(*judged.values())})
     tell_odd(path, odd, say)
-    questions, none = {}, read_impossible(folder, place, [*judged])
+    questions, none = {split: [] for split in judged}, read_impossible(folder, place, [*judged])
     for split, own in judged.items():
-        questions[split] = [question for question in own.values() if not question.nothing]
-        unanswered = [(question.text, question.gold[0]) for question in own.values() if question.nothing]
-        none |= {split: none.get(split, []) + unanswered} if unanswered else {}
-    return [*places], questions, none
+        for question in own.values():
+            if question.nothing:
+                none.setdefault(split, []).append((question.text, question.gold[0]))
+            else:
+                questions[split].append(question)
+    return texts, questions, none
 
 
 def tell_odd(path, odd, say):
@@ -136,28 +137,30 @@ def read_impossible(folder, place, splits):
 
 
 def read_corpus(folder, say=print):
-    """A folder's corpus.jsonl, id -> text, titles included."""
-    path, corpus, odd = Path(folder) / "corpus.jsonl", {}, Counter()
+    """A folder's corpus.jsonl: its texts, titles included, each once, and id -> place among them."""
+    path, places, place, odd = Path(folder) / "corpus.jsonl", {}, {}, Counter()
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a set in BEIR's layout: "
                         "corpus.jsonl, queries.jsonl, qrels/test.tsv")
     for id, title, text in read_jsonl(path):
         if not (title + text).strip():
             odd["skipped: empty text"] += 1
-        elif id in corpus:
+        elif id in place:
             odd["skipped: an _id that was there before"] += 1
         else:
-            corpus[id] = titled(title, text)
-    odd["the same as another, and one document with it"] = len(corpus) - len({*corpus.values()})
+            place[id] = places.setdefault(titled(title, text), len(places))
+    odd["the same as another, and one document with it"] = len(place) - len(places)
     tell_odd(path, odd, say)
-    if not corpus:
+    if not places:
         raise UserError(f"{path}: no document in it")
-    return corpus
+    return [*places], place
 
 
-def is_unanswered(answer):
-    """Whether an answer is what a set says in place of one."""
-    return answer.strip().rstrip(".").lower() in UNANSWERED
+def answered(text, gold, given):
+    """The SetQuestion to which a set gives these answers; of UNANSWERED alone, nothing answers it."""
+    stands_for_none = lambda answer: answer.strip().rstrip(".").lower() in UNANSWERED
+    answers = dict.fromkeys(answer for answer in given if answer.strip() and not stands_for_none(answer))
+    return SetQuestion(text, gold, tuple(answers), not answers and any(map(stands_for_none, given)))
 
 
 def question_text(row, name, where):
@@ -183,15 +186,14 @@ def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
 
     Where there are no "answers" it is "answer", and where that is missing what "metadata" has of both;
-    "answer_aliases" are right, too. An answer of UNANSWERED alone is none: nothing answers. Raises UserError.
+    "answer_aliases" are right, too. Raises UserError.
     """
     text, answers = question_text(row, name, where), []
     for part in [part for part in (row, row.get("metadata")) if isinstance(part, dict)]:
         for key in ("answers", "answer", "answer_aliases"):
             if key == "answer_aliases" or not answers:
                 answers += answer_texts(part.get(key), f'{where}: "{key}"')
-    real = tuple(dict.fromkeys(answer for answer in answers if not is_unanswered(answer)))
-    return SetQuestion(text, (), real, nothing=bool(answers) and not real)
+    return answered(text, (), answers)
 
 
 def read_qrels(path, asked, place, say=print):
@@ -257,14 +259,14 @@ def read_squad(path, say=print):
                     if not asked:
                         odd["skipped: empty question"] += 1
                         continue
-                    given = dict.fromkeys(answer["text"] for answer in row.get("answers") or [])
+                    given = [answer["text"] for answer in row.get("answers") or []]
                     if not all(isinstance(answer, str) for answer in given):
                         raise TypeError(f"an answer of {asked!r} is no text")
-                    answers = tuple(one for one in given if one.strip() and not is_unanswered(one))
-                    if row.get("is_impossible") or not answers and any(map(is_unanswered, given)):
+                    question = answered(asked, (place,), given)
+                    if row.get("is_impossible") or question.nothing:
                         none[split].append((asked, place))
                     else:
-                        questions[split].append(SetQuestion(asked, (place,), answers))
+                        questions[split].append(question)
     except UserError:
         raise
     except OSError as error:

@@ -35,6 +35,7 @@ from common import (
     keep_freed_memory,
     main,
     read_text,
+    timed,
     write_json,
 )
 from interleave import (
@@ -218,16 +219,15 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
 
 def ask_all(ask, questions):
     """The measures of a row, means, shares in per cent, and what was answered."""
-    began, scores, said = time.perf_counter(), [], []
-    for question, (answer, found, named, rounds) in zip(questions, ask(questions)):
+    (seconds, asked), scores, said = timed(lambda: ask(questions)), [], []
+    for question, (answer, found, named, rounds) in zip(questions, asked):
         share = lambda places: 100 * len(question.gold & {*places}) / len(question.gold)
         right = [value.lower() in answer.lower() for value in question.answers]
         scores.append((share(found), share(named), 100 * np.mean(right), rounds))
         said.append((question.text, question.answers, answer))
-    seconds = (time.perf_counter() - began) / len(questions)
     names = ("recall_at_k", "named", "score", "rounds")
     row = {name: round(float(x), 3) for name, x in zip(names, np.mean(scores, 0))}
-    return row | dict(seconds_per_question=round(seconds, 4)), said
+    return row | dict(seconds_per_question=round(seconds / len(questions), 4)), said
 
 
 # ------------------------------------------------------------------------------------------------------------
