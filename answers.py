@@ -136,14 +136,10 @@ def told_not_found(questions, find, read, ks, batch=8, quiet=False):
         return shares
     rankings, _ = find_all(find, none, "" if quiet else "nothing answers", batch)
     for k in ks:
-        said = read([(question.text, first(k, *found)) for question, found in zip(none, rankings)])
+        said = read([(question.text, documents[:min(k, most)])
+                     for question, (documents, most) in zip(none, rankings)])
         shares[k] = float(np.mean([answer.strip() == NOT_FOUND for answer, _ in said]))
     return shares
-
-
-def first(k, documents, most):
-    """The first k of documents of which so many are read at most."""
-    return documents[:min(k, most)]
 
 
 def find_all(find, questions, label, batch):
@@ -208,7 +204,10 @@ def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, q
         """The documents from which a method answers question i."""
         if method == "none":
             return ()
-        return shown(questions[i], owner, texts) if method == "oracle" else first(k, *rankings[method][i])
+        if method == "oracle":
+            return shown(questions[i], owner, texts)
+        documents, most = rankings[method][i]
+        return documents[:min(k, most)]
 
     rows = []
     for k in ks if chosen else [None]:

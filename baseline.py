@@ -48,7 +48,6 @@ class BaselineConfig:
     accumulate: int = 4                 # pools a step
     learning_rate: float = 1e-3         # after 50 steps of warm-up; falls to 2e-5 as a cosine
     seed: int = 1337                    # of weights
-    log_every: int = 10                 # steps
     lengths: str = "1k,2k,4k,8k,16k"    # tokens of documents that are asked about, as our memory counts them
     questions: int = 29                 # asked for each seed and length
     seeds: str = "1,2,3,4,5,6,7"        # of documents and questions
@@ -58,7 +57,7 @@ class BaselineConfig:
 
     def __post_init__(self):
         parse_lengths(self.lengths)
-        check_least(self, ("max_steps", "accumulate", "learning_rate", "log_every", "questions"))
+        check_least(self, ("max_steps", "accumulate", "learning_rate", "questions"))
         if not all(seed.strip().isdecimal() for seed in self.seeds.split(",")):
             raise UserError(f"seeds is {self.seeds!r}; write whole numbers with commas between, such as "
                             "1,2,3")
@@ -116,7 +115,8 @@ def read_context(model, texts):
 def loss_of(model, texts, batch, place):
     """The mean next-token loss of answers, and the share of questions answered wholly right."""
     tokens, target = batch["tokens"].to(model.device), batch["target_mask"].to(model.device)
-    cache = read_context(model, texts.to(model.device)).rows(place.to(model.device))
+    place = place.to(model.device)
+    cache = read_context(model, texts.to(model.device)).map(lambda x: x[place])
     logits = model.read(tokens, cache=cache, positions=F.pad(target[:, 1:], (0, 1))).logits
     wrong = torch.zeros(len(tokens)).index_add(0, target.nonzero()[:, 0].cpu(),
                                                (logits.argmax(-1) != tokens[target]).float().cpu())
@@ -149,9 +149,8 @@ def train(config, model, tokenizer, pools):
             if not np.isfinite(loss):
                 raise UserError(f"the loss is not a number at step {step + 1}; lower --learning-rate")
             rows.append(dict(step=step + 1, texts=count, loss=round(loss, 4), answered=round(right, 4)))
+            bar.set_postfix(loss=f"{loss:.3f}", answered=f"{right:.2f}", texts=count, refresh=False)
             bar.update()
-            if (step + 1) % config.log_every == 0:
-                bar.set_postfix(loss=f"{loss:.3f}", answered=f"{right:.2f}", texts=count)
     return rows
 
 

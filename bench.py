@@ -195,9 +195,11 @@ def bench_attend(bench, cases, slots=128, chunks=1024):
         inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_(training) for shape in shapes]
         index = torch.stack([torch.randperm(chunks, device=device)[:slots].sort().values for _ in range(B)])
         filled = torch.full((B,), slots, device=device)
-        gradient = torch.randn(B, T, H, D, device=device).to(dtype)
+        gradient, starts = torch.randn(B, T, H, D, device=device).to(dtype), filled * 0 + past
 
         def run():
+            if name == "decode":  # of rows that lie in a cache, as interleave decodes
+                return K.attend_rows(*inputs[:3], None, starts, past + T, T, *inputs[3:], index, filled)
             output = K.sparse_attention(*inputs, index, filled)
             return torch.autograd.grad(output, inputs, gradient) if training else output
 
@@ -318,9 +320,9 @@ class RandomBank:
         return to_numpy(self.held[rows]), self.scales
 
 
-def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
+def bench_random_memory(bench, fraction=0.5):
     """Qwen3-4B's shape: a question's routing and fetching in 18 memory layers, for as many chunks as fit."""
-    device = bench.device
+    device, tokens, top_k = bench.device, 16, 16
     query = R.group_queries(torch.randn(1, tokens, H, D, device=device), G)
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
     for kind in ("bfloat16", "int8"):
@@ -348,6 +350,7 @@ def bench_random_memory(bench, fraction=0.5, tokens=16, top_k=16):
 
 def ask(memory, query, mask, top_k, shared):
     """What a question asks of a memory: one selection for all layers, or one in each."""
+    memory.kept.clear()  # what another question brought is of no use
     layout = memory.bank.layout
     if shared:
         queries = dict.fromkeys(range(layout.routing_layers), query)
@@ -464,13 +467,13 @@ def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
                                    encode_tokens_per_second=speed, peak=peak_memory(device), seconds=times))
 
 
-def bench_load(bench, shape=QWEN3_4B):
+def bench_load(bench):
     """Loading a large checkpoint beside the size of its weights, in a process of its own."""
     from safetensors.torch import save_file
 
     import checkpoint
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        model, folder, files = MSA(ModelConfig(**shape)).bfloat16(), Path(folder), {}
+        model, folder, files = MSA(ModelConfig(**QWEN3_4B)).bfloat16(), Path(folder), {}
         layer_of = lambda name: re.match(r"model\.layers\.\d+|", name)[0]
         shards = dict.fromkeys(map(layer_of, model.state_dict()))  # one for each layer and one for the rest
         for i, layer in enumerate(shards):

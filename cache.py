@@ -49,10 +49,6 @@ class Cache:
         copy.length, copy.prefix_length = self.length, self.prefix_length
         return copy
 
-    def rows(self, index):
-        """A copy that holds these rows, index (B,) int64."""
-        return self.map(lambda x: x[index])
-
     def expand(self, n):
         """One question's cache for n continuations, without a copy of its tensors."""
         return self.map(lambda x: x.expand(n, *x.shape[1:]))
@@ -134,4 +130,4 @@ class Rows(Cache):
         return attend_rows(query, keys, values, rows, self.starts, self.longest, self.branch, *memory)
 
     def keep(self, keys, values, selections):
-        """All is in its place."""
+        """Nothing to do: `extended` has written it."""

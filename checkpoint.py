@@ -271,8 +271,8 @@ def write_tensors(file, tensors):
 
 
 def other_names(path, begin):
-    """The end, "" or "b", of the names of new files that begin with `begin`: such that they are not the files
-    which `path` names, since those stay whole until `path` names the new ones."""
+    """"" or "b", the end of new files' names, which begin with `begin`: they differ from those that `path`
+    still names, which stay whole until `path` is replaced."""
     with contextlib.suppress(OSError):
         named = path.read_text(encoding="utf-8", errors="replace")
         return "b" if begin in named and "b.safetensors" not in named else ""

@@ -278,8 +278,8 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     rankings, number_of = [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
         tokens, routes = tokenizer.question(question)
-        rounds = min(config.max_rounds, config.max_documents)
-        rankings = yield Find(tokens, memory, routes, len(tokenizer.head), rounds)
+        count = min(config.max_rounds, config.max_documents)
+        rankings = yield Find(tokens, memory, routes, len(tokenizer.head), count)
     look = model.config.second_look
     if len(rankings) == 1 and config.max_documents >= look:  # all are named
         look = 0

@@ -165,14 +165,6 @@ class Memory:
         return Memory(**joined, offsets=F.pad(counts.cumsum(0), (1, 0)), numbers=numbers)
 
 
-def check_documents(documents, numbers):
-    """Raises ValueError for no or empty documents, and for numbers that do not increase."""
-    if not documents or min(map(len, documents)) == 0:
-        raise ValueError("encode needs at least one document, and no empty one")
-    if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
-        raise ValueError("encode needs one number per document, increasing")
-
-
 BATCH_TOKENS = 2048  # of documents that are encoded together, padding included
 
 
@@ -193,7 +185,7 @@ def padded_batches(documents, batch_tokens):
     for batch in by_length(lengths, batch_tokens):
         tokens = torch.zeros(len(batch), lengths[batch[-1]], *documents[0].shape[1:], dtype=torch.long)
         for row, i in enumerate(batch):
-            tokens[row, :lengths[i]] = documents[i]
+            tokens[row, :lengths[i]] = torch.as_tensor(documents[i])
         yield batch, tokens
 
 

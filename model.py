@@ -19,7 +19,7 @@ from torch import nn
 
 from cache import Cache
 from checkpoint import Pretrained, check_config, named_layers
-from memory import BATCH_TOKENS, Memory, Output, Tally, apply, check_documents, follow, padded_batches
+from memory import BATCH_TOKENS, Memory, Output, Tally, apply, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -210,7 +210,7 @@ class PaperMSA(Pretrained, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.others = config, {}  # others: entries of config.json that are passed on
-        self.checkpoint_activations = False  # for the backward documents' batches, and blocks, run again
+        self.checkpoint_activations = False  # the backward computes blocks and documents again: less memory
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -255,13 +255,17 @@ class PaperMSA(Pretrained, nn.Module):
     def encode(self, documents, numbers=None, batch_tokens=None, progress=None):
         """Documents -> Memory, each encoded alone (section 3.2): what is stored of one depends on no other.
 
-        documents: a list of int64 tensors (L,), spelled with their numbers; numbers: increasing, 0, 1, ... by
-        default. Documents of similar length share padded batches of `batch_tokens` tokens at most (2,048 on a
-        CPU, or to run again, else 16,384); the order given is returned. progress: called with tokens just
-        encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong arguments.
+        documents: a list of int64 tensors or arrays (L,), spelled with their numbers; numbers: increasing,
+        0, 1, ... by default. Documents of similar length share padded batches of `batch_tokens` tokens at
+        most (2,048 on a CPU, or to run again, else 16,384); the order given is returned. progress: called
+        with tokens just encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong
+        arguments.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
-        check_documents(documents, numbers)
+        if not documents or min(map(len, documents)) == 0:
+            raise ValueError("encode needs at least one document, and no empty one")
+        if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+            raise ValueError("encode needs one number per document, increasing")
         small = self.checkpoint_activations or self.device.type == "cpu"
         batch_tokens = batch_tokens or (BATCH_TOKENS if small else 8 * BATCH_TOKENS)
         lengths = torch.tensor([len(document) for document in documents])
@@ -295,13 +299,19 @@ class PaperMSA(Pretrained, nn.Module):
             routing_keys = [share_document(x, offsets, self.config.document_share) for x in routing_keys]
         return keys, values, routing_keys
 
-    def routing_inputs(self, h, tokens, mask):
-        """What becomes routing queries, and which of them route (bool): h (B, T, E) itself, or the weighted
-        mean of each segment (B, S, E). mask: (B, T) as for `read`."""
+    def routing_weights(self, tokens, mask):
+        """What each segment's mean weighs its tokens by, (B, S, T); None where every token routes by itself.
+        mask: (B, T) as for `read`."""
         if self.config.query_reduction == "max":
-            return h, mask != 0
+            return None
         segments = torch.arange(1, max(int(mask.max()), 1) + 1, device=tokens.device)[:, None]      # (S, 1)
-        weights = (mask[:, None] == segments) * self.model.token_weights[tokens][:, None]   # (B, S, T)
+        return (mask[:, None] == segments) * self.model.token_weights[tokens][:, None]
+
+    def routing_inputs(self, h, mask, weights):
+        """What becomes routing queries, and which of them route (bool): h (B, T, E) itself, or the weighted
+        mean of each segment (B, S, E). mask: (B, T) as for `read`; weights: of `routing_weights`."""
+        if weights is None:
+            return h, mask != 0
         total, dtype = weights.sum(2, keepdim=True), torch.promote_types(h.dtype, weights.dtype)
         return (weights / total.clamp(min=1e-9)).to(dtype) @ h.to(dtype), total[..., 0] > 0
 
@@ -311,11 +321,12 @@ class PaperMSA(Pretrained, nn.Module):
         config, layers = self.config, self.config.router_layers
         place = torch.arange(tokens.size(1), device=tokens.device)
         rope = rope_angles(place + config.top_k * (place >= prefix_length), config)
+        weights = self.routing_weights(tokens, routing_mask)  # once: on a GPU it waits
 
         def attend(i, attention, h, keys, values):
             query, routed = attention.query(h, rope), None
             if i in layers:
-                inputs, mask = self.routing_inputs(h, tokens, routing_mask)
+                inputs, mask = self.routing_inputs(h, routing_mask, weights)
                 routed = attention.routing_query(inputs, query), mask
             return sparse_attention(query, keys, values) if i < layers[-1] else None, routed
 
@@ -346,13 +357,14 @@ class PaperMSA(Pretrained, nn.Module):
             raise ValueError("read needs a routing_mask with a memory: which tokens route?")
         if routes and shared:
             cache.selections = [self.find(tokens, memory, routing_mask, prefix_length)]
+        weights = self.routing_weights(tokens, routing_mask) if routes and not shared else None
 
         def attend(i, attention, h, keys, values):
             query, selection, chosen = attention.query(h, rope), None, ()
             keys, values = past.extended(i, keys, values)  # a block may run again, when the cache has grown
             nth = memory_layers.index(i) if i in memory_layers else None
             if nth is not None and routes and not shared:
-                inputs, mask = self.routing_inputs(h, tokens, routing_mask)
+                inputs, mask = self.routing_inputs(h, routing_mask, weights)
                 queries = {nth: attention.routing_query(inputs, query)}
                 selection = memory.select(queries, mask, config.top_k, [nth] * config.attend_memory)
             elif nth is not None and cache.selections:
@@ -418,7 +430,9 @@ def contrastive_loss(scores, positive, excluded, temperature):
 
 # ------------------------------------------------------------------------------------------------------------
 # The paper's model with what helps tiny ones that are trained from scratch, all of it off by default. To do
-# without, delete scratch.py, baseline.py and what follows, and call the classes above ModelConfig and MSA.
+# without, delete scratch.py, baseline.py and what follows, call the classes above ModelConfig and MSA, and
+# drop what names their fields: two calls of check_number_chunk, three names in train.changes_of, bench.DEMO's
+# score_bias, and both files in pyproject.toml.
 
 @dataclass
 class ModelConfig(ScratchConfig, PaperConfig):

@@ -61,7 +61,7 @@ def check(name, x, shape, dtypes=FLOATS):
 
 
 def check_head_size(D):
-    """Attention holds whole heads in registers, as pooling does: raises ValueError above MAX_HEAD_SIZE."""
+    """Attention holds whole heads in registers: raises ValueError above MAX_HEAD_SIZE."""
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the head size is {D}; the Triton kernels take at most {MAX_HEAD_SIZE} "
                          "(MSA_KERNEL=torch takes all)")
@@ -218,7 +218,6 @@ class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keys, values, routing_keys, first, count):
         M, L, G, D = keys.shape
-        check_head_size(D)
         for name, x in (("keys", keys), ("values", values), ("routing_keys", routing_keys)):
             check(name, x, (M, L, G, D))
         pooled = [x.new_empty(len(first), G, D) for x in (keys, values, routing_keys)]
@@ -266,37 +265,15 @@ def sparse_attention(query, keys, values, memory_keys=None, memory_values=None, 
             dtype = torch.get_autocast_dtype(device)
         local = [x.to(dtype) for x in (query, keys, values)]
         return Attend.apply(*local, memory_keys, memory_values, index, slots, prefix_length, bias)
-    place = torch.arange(past, past + T, device=query.device)                               # (T,) of the N
-    mask = place[:, None] >= torch.arange(past + T, device=query.device)
-    mask = mask.expand(len(query), -1, -1)                                                  # (B, T, N)
-    if index is not None:
-        keys, values, mask = behind_memory(keys, values, mask, place[None], memory_keys, memory_values, index,
-                                           slots, prefix_length, bias)
-    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
-
-
-def behind_memory(keys, values, mask, place, memory_keys, memory_values, index, slots, prefix_length, bias):
-    """What a question attends to: local keys and values (B, N, G, D) behind those of its S memory slots.
-
-    mask: (B, T, N) bool, the local tokens that each of T sees; place: (B, T) or (1, T), where these stand;
-    the rest as for `sparse_attention`. Returns keys and values (B, S + N, G, D), and the mask (B, T, S + N)
-    of both: bool, or with a bias what is added to the logits.
-    """
-    visible = torch.arange(index.size(1), device=index.device) < slots[:, None]             # (B, S)
-    mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
-    local = keys.size(1)
-    keys = torch.cat([memory_keys[index].to(keys.dtype), keys], 1)
-    values = torch.cat([memory_values[index].to(values.dtype), values], 1)
-    if bias is not None:
-        added = F.pad(bias.to(keys.dtype), (0, local))[:, None]                             # (B, 1, S + N)
-        mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
-    return keys, values, mask
+    starts = torch.full((len(query),), past, device=query.device)
+    return attend_rows(query, keys, values, None, starts, past + T, T, memory_keys, memory_values, index,
+                       slots, prefix_length, bias)
 
 
 def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=None, memory_values=None,
                 index=None, slots=None, prefix_length=0, bias=None):
-    """`sparse_attention` of questions of any lengths, whose keys lie in rows of one space; no gradients.
+    """`sparse_attention` of questions of any lengths, whose keys lie in rows of one space; the kernels
+    have no gradients of it.
 
     query: (B, T, H, D); keys, values: (R, N, G, D); rows: (B,) int64, which of the R is whose, None: the
     first B. Question b's T tokens are starts[b], starts[b] + 1, ... of its row. They see what lies before
@@ -313,8 +290,13 @@ def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=
     mask = (own < 0) | (own <= t) & (own // branch == t // branch)                          # (B, T, N)
     if index is not None and index.size(1):
         place = starts[:, None] + t[:, 0] % branch                                          # (B, T)
-        k, v, mask = behind_memory(k, v, mask, place, memory_keys, memory_values, index, slots, prefix_length,
-                                   bias)
+        visible = torch.arange(index.size(1), device=index.device) < slots[:, None]         # (B, S)
+        mask = torch.cat([visible[:, None] & (place >= prefix_length)[..., None], mask], 2)
+        k = torch.cat([memory_keys[index].to(k.dtype), k], 1)
+        v = torch.cat([memory_values[index].to(v.dtype), v], 1)
+        if bias is not None:
+            added = F.pad(bias.to(k.dtype), (0, longest))[:, None]                          # (B, 1, S + N)
+            mask = added.expand_as(mask).masked_fill(~mask, float("-inf"))
     grouped = query.view(B, T, G, H // G, D).transpose(1, 2).flatten(2, 3)                  # (B, G, T * R, D)
     mask = mask[:, None].repeat_interleave(H // G, 2) if T > 1 else mask[:, None]
     found = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)

@@ -2,7 +2,7 @@
 
     group_queries       routing queries per head -> one vector a token, such that heads need no loop
     route               a question's routing queries against every chunk's routing key -> a score per document
-    select_documents    the best documents, exactly, of memories that are too large to sort
+    select_documents    a bank's best documents; some CPUs look in bf16 first, and it is exact all the same
 
 `route` is a reference in PyTorch, which is the definition, and a Triton kernel with its backward, behind one
 function; see msa_kernel.py for which of them runs.
@@ -72,9 +72,11 @@ def document_queries(documents, routing_keys, offsets, scales):
     """
     C, G, D = routing_keys[0].shape
     queries = torch.zeros(len(documents), len(routing_keys), G, D, device=offsets.device)
-    for i, document in enumerate(documents):
+    documents = torch.as_tensor(documents)
+    ends = offsets[torch.stack([documents, documents + 1]).clamp(min=0).to(offsets.device)].T.tolist()
+    for i, (document, own) in enumerate(zip(documents.tolist(), ends)):
         if document >= 0:
-            rows = slice(*offsets[document:document + 2].tolist())
+            rows = slice(*own)
             for layer, (keys, scale) in enumerate(zip(routing_keys, scales)):
                 own = keys[rows].float() if scale is None else keys[rows] * scale[rows, None, None]
                 queries[i, layer] = F.normalize(own.mean(0), dim=-1) / G
@@ -111,7 +113,7 @@ def reduce_tokens(scores, blind, dim):
     """A question's tokens become one score: the best of those that route (section 3.2), -inf where none does.
 
     scores: with the tokens along `dim`; blind: tokens that do not route, broadcast to scores, or None.
-    Training, banks and their second look come here; the kernel `route_chunks` does the same in its loop.
+    Training, banks and what they score again in fp32 come here; `route_chunks` does the same in its loop.
     """
     if blind is not None:
         scores = scores.masked_fill(blind, float("-inf"))

@@ -306,8 +306,7 @@ def rows_before(path, about):
         rows = json.loads(read_text(path)) if Path(path).exists() else []
         if not isinstance(rows, list):
             raise ValueError("no list")
-        complete = [dict(model=about["model"]) | row for row in rows]  # older files do not say which it was
-        other = [row for row in complete if about.items() - row.items()]
+        other = [row for row in rows if about.items() - row.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
     if other:

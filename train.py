@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import PACKAGES, ROUTING_ONLY, WEIGHTS, find, find_base, whole
+from checkpoint import PACKAGES, WEIGHTS, find, find_base, whole
 from common import (
     UserError,
     autocast,
@@ -216,10 +216,10 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
         batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, routes)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    return documents, numbers, batches
+    return [x.numpy() for x in documents], numbers, batches  # FSDP would move tensors, one by one, to a GPU
 
 
-def samples(pools, tokenizer, config, device, step, position, rank, world):
+def taken_pools(pools, tokenizer, config, device, step, position, rank, world):
     """`next_pool` of every pool that this rank takes from a step and a position on. For a GPU the next one is
     made by a thread meanwhile; on a CPU that would take the time of the step."""
     def places():
@@ -456,17 +456,11 @@ def settings_of(config, tokenizer, digest):
     return {name: value for name, value in values.items() if name not in ("out", "resume", "overwrite")}
 
 
-def is_fixed(name):
-    """Whether a run cannot go on when the setting of this name has changed."""
-    table, _, key = name.rpartition(".")
-    return (table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"))
-
-
 def resume(out, model, optimizer, settings, world, say):
     """Go on where the run in `out` was last saved: returns step, position and the log's rows. Says what is
     otherwise than before. Raises UserError for what cannot be."""
     about = read_about(out / "training_state")
-    changes = tell_changes(out / "training_state", about, settings, world, is_fixed)
+    changes = tell_changes(out / "training_state", about, settings, world)
     rows = read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
@@ -616,7 +610,7 @@ def train(config, device, dtype, rank, world, say):
     due = lambda step: step % config.evaluate_every == 0 or step == config.max_steps
     signals, stop = catch_signals(say), torch.zeros(1, device=device)  # stop: all ranks agree after a step
     model.train()
-    taken = samples(pools["train"], tokenizer, config, device, step, position, rank, world)
+    taken = taken_pools(pools["train"], tokenizer, config, device, step, position, rank, world)
     began, tokens_done, work_done, start_step = time.time(), 0, 0, step
     if step and unseen and due(step):  # the run was killed before it
         evaluate()

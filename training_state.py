@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import check_shapes, open_weights, other_names, write_tensors
+from checkpoint import ROUTING_ONLY, check_shapes, open_weights, other_names, write_tensors
 from common import UserError, atomic_file, naming, read_json, read_text, sync_handle, write_json, write_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their weight; beside them `step`, (1,)
@@ -152,17 +152,17 @@ def read_log(path, step):
     return rows
 
 
-def tell_changes(folder, about, settings, ranks, fixed):
+def tell_changes(folder, about, settings, ranks):
     """What a resumed run does otherwise than the run until now, as lines "learning_rate 0.001 -> 0.0005".
 
-    settings: name -> value; fixed: whether a setting of this name belongs to the model or the tokens. Raises
-    UserError where one of those differs.
+    settings: name -> value. Raises UserError where one of the model or the tokens differs.
     """
     before = {**about["settings"], "ranks": about["ranks"]}
     now = {**settings, "ranks": ranks}
     changed = {n: (before[n], now[n]) for n in now if n in before and before[n] != now[n]}
     for name, (old, new) in changed.items():
-        if fixed(name):
+        table, _, key = name.rpartition(".")
+        if table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"):
             raise UserError(f"{folder}: a run with {name} = {old!r} cannot go on with {new!r}; leave it as "
                             "it was, or start anew with --overwrite or another --out")
     return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]

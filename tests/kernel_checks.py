@@ -45,8 +45,9 @@ ATTEND = [(1, 0, [3, 0, 1], 0, False, HEADS[0]), (1, 4, [1, 2, 3], 0, True, HEAD
           # the largest tile, of training and prefill, at the head size of Qwen3
           (70, 3, [70, 1, 65], 5, True, HEADS[5]), (70, 0, None, 0, False, HEADS[5])]
 
-# parts of a question's keys, tokens of a branch, memory, bias: rows of a cache
-ROWS = [(1, 5, False, False), (2, 1, True, False), (4, 2, True, True)]
+# parts of a question's keys, tokens of a branch, memory, bias, rows in any order, D, R: rows of a cache
+ROWS = [(1, 5, False, False, True, 24, 3), (2, 1, True, False, True, 24, 3), (4, 2, True, True, True, 24, 3),
+        (None, 1, True, False, False, 128, 4)]  # decoding, as a whole batch does
 
 
 def random(*shape, seed, dtype, device):
@@ -172,8 +173,10 @@ def check_attention(case, dtype, device="cpu"):
 
 def check_rows(case, dtype, device="cpu"):
     """Three questions of different lengths, whose rows lie in any order; five tokens each, in branches."""
-    parts, branch, memory, biased = case
-    rows, starts, slots, T, N, H, G, D, prefix = [3, 0, 1], [0, 69, 30], [3, 70, 0], 5, 90, 6, 2, 24, 3
+    parts, branch, memory, biased, anywhere, D, R = case
+    rows, starts, slots, T = [3, 0, 1] if anywhere else [0, 1, 2], [0, 69, 30], [3, 70, 0], 5
+    N, G, prefix = 90 if anywhere else 128, 2, 3
+    H = G * R
     shapes = [(3, T, H, D), (4, N, G, D), (4, N, G, D), (90, G, D), (90, G, D)]
     inputs = [random(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
     index = torch.randint(90, (3, 70), generator=torch.Generator().manual_seed(6))
@@ -190,7 +193,7 @@ def check_rows(case, dtype, device="cpu"):
                 [*memory_values[chunks], *values[row, seen]],
                 bias[b, :len(chunks)].tolist() if biased else []))
     on_device = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
-    about = map(on_device, (torch.tensor(rows), torch.tensor(starts), 74, branch))
+    about = map(on_device, (torch.tensor(rows) if anywhere else None, torch.tensor(starts), 74, branch))
     chosen = map(on_device, (*inputs[3:], index, torch.tensor(slots), prefix, bias) if memory
                  else (None, None, None, None, 0, None))
     found = K.attend_split(*inputs[:3], *about, *chosen, parts=parts)

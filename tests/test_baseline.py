@@ -81,7 +81,7 @@ def test_from_start_to_end(run, tiny, tmp_path):
     config = (tiny / "tiny.toml").read_text().split("router_steps")
     kept = [line for line in config[1].splitlines()[1:] if "_steps" not in line and "every" not in line]
     path, out = tmp_path / "full.toml", tmp_path / "out"
-    path.write_text(f'out = "{out.as_posix()}"\nmax_steps = 3\naccumulate = 1\nlog_every = 1\n'
+    path.write_text(f'out = "{out.as_posix()}"\nmax_steps = 3\naccumulate = 1\n'
                     'lengths = "1k"\nquestions = 2\nseeds = "1,2"\n' + "\n".join(kept))
     result = run(baseline, path)
     assert result.code == 0, result.err

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import eval as evaluation
 import needles
@@ -21,7 +20,7 @@ import train
 from common import UserError, atomic_file, command_line, merge, write_json
 from tokenizer import train_encoding
 
-MISSING_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
+MISSING_DEVICE = "cuda"
 TOML = {
     "unknown.toml": '[model]\nhiden_size = 16\n[data]\nseeds = 3\n',
     "string.toml": 'max_steps = "5"\n[data]\npools = "5"\n',

@@ -313,12 +313,13 @@ def test_segments_by_hand():
     model = make(routing_layers="0", query_reduction="mean", num_hidden_layers=2)
     h, ids = torch.randn(2, 4, 16, dtype=torch.float64), torch.tensor([[3, 4, 3, 5], [6, 7, 8, 0]])
     model.model.token_weights[:] = torch.arange(29)
-    means, routes = model.routing_inputs(h, ids, torch.tensor([[1, 1, 0, 2], [0, 1, 0, 0]]))
+    routed = lambda ids, mask: model.routing_inputs(h, mask, model.routing_weights(ids, mask))
+    means, routes = routed(ids, torch.tensor([[1, 1, 0, 2], [0, 1, 0, 0]]))
     assert routes.tolist() == [[True, True], [True, False]]
     close(means[0], torch.stack([(3 * h[0, 0] + 4 * h[0, 1]) / 7, h[0, 3]]))
     close(means[1, 0], h[1, 1])
     # a question all of whose words weigh nothing does not route, and is not NaN
-    means, routes = model.routing_inputs(h, torch.zeros_like(ids), torch.ones_like(ids))
+    means, routes = routed(torch.zeros_like(ids), torch.ones_like(ids))
     assert routes.tolist() == [[False], [False]] and means.eq(0).all()
     # many more tokens in a second text do not hide what the question asks for: the best segment counts
     memory, question = model.encode(tokens(*LENGTHS)), torch.cat(tokens(3, 20, seed=12))[None]

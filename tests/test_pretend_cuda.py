@@ -15,6 +15,7 @@ from interleave import InterleaveConfig, answer_questions
 from memory_bank import Bank
 from memory_parallel import ParallelMemory, Ranks
 from prompts import load_checkpoint
+from routing import document_queries
 from sync import encode_texts, sync
 from tasks import make_memory
 from train import TrainConfig, flatten_metrics, make_optimizer
@@ -42,6 +43,18 @@ def pretended(monkeypatch):
     monkeypatch.setattr(msa_kernel, "KERNEL", "torch")
     with PretendCuda() as cuda:
         yield cuda
+
+
+@torch.no_grad()
+def test_second_round(pretended):
+    """Where a document's routing keys lie would be waited for document by document."""
+    keys, offsets = torch.randn(9, 2, 8), torch.tensor([0, 2, 3, 7, 9])
+    found = {}
+    for device in ("cpu", "cuda:0"):
+        on_device = to_device(keys, torch.device(device)), to_device(offsets, torch.device(device))
+        pretended.reset()
+        found[device] = document_queries([2, -1, 0, 3], [on_device[0]], on_device[1], [None]).cpu()
+    assert found["cpu"].equal(found["cuda:0"]) and pretended.waits["tolist"] == 1, pretended.waits
 
 
 @pytest.mark.parametrize("where", ["memory", "bank"])

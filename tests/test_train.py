@@ -551,11 +551,11 @@ def test_samples_ahead(monkeypatch):
     made = []
     monkeypatch.setattr(train, "next_pool", lambda *args: made.append(args[1]) or (args[1], args[5]))
     arguments = (config, torch.device("cuda"), 3, 18, 1, 3)  # rank 1 of 3, from step 3 on
-    found = list(train.samples(None, None, *arguments))
-    assert found == list(train.samples(None, None, config, torch.device("cpu"), 3, 18, 1, 3))
+    found = list(train.taken_pools(None, None, *arguments))
+    assert found == list(train.taken_pools(None, None, config, torch.device("cpu"), 3, 18, 1, 3))
     assert found == [(18 + 3 * i + 1, 0.5 if i < 2 else 0.0) for i in range(8)]
     made.clear()
-    taken = train.samples(None, None, *arguments)
+    taken = train.taken_pools(None, None, *arguments)
     assert next(taken)[0] == 19
     taken.close()
     assert made == [19, 22]
