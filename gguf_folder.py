@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tqdm import tqdm
 
-from common import UserError, check_download, sync_handle, write_json
+from common import UserError, check_download, check_spelled, sync_handle, write_json
 
 # What GGUF calls the tensors of a layer, and what the Hub calls them
 BLOCK = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -41,6 +41,7 @@ def folder_of(path):
     a file that is missing, damaged or of a model that is not supported, and where gguf is not installed."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    check_spelled(path)
     header = np.fromfile(path, np.uint8, 1 << 20).tobytes()
     check_download(header[:99], path, page=True)
     if not header.startswith(b"GGUF"):
@@ -92,8 +93,9 @@ def convert(path, folder):
             weights[names[name]] = torch.from_numpy(weight).to(torch.bfloat16)
             bar.update()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with open(folder / "model.safetensors", "rb") as file:
-        sync_handle(file.fileno(), path)
+    for written in folder.iterdir():
+        with open(written, "rb") as file:
+            sync_handle(file.fileno(), path)
 
 
 def read_config(path, fields, tensors):

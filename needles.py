@@ -19,6 +19,7 @@ language reference of pydoc. One source in eight is for training alone, as are t
 """
 import ast
 import importlib.util
+import os
 import re
 import sysconfig
 import uuid
@@ -31,7 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, atomic_file, check_least, command_line, main, read_text, write_rows
+from common import UserError, atomic_file, check_least, command_line, emptied, main, read_text, write_rows
+from documents import folder_files, name_of
 from tasks import Words, hide
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -151,11 +153,12 @@ def essays(folder=""):
     """Yields (name, text) of the sources of essays, white space collapsed. Raises UserError for a folder
     without any, and for a file that is no text."""
     if folder:
-        paths = sorted(path for path in Path(folder).rglob("*")
-                       if path.suffix in (".txt", ".md") and path.is_file())
+        if not os.path.isdir(folder):
+            raise UserError(f"--essays {folder}: no such folder")
+        paths = [path for path in folder_files(folder) if path.suffix in (".txt", ".md") and path.is_file()]
         if not paths:
             raise UserError(f"--essays {folder}: holds no .txt or .md file")
-        named = ((path.relative_to(folder).as_posix(), read_text(path)) for path in paths)
+        named = ((name_of(path.relative_to(folder)), read_text(path)) for path in paths)
     else:
         named = offline_essays()
     for name, text in named:
@@ -305,11 +308,12 @@ def write_set(config):
         documents.append((f"{group}-plain", hide([], haystack() or essay[0], rng)))
     rows = [dict(_id=id, title="", text=text) for id, text in documents]
     folder = Path(config.out)
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, lines in (("corpus.jsonl", rows), ("queries.jsonl", asked), ("impossible.jsonl", none)):
-        write_rows(folder / name, lines)
-    with atomic_file(folder / "qrels" / "train.tsv") as file:
-        file.write("\n".join(["query-id\tcorpus-id\tscore", *judged, ""]))
+    with emptied(folder):
+        (folder / "qrels").mkdir(parents=True, exist_ok=True)
+        for name, lines in (("corpus.jsonl", rows), ("queries.jsonl", asked), ("impossible.jsonl", none)):
+            write_rows(folder / name, lines)
+        with atomic_file(folder / "qrels" / "train.tsv") as file:
+            file.write("\n".join(["query-id\tcorpus-id\tscore", *judged, ""]))
     return len(documents), len(asked)
 
 

@@ -21,6 +21,7 @@ they are made of its texts (training_sets.py).
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -231,6 +232,7 @@ def replacing(out):
     if held and not ours:
         raise UserError(f"{out}: exists and is not prepared data; give another --out")
     given, out = out, make_folder(out)
+    handle = hold(out)
     new, old = (Path(tempfile.mkdtemp(prefix=MAKING, dir=out)) for _ in range(2))
     moved = []
     try:
@@ -253,9 +255,26 @@ def replacing(out):
             source.rename(target)
         for folder in (new, old):
             shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
         if not held:
             with contextlib.suppress(OSError):  # it is not empty
                 out.rmdir()
+
+
+def hold(out):
+    """A handle that holds the folder `out` while it is open: two that prepare it would delete each other's
+    work. None where there are no such locks. Raises UserError where another process holds it."""
+    try:
+        import fcntl  # not on Windows
+        handle = os.open(out, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is preparing data there; wait until it is done, or give "
+                        "another --out") from None
+    except (ImportError, OSError):
+        return None
 
 
 def folder_digest(folder):

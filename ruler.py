@@ -47,7 +47,7 @@ from interleave import (
     rounds_of,
     run,
 )
-from needles import RULER, Draw, Haystack, draw_question
+from needles import RULER, Draw, Haystack, draw_question, essays
 from prompts import open_checkpoint
 from question_sets import bm25_search
 from routers import make_routers
@@ -70,7 +70,6 @@ class RulerConfig:
     batch: int = 8                    # questions that are asked side by side
     essays: str = ""                  # folder of .txt and .md files; "": docstrings, see needles.py
     json: str = ""                    # write the rows here; those that are there are not measured again
-    answers: str = ""                 # add what was asked, expected and answered to this .jsonl file
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(
@@ -218,24 +217,23 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
 
 
 def ask_all(ask, questions):
-    """The measures of a row, means, shares in per cent, and what was answered."""
-    (seconds, asked), scores, said = timed(lambda: ask(questions)), [], []
+    """The measures of a row: means, shares in per cent."""
+    (seconds, asked), scores = timed(lambda: ask(questions)), []
     for question, (answer, found, named, rounds) in zip(questions, asked):
         share = lambda places: 100 * len(question.gold & {*places}) / len(question.gold)
         right = [value.lower() in answer.lower() for value in question.answers]
         scores.append((share(found), share(named), 100 * np.mean(right), rounds))
-        said.append((question.text, question.answers, answer))
     names = ("recall_at_k", "named", "score", "rounds")
     row = {name: round(float(x), 3) for name, x in zip(names, np.mean(scores, 0))}
-    return row | dict(seconds_per_question=round(seconds / len(questions), 4)), said
+    return row | dict(seconds_per_question=round(seconds / len(questions), 4))
 
 
 # ------------------------------------------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, config, done):
     """Yields rows. done: the (task, method, length) of those that are there."""
-    lengths, words, tasks = parse_lengths(config.lengths), Words(), config.tasks.split(",")
-    methods = config.methods.split(",")
+    lengths, words, tasks = parse_lengths(config.lengths), Words(), dict.fromkeys(config.tasks.split(","))
+    methods = dict.fromkeys(config.methods.split(","))
     trained, shared = model.trained_routers, {}  # tasks by their haystack
     for name in tasks:
         shared.setdefault(" ".join(haystack_of(name)), []).append(name)
@@ -274,7 +272,7 @@ def evaluate(model, tokenizer, config, done):
                 held = np.flatnonzero(order < count)
                 ask = memory_asker(model, tokenizer, memory if count == len(texts) else memory.subset(held),
                                    [encoded[i] for i in order[held]], numbers[:count], config)
-            measured, said = ask_all(ask, questions)
+            measured = ask_all(ask, questions)
             tokens = int(ends[count - 1]) if length else 0
             row = dict(task=name, method=method, length=length, memory_tokens=tokens,
                        documents=count if length else 0,
@@ -283,7 +281,7 @@ def evaluate(model, tokenizer, config, done):
             print(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
                   f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}",
                   flush=True)
-            yield row, said
+            yield row
             seconds = 0  # the haystack's are counted once
 
 
@@ -321,13 +319,15 @@ def script():
     keep_freed_memory()
     torch.manual_seed(config.seed)
     check_output("--json", config.json)
-    check_output("--answers", config.answers, config.json)
+    if config.essays:
+        next(essays(config.essays))  # raises where there are none
     model, tokenizer, on = open_checkpoint(config.checkpoint, config.device, config.dtype)
     about = dict(checkpoint=config.checkpoint, essays=config.essays, questions=config.questions,
                  seed=config.seed, top_k=model.config.top_k, device=str(model.device),
                  dtype=str(model.model.embed_tokens.weight.dtype), **asdict(config.interleave))
     about |= dict(model=fingerprint(model, tokenizer), max_rounds=rounds_of(model, config.interleave),
-                  max_documents=documents_of(model, config.interleave))
+                  max_documents=documents_of(model, config.interleave),
+                  shortest=min(parse_lengths(config.lengths)))  # in which the needles stand
     rows = rows_before(config.json, about) if config.json else []
     done = {(row["task"], row["method"], row["length"]) for row in rows}
     print(f"{config.checkpoint} on {on}")
@@ -335,13 +335,8 @@ def script():
           f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")
     began = time.perf_counter()
     with torch.no_grad():
-        for row, said in evaluate(model, tokenizer, config, done):
+        for row in evaluate(model, tokenizer, config, done):
             rows.append(row | about)
-            if config.answers:
-                with open(config.answers, "a", encoding="utf-8") as file:
-                    for question, wanted, answer in said:
-                        file.write(json.dumps([row["task"], row["method"], row["length"], question, wanted,
-                                               answer]) + "\n")
             if config.json:
                 write_json(config.json, rows)  # after every row: long runs end early
     print("\n".join(averages(rows)))

@@ -318,10 +318,10 @@ def script():
             try:
                 check_lengths(model, tokenizer, [question])
                 ask(question)
-            except UserError as error:  # what is in RAM is not lost for one question
+            except (UserError, KeyboardInterrupt) as error:  # what is in RAM is not lost for one question
                 if ranks.world > 1:
                     raise
-                say(f"error: {printable(str(error))}")
+                say(f"error: {printable(str(error)) or 'interrupted'}")
     ranks.end()
 
 

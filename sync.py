@@ -8,6 +8,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 import memory_bank
 from checkpoint import is_router
 from common import UserError
-from memory_bank import ROUTERS, Bank, Layout, Writer, is_bank, write_segment
+from memory_bank import ROUTERS, Bank, Layout, Writer, checksum, is_bank, write_segment
 from memory_parallel import to_records
 from routers import make_routers
 
@@ -76,14 +77,25 @@ def bank_routers(model, tokenizer, folder, texts, ranks, content="bfloat16"):
         memory_bank.check_free(folder)  # before the work
         make_routers(model, tokenizer, texts())
         routers = {name: x.contiguous() for name, x in model.state_dict().items() if is_router(name)}
-        layout = bank_layout(model, tokenizer, content)
-        with Writer(folder, layout, safetensors.torch.save(routers)):  # another's, if it was faster
+        layout, sums = bank_layout(model, tokenizer, content), {"sum": sum_of(routers)}
+        with Writer(folder, layout, safetensors.torch.save(routers, sums)):  # another's, if it was faster
             pass
     ranks.wait("routers")
     try:
-        model.load_routers(safetensors.torch.load(path.read_bytes()), path)
-    except (safetensors.SafetensorError, OSError) as error:
+        data = path.read_bytes()
+        routers = safetensors.torch.load(data)
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        if header.get("__metadata__", {}).get("sum") not in (None, sum_of(routers)):  # None: of an older bank
+            raise ValueError("its checksum is wrong")
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); {memory_bank.REPAIR}") from None
+    model.load_routers(routers, path)
+
+
+def sum_of(routers):
+    """The checksum of routers, name -> tensor, as safetensors stores text."""
+    numbers = (routers[name].cpu().reshape(-1).view(torch.uint8).numpy() for name in sorted(routers))
+    return str(checksum(*numbers))
 
 
 def hash64(*parts):

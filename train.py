@@ -39,6 +39,7 @@ from common import (
     autocast,
     check_least,
     check_outside,
+    check_spelled,
     command_line,
     detect_device,
     drawing,
@@ -355,11 +356,10 @@ def draw_curves(rows, panels, routes):
 def check_out(config, folder):
     """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
     out = Path(config.out)
-    while folder:  # and what its low-rank changes are of
-        if folder.resolve() == out.resolve():
+    check_spelled(out)
+    for read in MSA.bases(folder) if folder else ():  # and what its low-rank changes are of
+        if read.resolve() == out.resolve():
             raise UserError(f"--out is {config.out}, which --init-from reads; give another")
-        base = MSA.read_config(folder)[1].get("base")
-        folder = find_base(base) if base else None
     if out.resolve() == Path(config.data.out).resolve():
         raise UserError(f"--out is {config.out}, which holds the prepared data; give another")
     for own in own_folders(config.data):
@@ -446,10 +446,11 @@ def make_optimizer(model, config):
                              lr=config.learning_rate, betas=(0.9, 0.95), fused=model.device.type != "mps")
 
 
-def settings_of(config, tokenizer, digest):
+def settings_of(config, model, tokenizer, digest):
     """Every setting by name, nested ones as "model.top_k", not those of one call; and what the tokenizer and
-    the prepared data, by their `digest`, are known by."""
+    the prepared data, by their `digest`, are known by, and the base of low-rank changes."""
     values = {"tokenizer": tokenizer.fingerprint(), "data": digest}
+    values |= {"base_digest": model.others["base_digest"]} if "base_digest" in model.others else {}
     for name, value in asdict(config).items():
         nested = value if is_dataclass(getattr(config, name)) else {}
         values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
@@ -471,14 +472,19 @@ def resume(out, model, optimizer, settings, world, say):
 
 
 def save(out, model, optimizer, tokenizer, about, log, rank):
-    """Write the checkpoint: first what --resume needs, `about` it and its log too, then the folder in the
-    Hugging Face layout, which the first rank writes tensor by tensor. Each file appears whole or not at
-    all."""
+    """Write the checkpoint: first what --resume needs, `about` it and its log too, then the model. Each file
+    appears whole or not at all."""
     shared = is_shared(model)
     log.sync()
     if rank == 0 or shared:
         write_state(out / "training_state", model, optimizer, about, rank, about["ranks"] if shared else 1)
         log.begin()
+    save_model(out, model, tokenizer, rank)
+
+
+def save_model(out, model, tokenizer, rank):
+    """Write the folder in the Hugging Face layout, which the first rank does tensor by tensor."""
+    if rank == 0 or is_shared(model):
         model.save_pretrained(out if rank == 0 else None)
     if rank == 0:
         tokenizer.save(out)
@@ -590,7 +596,7 @@ def train(config, device, dtype, rank, world, say):
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
         f"{learns:,} learn, memory layers {config.model.memory_layers}; "
         f"data: {len(pools['train']):,} pools" + "; weights are shared out to the ranks" * is_shared(model))
-    settings = settings_of(config, tokenizer, pools["train"].digest)
+    settings = settings_of(config, model, tokenizer, pools["train"].digest)
     step, position, rows = 0, 0, []
     if config.resume:
         step, position, rows = resume(out, model, optimizer, settings, world, say)
@@ -612,7 +618,9 @@ def train(config, device, dtype, rank, world, say):
     model.train()
     taken = taken_pools(pools["train"], tokenizer, config, device, step, position, rank, world)
     began, tokens_done, work_done, start_step = time.time(), 0, 0, step
-    if step and unseen and due(step):  # the run was killed before it
+    if step >= config.max_steps:  # the run may have ended before it wrote the model of its last state
+        save_model(out, model, tokenizer, rank)
+    if step and unseen and due(step):  # and before this
         evaluate()
     while step < config.max_steps and not stop:
         metrics, tokens, work = step_gradients(model, called, taken, config, step, device, dtype, world)

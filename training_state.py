@@ -17,6 +17,7 @@ import torch.distributed as dist
 from checkpoint import ROUTING_ONLY, check_shapes, open_weights, other_names, write_tensors
 from common import UserError, atomic_file, naming, read_json, read_text, sync_handle, write_json, write_rows
 
+FIXED = "rank", "init_from", "tokenizer", "base_digest"  # settings with which a run cannot go on
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their weight; beside them `step`, (1,)
 
 
@@ -162,7 +163,7 @@ def tell_changes(folder, about, settings, ranks):
     changed = {n: (before[n], now[n]) for n in now if n in before and before[n] != now[n]}
     for name, (old, new) in changed.items():
         table, _, key = name.rpartition(".")
-        if table == "model" and key not in ROUTING_ONLY or name in ("rank", "init_from", "tokenizer"):
+        if table == "model" and key not in ROUTING_ONLY or name in FIXED:
             raise UserError(f"{folder}: a run with {name} = {old!r} cannot go on with {new!r}; leave it as "
                             "it was, or start anew with --overwrite or another --out")
     return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]

