@@ -117,11 +117,11 @@ def command_line(config_class, description, args=None, table=None, takes_file=Tr
     if files:
         path = os.path.expanduser(args.pop(files[0]))
         try:
-            values = tomllib.loads(read_text(path))
+            text = read_text(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such configuration file") from None
-        except UserError:
-            raise
+        try:
+            values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # of TOML, or a number of 5,000 digits
             raise UserError(f"{path}: not valid TOML: {error}") from None
         if table and values and table not in values:

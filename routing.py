@@ -74,9 +74,9 @@ def document_queries(documents, routing_keys, offsets, scales):
     queries = torch.zeros(len(documents), len(routing_keys), G, D, device=offsets.device)
     documents = torch.as_tensor(documents)
     ends = offsets[torch.stack([documents, documents + 1]).clamp(min=0).to(offsets.device)].T.tolist()
-    for i, (document, own) in enumerate(zip(documents.tolist(), ends)):
+    for i, (document, (begin, end)) in enumerate(zip(documents.tolist(), ends)):
         if document >= 0:
-            rows = slice(*own)
+            rows = slice(begin, end)
             for layer, (keys, scale) in enumerate(zip(routing_keys, scales)):
                 own = keys[rows].float() if scale is None else keys[rows] * scale[rows, None, None]
                 queries[i, layer] = F.normalize(own.mean(0), dim=-1) / G

@@ -449,8 +449,8 @@ def make_optimizer(model, config):
 def settings_of(config, model, tokenizer, digest):
     """Every setting by name, nested ones as "model.top_k", not those of one call; and what the tokenizer and
     the prepared data, by their `digest`, are known by, and the base of low-rank changes."""
-    values = {"tokenizer": tokenizer.fingerprint(), "data": digest}
-    values |= {"base_digest": model.others["base_digest"]} if "base_digest" in model.others else {}
+    values = {"tokenizer": tokenizer.fingerprint(), "data": digest,
+              "base_digest": model.others.get("base_digest")}
     for name, value in asdict(config).items():
         nested = value if is_dataclass(getattr(config, name)) else {}
         values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}

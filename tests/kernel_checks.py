@@ -172,7 +172,7 @@ def check_attention(case, dtype, device="cpu"):
 
 
 def check_rows(case, dtype, device="cpu"):
-    """Three questions of different lengths, whose rows lie in any order; five tokens each, in branches."""
+    """Three questions of different lengths, in the first rows or anywhere; five tokens each, in branches."""
     parts, branch, memory, biased, anywhere, D, R = case
     rows, starts, slots, T = [3, 0, 1] if anywhere else [0, 1, 2], [0, 69, 30], [3, 70, 0], 5
     N, G, prefix = 90 if anywhere else 128, 2, 3
