@@ -824,7 +824,8 @@ def test_a_round_alone(log_p, most, count):
 
 
 def test_reluctant(backbone):
-    """A model that has learned to refuse would refuse what it is half sure of, or a plain one be changed."""
+    """A model that has learned to refuse would refuse what it is half sure of, end an answer after two values
+    of four, or a plain one be changed."""
     model = MSA.from_pretrained(backbone)
     tokenizer = ChatTokenizer(backbone)
     first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
@@ -832,9 +833,14 @@ def test_reluctant(backbone):
     assert reluctant(model, tokenizer, logits, True) is logits
     model.config.second_look = 8
     assert int(reluctant(model, tokenizer, logits, True).argmax()) == first - 1 and logits.argmax() == first
-    assert reluctant(model, tokenizer, logits, False) is logits
+    assert int(reluctant(model, tokenizer, logits, False).argmax()) == first
     logits[first] = 3.2
     assert int(reluctant(model, tokenizer, logits, True).argmax()) == first
+    for end in tokenizer.ends:
+        logits = torch.zeros(2, model.config.vocab_size)
+        logits[:, end] = torch.tensor([1.9, 2.1])
+        assert (reluctant(model, tokenizer, logits, False).argmax(-1) == end).tolist() == [False, True]
+        assert (reluctant(model, tokenizer, logits, True).argmax(-1) == end).all()
 
 
 def test_refusing_at_the_beginning(backbone):
