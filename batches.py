@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cache import Cache, Rows
@@ -66,9 +67,10 @@ class Read:
 
 @dataclass(eq=False)
 class Pick:
-    """The token that comes next, one of `choices` where there are any; begins: an answer begins with it."""
+    """The token that comes next, one of `choices` where there are any. margin: an answer begins with it, or
+    a refusal, where that leads by so many nats; None: it has begun."""
     choices: tuple = ()
-    begins: bool = False
+    margin: float | None = None
 
 
 def parts_of(questions, label, batch):
@@ -117,10 +119,10 @@ REQUESTS = Find, Likelihood, Prompt, Name, Read, Pick  # in the order in which a
 class Server:
     """Answers requests, those of several rows in one read. A method takes {row: request}, returns replies."""
 
-    def __init__(self, model, rows, choose, prepare=lambda logits, begins: logits,
+    def __init__(self, model, rows, choose, prepare=lambda logits, margin: logits,
                  agree=lambda choices: choices):
-        """choose: logits (n, m) -> indices (n,); prepare: (logits (n, V) of the next token, whether an answer
-        begins with it) -> what is chosen from; agree: rank 0's choices, on every rank."""
+        """choose: logits (n, m) -> indices (n,); prepare: (logits (n, V) of the next token, a Pick's
+        margin) -> what is chosen from; agree: rank 0's choices, on every rank."""
         self.model, self.rows, self.choose, self.prepare, self.agree = model, rows, choose, prepare, agree
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
         self.picked, self.ids = ([], None), {}       # ((row, token) of the last picks, these on the device)
@@ -195,10 +197,8 @@ class Server:
         rows, counts = list(asked), [len(request.tokens) for request in asked.values()]
         told, tokens = self.picked
         if told != [(row, *request.tokens) for row, request in asked.items()]:
-            tokens = torch.zeros(len(rows), max(counts), dtype=torch.long)
-            for b, request in enumerate(asked.values()):
-                tokens[b, :counts[b]] = torch.tensor(request.tokens)
-            tokens = to_device(tokens, self.model.device)
+            texts = [torch.tensor(request.tokens) for request in asked.values()]
+            tokens = to_device(pad_sequence(texts, batch_first=True), self.model.device)
         cache = self.cache.take(rows, tokens.size(1))
         output = self.model.read(tokens, cache=cache, positions=self.last(counts, tokens.device))
         cache.advance(counts)
@@ -209,8 +209,8 @@ class Server:
         """Tokens; the only wait of a step in which all questions write their answers."""
         groups, rows, picked = {}, [], []
         for row, request in asked.items():
-            groups.setdefault((request.choices, request.begins), []).append(row)
-        for (choices, begins), members in groups.items():
+            groups.setdefault((request.choices, request.margin), []).append(row)
+        for (choices, margin), members in groups.items():
             logits = torch.stack([self.logits[row] for row in members])
             if choices:
                 if choices not in self.ids:
@@ -218,7 +218,7 @@ class Server:
                 ids = self.ids[choices]
                 picked.append(ids[self.choose(logits[:, ids])])
             else:
-                picked.append(self.choose(self.prepare(logits, begins)))
+                picked.append(self.choose(self.prepare(logits, margin)))
             rows += members
         tokens = self.agree(torch.cat(picked))
         told = list(zip(rows, tokens.tolist()))

@@ -108,7 +108,7 @@ IMPOSSIBLE = 100  # of a set's questions that nothing answers, at most
 
 @dataclass
 class EvalConfig:
-    checkpoint: str = "checkpoints/demo"  # folder of a checkpoint, or "owner/name" on the Hugging Face Hub
+    checkpoint: str = "checkpoints/demo"  # a folder, a .gguf file, or "owner/name" on the Hub
     data: str = ""                    # a set of questions in place of a task; see above
     documents: str = ""               # what --data FILE.jsonl asks about: a folder or a file
     distractors: str = ""             # sets, with commas between, whose documents are added one set at a time
@@ -452,7 +452,7 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     chosen = draw(those("answers"), config.questions, config.seed)
     looked = chosen or draw(those("gold"), config.questions, config.seed)
     at_length = set_memories(model, tokenizer, texts, encoded, name, config, ranks, say, on)
-    read = reader(model, tokenizer, encoded, config.interleave, config.batch)
+    read = reader(model, tokenizer, encoded, config.interleave, config.batch, say)
     for count, search in zip(counts, searches):
         memory = None  # the last one goes before the next one is opened
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))

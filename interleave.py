@@ -22,7 +22,8 @@ from memory_parallel import ParallelMemory
 from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
-REFUSAL_MARGIN = 3.0  # in nats: of held-out questions that have an answer .02 are refused, .23 without it
+REFUSAL_MARGIN = 3.0  # in nats: of what two documents answer .01 is refused, .23 without it
+ALONE_MARGIN = 0.5    # of one alone .02 is lost, and .49 of the questions are refused that it does not answer
 ENDING_MARGIN = 2.0   # in nats: of four values .88 are said, .78 without it, and single answers stay as good
 GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
 CERTAIN = -0.105      # log 0.9: a document has something of the answer where log p of NOT_FOUND is below it
@@ -114,14 +115,22 @@ def fits(model, message, config):
     return len(message) + min(config.max_answer_tokens, most // 4) <= most
 
 
-def reluctant(model, tokenizer, logits, begins):
-    """Logits (..., V) of the next token, with which an answer `begins` or not. A chat backbone that has
-    learned to refuse does so only where NOT_FOUND leads by REFUSAL_MARGIN; and since most answers that it has
-    seen are short, its own ends only where the end leads by ENDING_MARGIN."""
+def fitting(model, tokenizer, question, documents, config):
+    """(message with as many of the first `documents`, pairs (number, text), as a chat backbone can read, how
+    many these are)."""
+    while not fits(model, message := tokenizer.message(question, documents), config) and documents:
+        documents = documents[:-1]
+    return message, len(documents)
+
+
+def reluctant(model, tokenizer, logits, margin):
+    """Logits (..., V) of the next token of an answer. A chat backbone that has learned to refuse does so only
+    where NOT_FOUND leads by `margin`, which is None where the answer has begun: most that it has seen are
+    short, and so one ends only where the end leads by ENDING_MARGIN."""
     if model.config.prompts == "chat" and model.config.second_look:
         logits = logits.clone()
-        for token in tokenizer.refusal[:1] if begins else tokenizer.ends:
-            logits[..., token] -= REFUSAL_MARGIN if begins else ENDING_MARGIN
+        for token in tokenizer.ends if margin is None else tokenizer.refusal[:1]:
+            logits[..., token] -= ENDING_MARGIN if margin is None else margin
     return logits
 
 
@@ -144,8 +153,9 @@ def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look
     return [first[i] for i in order] + others, log_p[order].tolist()
 
 
-def answer(tokenizer, stop, limit, one_line=False):
+def answer(tokenizer, stop, limit, one_line=False, documents=0):
     """A part of a loop: pieces of the text that comes next, of at most `limit` tokens up to one of `stop`.
+    documents: how many stand before it; of one alone the reader knows best whether it answers.
 
     A character may be spread over several tokens. one_line: up to the first line end behind a word, since a
     chat model may write on after its answer.
@@ -154,7 +164,8 @@ def answer(tokenizer, stop, limit, one_line=False):
     for _ in range(limit):
         if found:
             yield Read(found[-1:])
-        token = yield Pick(begins=not found)
+        margin = ALONE_MARGIN if documents == 1 else REFUSAL_MARGIN
+        token = yield Pick(margin=None if found else margin)
         if token in stop:
             break
         found.append(token)
@@ -203,7 +214,7 @@ def run(model, tokenizer, loops, config, batch, memory=None):
     """Serves loops, `batch` at a time: yields (place of the loop, event). memory: whose ranks agree."""
     ranks = dict(agree=memory.ranks.agree) if isinstance(memory, ParallelMemory) else {}
     # A vocabulary may be padded
-    prepare = lambda logits, begins: reluctant(model, tokenizer, logits, begins)[:, :tokenizer.vocab_size]
+    prepare = lambda logits, margin: reluctant(model, tokenizer, logits, margin)[:, :tokenizer.vocab_size]
     pick = partial(choose, temperature=config.temperature, top_p=config.top_p)
     yield from serve(loops, Server(model, batch, pick, prepare, **ranks))
 
@@ -296,7 +307,8 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     for (ranked, _), part in zip(rounds, named):
         yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, sorted(part))))
     yield Prompt(prompt)
-    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True)
+    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True,
+                      documents=sum(map(len, named)))
 
 
 def interleave_msa(model, tokenizer, memory, texts, question, config):
@@ -367,14 +379,14 @@ def loop_from_text(model, tokenizer, question, appended, config):
     """A loop: the answer to a question behind which stand the texts `appended`, pairs (number, ids), with
     nothing retrieved."""
     prompts, documents = model.config.prompts, [(number, tokenizer.decode(text)) for number, text in appended]
+    count = len(documents)
     if prompts == "nanomsa":
         prompt, stop = tokenizer.question(tokenizer.encode(question)), {tokenizer.end}
         for number, text in appended:
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
     elif prompts == "chat":
-        while not fits(model, prompt := tokenizer.message(question, documents), config) and documents:
-            documents = documents[:-1]
+        prompt, count = fitting(model, tokenizer, question, documents, config)
         stop = tokenizer.ends
     else:
         named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
@@ -383,7 +395,7 @@ def loop_from_text(model, tokenizer, question, appended, config):
         prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                   *tokenizer.end_of_retrieval_prompt(question)]
     yield Prompt(prompt)
-    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat")
+    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat", documents=count)
 
 
 def answers_from_texts(model, tokenizer, asked, config, batch):

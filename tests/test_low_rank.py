@@ -180,6 +180,9 @@ def test_hold_out_of_few_documents(tmp_path):
             assert any(held & {*gold} for gold in own.about)
         if not alone - {0}:  # nothing was drawn: the first that may be taken
             assert held in ({0, 2}, {1}, {0})
+        hub = about((0, 1), (0, 2))  # both questions begin with one document
+        held = training_sets.hold_out(dict(q=hub), dict(q=notes), seed)[notes]
+        assert sorted(bool(held & {*gold}) for gold in hub.about) == [False, True]
 
 
 def test_more_gold_documents_than_a_pool_has(places, backbone, run, tmp_path):
@@ -830,17 +833,15 @@ def test_reluctant(backbone):
     tokenizer = ChatTokenizer(backbone)
     first, logits = tokenizer.answer(NOT_FOUND)[0], torch.zeros(model.config.vocab_size)
     logits[first], logits[first - 1] = 2.9, 0.1
-    assert reluctant(model, tokenizer, logits, True) is logits
+    best = lambda logits, margin: reluctant(model, tokenizer, logits, margin).argmax(-1)
+    assert reluctant(model, tokenizer, logits, 3.0) is logits
     model.config.second_look = 8
-    assert int(reluctant(model, tokenizer, logits, True).argmax()) == first - 1 and logits.argmax() == first
-    assert int(reluctant(model, tokenizer, logits, False).argmax()) == first
-    logits[first] = 3.2
-    assert int(reluctant(model, tokenizer, logits, True).argmax()) == first
+    assert best(logits, 3.0) == first - 1 and best(logits, 2.7) == first and logits.argmax() == first
+    assert best(logits, None) == first
     for end in tokenizer.ends:
         logits = torch.zeros(2, model.config.vocab_size)
         logits[:, end] = torch.tensor([1.9, 2.1])
-        assert (reluctant(model, tokenizer, logits, False).argmax(-1) == end).tolist() == [False, True]
-        assert (reluctant(model, tokenizer, logits, True).argmax(-1) == end).all()
+        assert (best(logits, None) == end).tolist() == [False, True] and (best(logits, 3.0) == end).all()
 
 
 def test_refusing_at_the_beginning(backbone):
@@ -848,10 +849,12 @@ def test_refusing_at_the_beginning(backbone):
     model, tokenizer = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
     model.config.second_look = 8
     first = tokenizer.refusal[0]
-    loop = interleave.answer(tokenizer, {0}, 3)
-    assert next(loop).begins and loop.send(first) and next(loop).tokens == [first] and not next(loop).begins
+    for count, margin in ((0, 3), (1, 0.5), (2, 3)):  # of one document alone it knows best
+        loop = interleave.answer(tokenizer, {0}, 3, documents=count)
+        assert next(loop).margin == margin and loop.send(first) and next(loop).tokens == [first]
+        assert next(loop).margin is None
     server = Server(model, 2, lambda logits: logits.argmax(-1), partial(reluctant, model, tokenizer))
     logits = torch.zeros(model.config.vocab_size)
     logits[first], logits[first - 1] = 2.9, 0.1
     server.logits = {0: logits, 1: logits}
-    assert server.pick({0: Pick(begins=True), 1: Pick()}) == [first - 1, first]
+    assert server.pick({0: Pick(margin=3.0), 1: Pick()}) == [first - 1, first]
