@@ -33,7 +33,8 @@ Multiplying and adding are 2 operations; W = G * D:
               minutes, on a GPU five seconds: time, and memory beside weights and gradients; fitted exponents,
               crossing, ratios
 
-On a CPU the reference does the work, and has no peer but itself. `memory` and `load` need Linux.
+On a CPU the reference does the work, and has no peer but itself. `memory`, `load` and, on a CPU, `linear`
+need Linux.
 """
 import argparse  # not tyro: this runs where only torch, triton and numpy are installed
 import dataclasses
@@ -55,7 +56,7 @@ import torch.nn.functional as F
 import msa_kernel as K
 import routing as R
 from cache import Cache
-from checkpoint import find_base
+from checkpoint import INDEX, find_base
 from common import (
     UserError,
     autocast,
@@ -282,7 +283,7 @@ def bench_train(bench, cases, steps=20):
 SHAPE = Layout("random", 18, G, D, 18, G, D)  # Qwen3-4B: the upper half of 36 layers
 SMALL = Layout("random", 15, 3, 64, 15, 3, 64)  # SmolLM2-135M
 GPU_KEYS = 10e9  # bytes of routing keys on a GPU: far more than its cache, and opened in seconds
-CHUNKS_PER_TOKEN = {"full chunks": 1 / 64, "75-token passages": 2 / 75}
+DOCUMENTS = (("full chunks", 64, 1), ("75-token passages", 75, 2))  # kind; tokens, chunks of one
 
 
 class RandomBank:
@@ -333,16 +334,15 @@ def bench_random_memory(bench, fraction=0.5):
         if bench.cuda:
             torch.cuda.empty_cache()
             chunks = min(chunks, int(GPU_KEYS / keys))
-        for name, per_token in CHUNKS_PER_TOKEN.items():
-            each = 1 if name == "full chunks" else 2  # chunks of a document
+        for name, length, each in DOCUMENTS:
             bank = RandomBank(layout, chunks // each, each)
             memory = ParallelMemory(bank, device, Ranks(device), kind)
             run = lambda memory=memory: ask(memory, query, mask, top_k, shared=False)
             held = int(bank.chunks.sum())
             sizes = lambda n: f"keys {keys * n / 1e9:.1f} GB, content {content * n / 1e9:.1f} GB"
-            title = f"memory {kind}, {held / per_token / 1e6:,.1f}M tokens, {name}"
+            title = f"memory {kind}, {held / each * length / 1e6:,.1f}M tokens, {name}"
             note = f"random contents; {sizes(held)}, peak {peak_memory(device)}; "
-            note += f"100M tokens: {sizes(1e8 * per_token)}"
+            note += f"100M tokens: {sizes(1e8 / length * each)}"
             operations = 2 * tokens * SHAPE.layers * G * D * held
             bench.measure(title, run, {}, keys * held, operations, torch.bfloat16, note)
             del memory, bank, run
@@ -471,7 +471,6 @@ def bench_load(bench):
     """Loading a large checkpoint beside the size of its weights, in a process of its own."""
     from safetensors.torch import save_file
 
-    import checkpoint
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         model, folder, files = MSA(ModelConfig(**QWEN3_4B)).bfloat16(), Path(folder), {}
         layer_of = lambda name: re.match(r"model\.layers\.\d+|", name)[0]
@@ -481,7 +480,7 @@ def bench_load(bench):
                        for name, x in model.state_dict().items() if layer_of(name) == layer}
             save_file(tensors, folder / f"model-{i}.safetensors")
             files |= dict.fromkeys(tensors, f"model-{i}.safetensors")
-        write_json(folder / checkpoint.INDEX, {"weight_map": files})
+        write_json(folder / INDEX, {"weight_map": files})
         model.save_config(folder)
         code = f"import bench; bench.load_and_answer({str(folder)!r}, {str(bench.device)!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
@@ -557,8 +556,9 @@ def script():
                         help="write a file, or into a folder, named by the device")
     parser.add_argument("--chunks", type=int, default=0, help="to route; default 200,000, on a GPU 1,048,576")
     numbers = lambda text: [int(number) for number in text.split(",")]
-    parser.add_argument("--questions", type=numbers, help="to route: 1,8,64")
-    parser.add_argument("--tokens", type=numbers, help="to route: 1,16,64,512; those of a question")
+    parser.add_argument("--questions", type=numbers, help="to route; default 1, on a GPU 1,8,64")
+    parser.add_argument("--tokens", type=numbers,
+                        help="of a question to route; default 16, on a GPU 1,16,64,512")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":

@@ -135,7 +135,7 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
     batch = max(BATCH_TOKENS, max(lengths, default=0)) if lengths else 0
     again = dict(documents=min(batch, tokens) * deep * K + 3 * 4 * chunks * pooled,
                  questions=asked * layers * shape.hidden_size * 4 + largest * K, logits=logits)
-    work = operations(shape, lengths, batches, 5 / 3 if config.rank else 3)
+    work = operations(shape, lengths, batches, config.rank)
     seconds = work / (peak * mfu)  # of a pool
     pools = config.max_steps * config.accumulate  # of each GPU
     return dict(parameters=P, learns=learns, gpus=gpus, shared=out, state=shared if out else ddp,
@@ -299,10 +299,8 @@ def compare(rows):
 def fitted(rows, unit, square):
     """What a + b n (+ c n^2), fitted with relative errors, says at EXTRAPOLATED tokens."""
     tokens, found = (np.array([row[name] for row in rows], float) for name in ("tokens", unit))
-    powers = range(3 if square else 2)[:len(rows)]
-    columns = np.stack([(tokens / 2048) ** power for power in powers], 1)
-    factors = np.linalg.lstsq(columns / found[:, None], np.ones(len(rows)), rcond=None)[0]
-    return float(factors @ [(EXTRAPOLATED / 2048) ** power for power in powers])
+    degree = min(2 if square else 1, len(rows) - 1)
+    return float(np.polyval(np.polyfit(tokens, found, degree, w=1 / found), EXTRAPOLATED))
 
 
 def plot(rows, title, path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common import to_device
@@ -181,12 +182,9 @@ def by_length(lengths, batch_tokens):
 def padded_batches(documents, batch_tokens):
     """Documents (L,), or (L, n), as the batches of `by_length`, with padding on the right: yields (indices,
     tokens (M, L)), or (M, L, n)."""
-    lengths = [*map(len, documents)]
-    for batch in by_length(lengths, batch_tokens):
-        tokens = torch.zeros(len(batch), lengths[batch[-1]], *documents[0].shape[1:], dtype=torch.long)
-        for row, i in enumerate(batch):
-            tokens[row, :lengths[i]] = torch.as_tensor(documents[i])
-        yield batch, tokens
+    for batch in by_length([*map(len, documents)], batch_tokens):
+        rows = [torch.as_tensor(documents[i], dtype=torch.long) for i in batch]
+        yield batch, pad_sequence(rows, batch_first=True)
 
 
 def apply(function, *inputs, again):

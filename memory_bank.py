@@ -27,7 +27,7 @@ import os
 import re
 import secrets
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -276,16 +276,13 @@ class Segment:
         """Records of the documents of `rows` (M,) bool; verified, and all routing keys with them."""
         records = {name: self.read(name, slice(None)) for name in AXIS}
         sums = add_sums(records)
-        for name in SUMS:
-            wrong = np.argwhere(sums[name] != self.table[name])  # rows of: layer, if any; document or tile
-            if name != "routing_sums":
-                wrong = wrong[rows[wrong[:, -1]]]
-            if len(wrong):
-                *layer, last = wrong[0]
-                where = f"document [{self.table['numbers'][last]}]"
-                if name == "routing_sums":
-                    where = f"layer {layer[0]}, chunks from {last * TILE:,}"
+        for name in ("record_sums", "content_sums"):
+            for row in np.flatnonzero((sums[name] != self.table[name]) & rows):
+                where = f"document [{self.table['numbers'][row]}]"
                 raise self.damaged(f"a checksum is wrong ({name}, {where})")
+        for layer, tile in np.argwhere(sums["routing_sums"] != self.table["routing_sums"]):
+            where = f"layer {layer}, chunks from {tile * TILE:,}"
+            raise self.damaged(f"a checksum is wrong (routing_sums, {where})")
         return pick(records, rows)
 
 
@@ -353,11 +350,10 @@ def stat_manifest(path):
 
 def read_layout(values):
     layout = Layout(**values)
-    sizes = [layout.layers, layout.kv_heads, layout.head_dim, layout.routing_layers, layout.routing_heads,
-             layout.routing_dim]
-    types = [type(layout.fingerprint), type(layout.unit_keys), *map(type, sizes)]
-    if types != [str, bool] + [int] * 6 or layout.content not in CONTENT:
+    values = [*asdict(layout).values()]
+    if [*map(type, values)] != [field.type for field in fields(Layout)] or layout.content not in CONTENT:
         raise ValueError("its layout has values of wrong types")
+    sizes = [value for value in values if type(value) is int]
     if layout.layers < 0 or min(sizes[1:]) < 1 or max(sizes) > 1 << 16:
         raise ValueError("its layout has invalid sizes")
     return layout
@@ -390,11 +386,11 @@ def write_manifest(folder, layout, entries, next_number):
 class Bank:
     """A snapshot of a bank: what it held when it was opened.
 
-    A document's position is its place in the order of numbers. COLUMNS are arrays (M,) by position: what the
-    segments' tables say of the live documents, and the segment and the row there of each.
+    A document's position is its place in the order of numbers. COLUMNS, what the segments' tables say of the
+    live documents, and `segment_of` and `row_of`, where each is, are arrays (M,) by position.
     """
 
-    COLUMNS = ("numbers", "chunks", "tokens", "id_hashes", "digests", "segment_of", "row_of")
+    COLUMNS = ("numbers", "chunks", "tokens", "id_hashes", "digests")
 
     def __init__(self, folder, before=None):
         """Open `folder`, but read nothing again that the snapshot `before` has open. Raises UserError."""
@@ -417,7 +413,7 @@ class Bank:
                     raise UserError(f"{error.filename}: missing; {REPAIR}") from None
         self.deleted = [entry["deleted"] for entry in entries]
         live = [np.flatnonzero(~deleted).astype(np.int32) for deleted in self.deleted]  # rows of each segment
-        for name in self.COLUMNS[:5]:
+        for name in self.COLUMNS:
             parts = [segment.table[name][rows] for segment, rows in zip(self.segments, live)]
             setattr(self, name, np.concatenate([*parts, np.zeros(0, TABLE[name])]))
         self.segment_of = np.repeat(np.arange(len(live), dtype=np.int32), [len(rows) for rows in live])
@@ -436,7 +432,7 @@ class Bank:
 
     def take(self, positions):
         """Keep the documents of these positions, in this order."""
-        for name in self.COLUMNS:
+        for name in (*self.COLUMNS, "segment_of", "row_of"):
             setattr(self, name, getattr(self, name)[positions])
 
     def only(self, numbers):

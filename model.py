@@ -207,6 +207,8 @@ class Backbone(nn.Module):
 class PaperMSA(Pretrained, nn.Module):
     """The paper's model. A subclass may replace its short methods, from `init_weights` to `memory_bias`."""
 
+    config_class = PaperConfig
+
     def __init__(self, config):
         super().__init__()
         self.config, self.others = config, {}  # others: entries of config.json that are passed on
@@ -432,7 +434,7 @@ def contrastive_loss(scores, positive, excluded, temperature):
 # The paper's model with what helps tiny ones that are trained from scratch, all of it off by default. To do
 # without, delete scratch.py, baseline.py and what follows, call the classes above ModelConfig and MSA, and
 # drop what names their fields: two calls of check_number_chunk, three names in train.changes_of, bench.DEMO's
-# score_bias, and both files in pyproject.toml.
+# score_bias, both files in pyproject.toml, and those fields in config/*.toml and checkpoints/*/config.json.
 
 @dataclass
 class ModelConfig(ScratchConfig, PaperConfig):

@@ -2,6 +2,7 @@
 
     pool_chunks         keys, values, routing keys of documents -> one of each per chunk
     sparse_attention    question tokens over [the chunks of their selected documents | their own causal past]
+    attend_rows         the same of questions of any lengths, whose keys lie in a cache
 
 Each is a reference in PyTorch, which is the definition, and a Triton kernel with its backward, behind one
 function. CUDA tensors go to Triton, others to PyTorch; MSA_KERNEL=torch or MSA_KERNEL=triton forces one (on a
@@ -86,8 +87,7 @@ def chunk_offsets(lengths, chunk_size, last=0):
 
 def owners(offsets, chunks):
     """The document of each of C = `chunks` chunks: (M + 1,) offsets -> (C,) int64."""
-    documents = torch.arange(len(offsets) - 1, device=offsets.device)
-    return torch.repeat_interleave(documents, offsets.diff(), output_size=chunks)
+    return torch.repeat_interleave(offsets.diff(), output_size=chunks)
 
 
 def ranges(starts, counts):

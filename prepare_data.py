@@ -91,9 +91,9 @@ class DataConfig:
             if own != bool(self.documents) or self.questions:
                 raise UserError("data and documents go together where data has a .jsonl file of questions "
                                 "about them, and only there; questions is for neither")
-            if own and self.encoding == "train":
-                raise UserError("data has questions of your own, which are for a chat backbone; give its "
-                                "checkpoint, such as --encoding checkpoints/smollm2")
+            if self.encoding == "train" and (own or any(map(is_texts, filter(None, self.data.split(","))))):
+                raise UserError("data has questions or documents of your own, which are for a chat backbone; "
+                                "give its checkpoint, such as --encoding checkpoints/smollm2")
         elif bool(self.documents) != bool(self.questions):
             raise UserError("documents and questions go together: a folder, and a .jsonl file about it")
 
@@ -191,9 +191,10 @@ def write_sets(config, folder):
         for path, own in sets.items():
             groups = [gold for gold in own.about if held[folder_of[path]].isdisjoint(gold) == trains]
             if not groups:
-                which = ("; all that it has are about documents of the other part" if own.about
-                         else ", or no split train")
-                raise UserError(f"{path}: it has no question with a short answer for {split}{which}")
+                which = ("validation needs one about another document: add documents, or lower "
+                         "max_document_tokens, so that long ones are split" if own.about
+                         else "it has none with a short answer, or no split train")
+                raise UserError(f"{path}: no question is left for {split}; {which}")
             turns[path] = endless(groups, rng)
         for i in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
             path = paths[i % len(paths)]

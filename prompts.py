@@ -177,9 +177,9 @@ def end_tokens(folder, about, encoding):
         if found is None:
             continue
         listed = found if isinstance(found, list) else [found]
-        if any(type(i) is not int for i in listed):
+        if any(type(i) is not int or i < 0 for i in listed):
             raise UserError(f"{path}: eos_token_id is {found!r}; it must be a token's id, or a list of ids")
-        ends |= {*listed}
+        ends |= {i for i in listed if i < encoding.n_vocab}  # no other is ever written
     return ends
 
 
@@ -247,7 +247,7 @@ def load_checkpoint(folder, device, dtype=torch.float32):
 
 
 def open_checkpoint(name, device, dtype):
-    """(model, tokenizer, "cpu (why)") of a checkpoint, a folder or a name on the Hugging Face Hub, where and
+    """(model, tokenizer, "cpu (why)") of a checkpoint, a folder, a .gguf file or a name on the Hub, where and
     as the flags --device and --dtype say."""
     folder = find(name)
     device, dtype, reason = detect_device(device, dtype, MSA.read_config(folder)[0].hidden_size)

@@ -104,8 +104,10 @@ def read_beir(folder, say=print):
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
     judged = {split.stem: read_qrels(split, asked, place, say) for split in splits}
     odd["not asked: no qrels name a document that answers"] = len(asked.keys() - {*chain(*judged.values())})
-    tell_odd(path, odd, say)
     questions, none = {split: [] for split in judged}, read_impossible(folder, place, [*judged])
+    odd["not asked: of a split of impossible.jsonl that no qrels file has"] = sum(
+        len(none[split]) for split in none.keys() - judged.keys())
+    tell_odd(path, odd, say)
     for split, own in judged.items():
         for question in own.values():
             if question.nothing:
@@ -173,12 +175,13 @@ def question_text(row, name, where):
 
 def answer_texts(given, where):
     """The answers in what a set gives: a text, a number, true for yes, or a list of these, perhaps of lists;
-    where: file, line and name. Raises UserError."""
+    null and NaN are none. where: file, line and name. Raises UserError."""
     parts = [one for part in (given if isinstance(given, list) else [given])
-             for one in (part if isinstance(part, list) else [part]) if one is not None]
+             for one in (part if isinstance(part, list) else [part]) if one is not None and one == one]
     if not all(type(one) in (str, int, float, bool) for one in parts):
         raise UserError(f"{where} is {given!r}; it must be a list of strings")
-    texts = [("no", "yes")[one] if type(one) is bool else str(one) for one in parts]
+    spell = lambda one: ("no", "yes")[one] if type(one) is bool else re.sub(r"\.0$", "", repr(one))
+    texts = [one if type(one) is str else spell(one) for one in parts]
     return [text for text in texts if text.strip()]
 
 
@@ -245,7 +248,7 @@ def read_squad(path, say=print):
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
             split = "test" if i % 4 == 3 else "train"
-            title = (article.get("title") or "").replace("_", " ")
+            title = str(article.get("title") or "").replace("_", " ")
             for paragraph in article["paragraphs"]:
                 if not isinstance(paragraph["context"], str):
                     raise TypeError("a context is no text")
@@ -273,7 +276,8 @@ def read_squad(path, say=print):
         raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's "
                         "layout") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error}); other sets go "
+                        "into a folder in BEIR's layout, one's own questions into a .jsonl file") from None
     say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
         f"{len(questions['train']):,} of train")
     tell_odd(path, odd, say)
@@ -323,7 +327,7 @@ def pieces_of(documents):
     """The places of each file's or id's Documents. Raises UserError for an id that stands twice."""
     pieces, (id, count) = {}, Counter(document.id for document in documents).most_common(1)[0]
     if count > 1:
-        raise UserError(f"two documents have the id {id.rpartition('#')[0]!r}; ids must differ")
+        raise UserError(f"documents: two have the id {id.rpartition('#')[0]!r}; ids must differ")
     for place, document in enumerate(documents):
         pieces.setdefault(same(document.id.rpartition("#")[0]), []).append(place)
     return pieces

@@ -61,7 +61,7 @@ COPIES = 4e9  # bytes, at most, of a batch's memories: each question has its nee
 
 @dataclass
 class RulerConfig:
-    checkpoint: str = "checkpoints/smollm2"  # folder of a checkpoint, or "owner/name" on the Hub
+    checkpoint: str = "checkpoints/smollm2"  # a folder, a .gguf file, or "owner/name" on the Hub
     tasks: str = ",".join(RULER)      # commas between
     methods: str = ",".join(METHODS)  # commas between
     lengths: str = "32k,128k,512k,1m"  # tokens of memory, comma-separated, k or m behind a number

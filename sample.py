@@ -8,8 +8,8 @@
     python sample.py --memory bank --questions questions.jsonl --json answers.json     # many, side by side
     torchrun --nproc_per_node=2 sample.py --memory bank "..."       # its documents spread over two processes
 
-A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B) or a name on the
-Hugging Face Hub.
+A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B), a .gguf file or a
+name on the Hugging Face Hub.
 """
 import itertools
 import re
@@ -67,8 +67,8 @@ COMMON_WORDS = frozenset("""a about all also an and any are as at be been both b
 class SampleConfig:
     # without one, they are read from the terminal
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
-    # a folder, or "owner/name" on the Hugging Face Hub; empty: checkpoints/smollm2 where `make ask` has
-    # installed what it was trained from, else checkpoints/demo
+    # a folder, a .gguf file, or "owner/name" on the Hugging Face Hub; empty: checkpoints/smollm2 where `make
+    # ask` has installed what it was trained from, else checkpoints/demo
     checkpoint: str = ""
     documents: str = ""                   # a folder of texts, pages and PDFs, or one; or a .jsonl file
     max_document_tokens: int = 0          # longer files are split at paragraphs; 0: as in training
@@ -95,6 +95,8 @@ class SampleConfig:
         check_least(self, ("timeout",), max_document_tokens=0, seed=0, batch=1)
         if bool(self.questions) != bool(self.json):
             raise UserError("--questions FILE.jsonl and --json OUT belong together; give both or neither")
+        if self.question and not self.question.strip():
+            raise UserError("QUESTION is blank; ask something, or leave it out to type questions")
         if self.questions and self.question:
             raise UserError("--questions has the questions; leave out the one that is not in the file")
         for name in ("info", "verify", "compact", "remove", "content", "content_in", "routing_keys"):
@@ -315,11 +317,13 @@ def script():
         ask(config.question)
     else:
         for question in typed_questions(ranks):
+            parted = False  # one rank may fail where others do not
             try:
                 check_lengths(model, tokenizer, [question])
+                parted = ranks.world > 1
                 ask(question)
             except (UserError, KeyboardInterrupt) as error:  # what is in RAM is not lost for one question
-                if ranks.world > 1:
+                if parted:
                     raise
                 say(f"error: {printable(str(error)) or 'interrupted'}")
     ranks.end()

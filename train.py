@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
@@ -65,7 +65,7 @@ from training_state import Log, read_about, read_log, read_state, tell_changes, 
 @dataclass
 class TrainConfig:
     out: str = "out/demo"               # folder of the checkpoint
-    init_from: str = ""                 # checkpoint, or "owner/name" on the Hub, to start from
+    init_from: str = ""                 # folder, .gguf file or "owner/name" on the Hub to start from
     rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
     router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
@@ -239,7 +239,7 @@ def taken_pools(pools, tokenizer, config, device, step, position, rank, world):
         yield from (next_pool(*place) for place in places())
 
 
-def operations(config, lengths, batches, learns=3.0):
+def operations(config, lengths, batches, rank=0):
     """What a pool's forward and backward have to compute, in operations, 2 for a product and its sum:
 
         learns * (sum over tokens of 2 * the matrices that a token passes + 4 * H * D * the keys that it sees)
@@ -248,8 +248,8 @@ def operations(config, lengths, batches, learns=3.0):
     tokens). A document's token passes the layers before the last that a memory keeps, and this one's key and
     value maps, and sees half its document; a question's passes all, and sees the shared tokens, half the
     question and, in memory layers, the chunks of top_k documents; a predicted one passes the output matrix.
-    learns: the backward is twice a forward; 5/3 for changes of low rank, where two thirds of the layers have
-    a backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
+    learns: 3, since a backward is twice a forward; 5/3 with a `rank`, where two thirds of the layers have a
+    backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
     peak (MFU) is of use."""
     E, layers, memory = config.hidden_size, config.num_hidden_layers, config.memory_layers
     width, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -266,7 +266,7 @@ def operations(config, lengths, batches, learns=3.0):
         seen = layers * (shared + tokens / 2) + slots
         total += 4 * width * (rows * tokens * seen + layers * shared * shared / 2)
         total += 2 * E * config.vocab_size * predicted
-    return learns * total
+    return (5 / 3 if rank else 3) * total
 
 
 # bfloat16 operations a second, without sparsity, by what the device's name holds
@@ -452,8 +452,8 @@ def settings_of(config, model, tokenizer, digest):
     values = {"tokenizer": tokenizer.fingerprint(), "data": digest,
               "base_digest": model.others.get("base_digest")}
     for name, value in asdict(config).items():
-        nested = value if is_dataclass(getattr(config, name)) else {}
-        values |= {f"{name}.{key}": x for key, x in nested.items()} or {name: value}
+        nested = isinstance(value, dict)  # a table of the configuration
+        values |= {f"{name}.{key}": x for key, x in value.items()} if nested else {name: value}
     return {name: value for name, value in values.items() if name not in ("out", "resume", "overwrite")}
 
 
@@ -537,7 +537,7 @@ def step_gradients(model, called, taken, config, step, device, dtype, world):
         metrics = metrics + flatten_metrics(losses)
         lengths, parts = [*map(len, documents)], sizes(batches)
         tokens += sum(lengths) + sum(rows * length + shared for rows, length, shared, _ in parts)
-        work += operations(config.model, lengths, parts, 5 / 3 if config.rank else 3)
+        work += operations(config.model, lengths, parts, config.rank)
     return metrics, tokens, work
 
 

@@ -132,8 +132,8 @@ class QuestionSet:
     def __init__(self, path, tokenizer, limit, rng, documents=""):
         texts, questions, none = read_training_set(path, documents, tokenizer, limit, rng)
         self.texts, self.search = texts, bm25_search(texts)
-        titles = [text.partition("\n")[0] if isinstance(text, Titled) else text for text in texts]
-        self.titles = titles
+        self.titles = titles = [text.partition("\n")[0] if isinstance(text, Titled) else text
+                                for text in texts]
         tested = {titles[i] for split, asked in questions.items() if split not in NO_TESTS
                   for question in asked for i in question.gold}
         self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
@@ -204,12 +204,13 @@ def hold_out(sets, folder_of, seed):
     for path, own in sets.items():
         draw = np.random.default_rng([seed, zlib.crc32(folder_of[path].name.encode())])
         held[folder_of[path]] |= {i for i in sorted(own.usable) if draw.random() < HELD_OUT}
-    for path, own in sets.items():
-        places = held[folder_of[path]]
+    for path, own in sets.items():  # what most of few questions are about may have been drawn
+        places, asked = held[folder_of[path]], {i for gold in own.about for i in gold}
+        if not any(places.isdisjoint(gold) for gold in own.about):
+            places -= asked
         if own.about and not any(places & {*gold} for gold in own.about):  # of few documents
             beside = [other.about for at, other in sets.items() if folder_of[at] == folder_of[path]]
             leaves = lambda place: all(any((places | {place}).isdisjoint(gold) for gold in about)
                                        for about in beside)  # every set something to train on
-            firsts = sorted({gold[0] for gold in own.about})
-            places.add(next(filter(leaves, firsts), firsts[0]))
+            places.add(next(filter(leaves, sorted(asked)), min(asked)))
     return held

@@ -230,7 +230,7 @@ def test_bad_templates(about, message, tmp_path):
 @pytest.mark.parametrize("prompts", ["chat", "msa"])
 @pytest.mark.parametrize("eos,config,generation,ends", [
     ("<|endoftext|>", 258, [259, 260], {258, 259, 260}),
-    ("<|endoftext|>", None, [258, 260], {258, 260}),
+    ("<|endoftext|>", None, [258, 260, 99999], {258, 260}),
     (None, [258], None, {258}), ("<|im_end|>", 258, {}, {258}), ("<|im_end|>", 258, 260, {258, 260})])
 def test_where_an_answer_ends(prompts, eos, config, generation, ends, tmp_path):
     """An answer would go on behind its end: the files of a model name different tokens that end it."""
@@ -249,7 +249,7 @@ def test_where_an_answer_ends(prompts, eos, config, generation, ends, tmp_path):
     assert all((tmp_path / "saved" / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("wrong", ["2", [2, None], [True], 2.0, {"a": 1}])
+@pytest.mark.parametrize("wrong", ["2", [2, None], [True], 2.0, -1, {"a": 1}])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_bad_ends(name, wrong, tmp_path):
     """An end that is no token's id would be ignored, or end in a traceback."""

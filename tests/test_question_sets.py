@@ -101,6 +101,7 @@ def test_numbers_as_ids(tmp_path):
     ('"answers": [], "answer": ["x"]', ("x",)), ('"answers": ["x"], "answer": "y"', ("x",)),
     ('"answer": "x", "answer_aliases": ["y", "x"]', ("x", "y")),
     ('"metadata": {"answer": "x", "answer_aliases": ["y"]}', ("x", "y")),
+    ('"answer": 3.0', ("3",)), ('"answer": NaN, "answer_aliases": ["x", NaN]', ("x",)),
     ('"answer": [], "metadata": 5', ())])
 def test_how_answers_are_spelled(tmp_path, fields, answers):
     """A set would be refused, or an answer that is right be wrong, for the way in which others write them."""
@@ -165,6 +166,9 @@ def test_what_is_not_asked(tmp_path):
     with open(folder / "queries.jsonl", "a") as file:
         file.write('{"_id": "q2", "text": "Who?"}\n')  # a turn with the same words
     assert len(read_beir(folder, said.append)[1]["test"]) == 1 and said[-1].endswith("that answers (2)")
+    (folder / "impossible.jsonl").write_text('{"text": "Why?", "split": "Test"}\n')
+    read_beir(folder, said.append)
+    assert said[-1].endswith(", not asked: of a split of impossible.jsonl that no qrels file has (1)")
 
 
 @pytest.mark.parametrize("file,text,message", [
