@@ -23,7 +23,7 @@ from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 REFUSAL_MARGIN = 3.0  # in nats: of what two documents answer .01 is refused, .23 without it
-ALONE_MARGIN = 0.5    # of one alone .02 is lost, and .49 of the questions are refused that it does not answer
+ALONE_MARGIN = 0.5    # of what one alone answers .02 is lost; .44 of what it does not answer is refused
 ENDING_MARGIN = 2.0   # in nats: of four values .88 are said, .78 without it, and single answers stay as good
 GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
 CERTAIN = -0.105      # log 0.9: a document has something of the answer where log p of NOT_FOUND is below it
