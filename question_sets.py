@@ -327,7 +327,7 @@ def pieces_of(documents):
     """The places of each file's or id's Documents. Raises UserError for an id that stands twice."""
     pieces, (id, count) = {}, Counter(document.id for document in documents).most_common(1)[0]
     if count > 1:
-        raise UserError(f"documents: two have the id {id.rpartition('#')[0]!r}; ids must differ")
+        raise UserError(f"two documents have the id {id.rpartition('#')[0]!r}; ids must differ")
     for place, document in enumerate(documents):
         pieces.setdefault(same(document.id.rpartition("#")[0]), []).append(place)
     return pieces
