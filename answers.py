@@ -15,12 +15,13 @@ import re
 import string
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from functools import cache
 
 import numpy as np
 
 from batches import Find, parts_of
 from common import drawing, timed
-from interleave import answers_from_texts, context_of, documents_of, fitting, look_again, rounds_of, run
+from interleave import answers_from_texts, context_of, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
 from question_sets import holds
 
@@ -155,21 +156,15 @@ def reader(model, tokenizer, texts, config, batch, say=print):
     texts: token ids of documents by position, which is the number that they have in the prompt. say: is told
     once where a chat backbone's message cannot hold all documents.
     """
-    known, told = {}, []
-
-    def cut(asked):
-        question, documents = asked
-        spelled = [(d, tokenizer.decode(text)) for d, text in documents]
-        return fitting(model, tokenizer, question, spelled, config)[1] < len(documents)
+    known = {}
+    cut = cache(lambda: say("the last documents of some messages are left out, as this model reads "
+                            f"{context_of(model):,} tokens at once; lower --k"))
 
     def read(asked):
         asked = [(question, *documents) for question, documents in asked]
         new = list(dict.fromkeys(one for one in asked if one not in known))
         given = [(question, [(d, texts[d]) for d in documents]) for question, *documents in new]
-        if model.config.prompts == "chat" and not told and any(map(cut, given)):
-            told.append(say("the last documents of some messages are left out, as this model reads "
-                            f"{context_of(model):,} tokens at once; lower --k"))
-        seconds, found = timed(lambda: answers_from_texts(model, tokenizer, given, config, batch))
+        seconds, found = timed(lambda: answers_from_texts(model, tokenizer, given, config, batch, cut))
         known.update({one: (answer, seconds / len(new)) for one, answer in zip(new, found)})
         return [known[one] for one in asked]
     return read

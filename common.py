@@ -406,8 +406,8 @@ def numbered(text):
 
 
 def read_json(path, what):
-    """The object in a JSON file. what: it should be, for the message. Raises UserError for another file; and
-    for a missing one, which is taken for a checkpoint's: other callers look first."""
+    """The object in a JSON file. what: what it is, for the message. Raises UserError for another file,
+    and for a missing one, which is taken for a checkpoint's: other callers look first."""
     try:
         text = read_text(path)
         check_download(text[:99].encode(), path, page=True)

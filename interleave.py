@@ -115,14 +115,6 @@ def fits(model, message, config):
     return len(message) + min(config.max_answer_tokens, most // 4) <= most
 
 
-def fitting(model, tokenizer, question, documents, config):
-    """(message with as many of the first `documents`, pairs (number, text), as a chat backbone can read, how
-    many these are)."""
-    while not fits(model, message := tokenizer.message(question, documents), config) and documents:
-        documents = documents[:-1]
-    return message, len(documents)
-
-
 def reluctant(model, tokenizer, logits, margin):
     """Logits (..., V) of the next token of an answer. A chat backbone that has learned to refuse does so only
     where NOT_FOUND leads by `margin`, which is None where the answer has begun: most that it has seen are
@@ -161,10 +153,10 @@ def answer(tokenizer, stop, limit, one_line=False, documents=0):
     chat model may write on after its answer.
     """
     found, said, shown = [], "", ""
+    margin = ALONE_MARGIN if documents == 1 else REFUSAL_MARGIN
     for _ in range(limit):
         if found:
             yield Read(found[-1:])
-        margin = ALONE_MARGIN if documents == 1 else REFUSAL_MARGIN
         token = yield Pick(margin=None if found else margin)
         if token in stop:
             break
@@ -375,18 +367,20 @@ def answer_question(model, tokenizer, memory, texts, question, config):
     return answer_questions(model, tokenizer, memory, texts, [question], config, 1)[0]
 
 
-def loop_from_text(model, tokenizer, question, appended, config):
+def loop_from_text(model, tokenizer, question, appended, config, cut=None):
     """A loop: the answer to a question behind which stand the texts `appended`, pairs (number, ids), with
-    nothing retrieved."""
+    nothing retrieved. cut: is called where a chat backbone cannot read the last of them."""
     prompts, documents = model.config.prompts, [(number, tokenizer.decode(text)) for number, text in appended]
-    count = len(documents)
     if prompts == "nanomsa":
         prompt, stop = tokenizer.question(tokenizer.encode(question)), {tokenizer.end}
         for number, text in appended:
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
     elif prompts == "chat":
-        prompt, count = fitting(model, tokenizer, question, documents, config)
+        while not fits(model, prompt := tokenizer.message(question, documents), config) and documents:
+            documents = documents[:-1]
+        if cut and len(documents) < len(appended):
+            cut()
         stop = tokenizer.ends
     else:
         named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
@@ -395,10 +389,11 @@ def loop_from_text(model, tokenizer, question, appended, config):
         prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                   *tokenizer.end_of_retrieval_prompt(question)]
     yield Prompt(prompt)
-    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat", documents=count)
+    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat",
+                      documents=len(documents))
 
 
-def answers_from_texts(model, tokenizer, asked, config, batch):
+def answers_from_texts(model, tokenizer, asked, config, batch, cut=None):
     """The answers to `asked`, pairs (question, appended), as of `loop_from_text`."""
-    loops = (loop_from_text(model, tokenizer, *pair, config) for pair in asked)
+    loops = (loop_from_text(model, tokenizer, *pair, config, cut) for pair in asked)
     return [answer for answer, _ in gather(run(model, tokenizer, loops, config, batch), len(asked))]

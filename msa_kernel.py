@@ -2,7 +2,7 @@
 
     pool_chunks         keys, values, routing keys of documents -> one of each per chunk
     sparse_attention    question tokens over [the chunks of their selected documents | their own causal past]
-    attend_rows         the same of questions of any lengths, whose keys lie in a cache
+    attend_rows         the same of questions of any lengths, whose keys lie in a cache; without gradients
 
 Each is a reference in PyTorch, which is the definition, and a Triton kernel with its backward, behind one
 function. CUDA tensors go to Triton, others to PyTorch; MSA_KERNEL=torch or MSA_KERNEL=triton forces one (on a

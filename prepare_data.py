@@ -91,7 +91,7 @@ class DataConfig:
             if own != bool(self.documents) or self.questions:
                 raise UserError("data and documents go together where data has a .jsonl file of questions "
                                 "about them, and only there; questions is for neither")
-            if self.encoding == "train" and (own or any(map(is_texts, filter(None, self.data.split(","))))):
+            if self.encoding == "train" and own_folders(self):
                 raise UserError("data has questions or documents of your own, which are for a chat backbone; "
                                 "give its checkpoint, such as --encoding checkpoints/smollm2")
         elif bool(self.documents) != bool(self.questions):

@@ -248,7 +248,7 @@ def read_squad(path, say=print):
         articles = json.loads(read_text(path))["data"]
         for i, article in enumerate(articles):
             split = "test" if i % 4 == 3 else "train"
-            title = str(article.get("title") or "").replace("_", " ")
+            title = name_in(article.get("title") or "").replace("_", " ")
             for paragraph in article["paragraphs"]:
                 if not isinstance(paragraph["context"], str):
                     raise TypeError("a context is no text")

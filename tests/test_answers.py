@@ -24,7 +24,7 @@ from answers import (
 )
 from interleave import InterleaveConfig
 from memory import rank_documents
-from model import MSA, ModelConfig
+from model import MSA
 from question_sets import SetQuestion
 from tokenizer import Tokenizer
 
@@ -105,8 +105,8 @@ def scripted(monkeypatch):
         gold = [number for number, _ in appended if str(number) in question.split()[1:]]
         return f"The {gold[-1]}." if gold else ""
     monkeypatch.setattr(answers, "answers_from_texts",
-                        lambda model, tokenizer, asked, config, batch: [answer(*one) for one in asked])
-    return reader(SimpleNamespace(config=ModelConfig()), None, TEXTS, None, 2), seen
+                        lambda model, tokenizer, asked, config, batch, cut: [answer(*one) for one in asked])
+    return reader(None, None, TEXTS, None, 2), seen
 
 
 def rankings():

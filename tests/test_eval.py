@@ -447,7 +447,7 @@ def evaluate_set(run, checkpoint, tmp_path, monkeypatch):
             seen.append((question, [number for number, _ in appended], texts))
             return texts[-1].rpartition(" is ")[2] if texts else "unknown"
 
-        def answer_all(model, tokenizer, asked, config, batch):
+        def answer_all(model, tokenizer, asked, config, batch, cut):
             return [answer(tokenizer, *one) for one in asked]
 
         def ranked(model, tokenizer, memory, texts, questions, config, batch, look):

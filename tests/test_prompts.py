@@ -8,6 +8,7 @@ import test_tokenizer
 import torch
 from tokenizers import AddedToken
 
+from answers import reader
 from cache import Cache
 from common import UserError
 from interleave import InterleaveConfig, answer_question, answers_from_texts, check_lengths
@@ -525,3 +526,16 @@ def test_oracle(tmp_path, prompts, expected):
     asked = [("Why?", [(3, t.encode("three"))])]
     assert answers_from_texts(model, t, asked, InterleaveConfig(), 1) == ["So."]
     assert model.asked[0].text == expected
+
+
+def test_a_reader_tells_what_does_not_fit(tmp_path):
+    """Eight documents would count that the model has not read."""
+    t, said = load_tokenizer(write(tmp_path), ModelConfig(prompts="chat")), []
+    model = Scripted(t, "chat", [t.encode_template("So.<|im_end|>")] * 3)
+    model.others = {"max_position_embeddings": 400}
+    read = reader(model, t, [t.encode("x" * 200)] * 2, InterleaveConfig(), 1, said.append)
+    read([("Why?", (0,))])
+    assert not said
+    read([("Why?", (0, 1)), ("Who?", (0, 1))])
+    assert said == ["the last documents of some messages are left out, as this model reads 400 tokens at "
+                    "once; lower --k"]
