@@ -70,9 +70,9 @@ def score_ranking(documents, gold):
 
 def interval(differences, seed):
     """[mean, low, high] of paired differences (n,): a bootstrap's 95 % interval of the mean."""
-    rng, differences = np.random.default_rng(seed), np.asarray(differences, float)
-    n = len(differences)
-    means = [differences[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    differences = np.asarray(differences, float)
+    drawn = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
+    means = differences[drawn].mean(1)
     return [float(x) for x in (differences.mean(), *np.percentile(means, (2.5, 97.5)))]
 
 
@@ -129,13 +129,13 @@ def refused(questions, best, reaches):
     return [float(np.mean(part)) if part and reaches > float("-inf") else None for part in parts]
 
 
-def told_not_found(questions, find, read, ks, batch=8, quiet=False):
+def told_not_found(questions, find, read, ks, batch=8):
     """{k: the share that is told NOT_FOUND of the questions that nothing answers, from the first k documents
     that `find` finds}; {} where there are no such questions."""
     none, shares = [question for question in questions if question.nothing], {}
     if not none:
         return shares
-    rankings, _ = find_all(find, none, "" if quiet else "nothing answers", batch)
+    rankings, _ = find_all(find, none, "nothing answers", batch)
     for k in ks:
         said = read([(question.text, documents[:min(k, most)])
                      for question, (documents, most) in zip(none, rankings)])
@@ -178,7 +178,7 @@ def draw(items, count, seed):
     return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
 
 
-def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, quiet=False, looked=()):
+def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, looked=()):
     """The rows of a table, objects of RECALLS, SCORES and seconds, method by method for every k.
 
     finders: of bm25 and memory, perhaps of routing: questions' texts -> pairs (documents, best first, how
@@ -196,8 +196,7 @@ def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, q
         asked = range(len(questions))
         if method == "memory" and "routing" in finders and looked:
             asked = looked
-        found, seconds[method] = find_all(find, [questions[i] for i in asked],
-                                          "" if quiet else f"{method} finds", batch)
+        found, seconds[method] = find_all(find, [questions[i] for i in asked], f"{method} finds", batch)
         rankings[method] = dict(zip(asked, found))
         recalls[method] = {i: score_ranking(owners_of(rankings[method][i][0]), questions[i].gold)
                            for i in asked if questions[i].gold}
@@ -222,7 +221,7 @@ def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, q
                 row |= zip(RECALLS, np.mean([*recalls[method].values()], 0).tolist())
                 row["questions_of_recall"] = len(recalls[method])
             if chosen and method != "routing":
-                said = [one for part in parts_of(chosen, "" if quiet else f"{method} answers, k {k}", batch)
+                said = [one for part in parts_of(chosen, f"{method} answers, k {k}", batch)
                         for one in read([(questions[i].text, documents_for(method, i, k)) for i in part])]
                 scores[method] = np.array([score_answer(answer, questions[i].answers)
                                            for (answer, _), i in zip(said, chosen)])

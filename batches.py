@@ -6,7 +6,7 @@ A loop is a generator, written as if its question were the only one. It yields r
 bring; whatever else it yields is an event, and passed on. A loop that ends makes room for the next one.
 
     Find           which documents routing finds         -> their rankings
-    Likelihood     how likely a model would end a prompt -> log p
+    Likelihood     how likely prompts go on with these   -> log p
     Prompt         begin anew with these tokens          -> the ranking of what was routed to
     Name           which of these numbers comes next     -> its index
     Read           go on with these tokens               -> nothing
@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cache import Cache, Rows
-from common import to_device
-from memory import BATCH_TOKENS, padded_batches, rank_documents
+from common import is_first_rank, to_device
+from memory import BATCH_TOKENS, padded_batches, rank_documents, shared_length
 
 
 @dataclass(eq=False)
@@ -67,16 +67,16 @@ class Read:
 
 @dataclass(eq=False)
 class Pick:
-    """The token that comes next, one of `choices` where there are any. margin: an answer begins with it, or
-    a refusal, where that leads by so many nats; None: it has begun."""
+    """The token that comes next, one of `choices` where there are any. margin: nats by which a refusal
+    must lead to begin an answer; None: it has begun."""
     choices: tuple = ()
     margin: float | None = None
 
 
 def parts_of(questions, label, batch):
-    """Questions in parts of two batches, with a bar that shows them pass; without a label none."""
+    """Questions in parts of two batches, with a bar, on the first rank, that shows them pass."""
     with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
-              disable=not label) as bar:
+              disable=not is_first_rank()) as bar:
         for start in range(0, len(questions), 2 * batch):
             part = questions[start:start + 2 * batch]
             yield part
@@ -257,11 +257,10 @@ def likelihoods(model, prompts, target, batch_tokens=BATCH_TOKENS):
     """log p (n,) of the token ids `target` behind each of n prompts, lists of ids. Each is read alone; what
     all of them begin with is read once."""
     log_p, cache = torch.zeros(len(prompts), device=model.device), Cache()
-    texts, most = [torch.tensor([*prompt, *target]) for prompt in prompts], min(map(len, prompts)) - 1
-    begun = torch.stack([text[:most] for text in texts])
-    shared = int((begun == begun[0]).all(0).cumprod(0).sum())
+    texts = [torch.tensor([*prompt, *target]) for prompt in prompts]
+    shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     if shared:
-        model.read(to_device(begun[:1, :shared], model.device), cache=cache, positions=slice(0))
+        model.read(to_device(texts[0][None, :shared], model.device), cache=cache, positions=slice(0))
     for batch, tokens in padded_batches([text[shared:] for text in texts], batch_tokens):
         at = [(b, len(prompts[i]) + t, token, i)
               for b, i in enumerate(batch) for t, token in enumerate(target)]

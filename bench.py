@@ -71,7 +71,7 @@ from common import (
     timed,
     write_json,
 )
-from costs import compare, linear, plan, plot, print_plan, random_pool, smollm2_config
+from costs import PEAK, compare, linear, plan, plot, print_plan, random_pool
 from memory_bank import Bank, Layout, Writer
 from memory_parallel import ParallelMemory, Ranks, to_numpy, to_records
 from model import MSA, ModelConfig
@@ -234,6 +234,8 @@ def bench_pool(bench, documents, length=1024):
 
 DEMO = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, qk_norm=True, top_k=8, score_bias=True)
+SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+               num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=1e5)
 QWEN3_06B = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                  num_attention_heads=16, num_key_value_heads=8, head_dim=128, qk_norm=True, rope_theta=1e6)
 QWEN3_4B = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
@@ -512,13 +514,13 @@ def load_and_answer(folder, device):
                           seconds=seconds, answer_seconds=time.perf_counter() - began)))
 
 
-GPU_BYTES, PEAK = 80e9, 989e12  # of an H100: memory, bfloat16 operations a second
+GPU_BYTES = 80e9  # of an H100
 
 
 def bench_linear(bench, shape, shortest, longest, path):
     """Training steps and questions against full attention: a table, and what it says."""
     torch.manual_seed(1)
-    config = smollm2_config() if shape == "smollm2" else ModelConfig(**DEMO)
+    config = ModelConfig(**(SMOLLM2 if shape == "smollm2" else DEMO))
     model = MSA(config).to(bench.device)
     free = 0.8 * (torch.cuda.mem_get_info()[0] if bench.cuda else proc_bytes("meminfo", "MemAvailable"))
     with autocast(bench.device, bench.dtype):
@@ -580,7 +582,8 @@ def script():
         if config.init_from and config.model.vocab_size == ModelConfig().vocab_size:  # it has no sizes
             loaded = MSA.read_config(find_base(config.init_from))[0]
             config.model = dataclasses.replace(loaded, **changes_of(config, loaded))
-        print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, PEAK), GPU_BYTES, args.mfu, PEAK)
+        peak = PEAK["H100"]
+        print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, peak), GPU_BYTES, args.mfu, peak)
         return
     keep_freed_memory()
     device, _, reason = detect_device(args.device)

@@ -89,9 +89,14 @@ def printable(text):
 
 
 @functools.cache
+def is_first_rank():
+    """Whether this process is alone, or torchrun's rank 0, which alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message):
     """Say on stderr, once, what a user may not expect."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(f"note: {printable(message)}", file=sys.stderr)
 
 

@@ -17,8 +17,56 @@ from cache import Cache
 from common import autocast, drawing
 from low_rank import add_factors
 from memory import BATCH_TOKENS, Memory
-from model import MSA, Block, ModelConfig, rope_angles
+from model import MSA, Block, rope_angles
 from msa_kernel import chunk_offsets, sparse_attention
+
+
+def operations(config, lengths, batches, rank=0):
+    """What a pool's forward and backward have to compute, in operations, 2 for a product and its sum:
+
+        learns * (sum over tokens of 2 * the matrices that a token passes + 4 * H * D * the keys that it sees)
+
+    config: a ModelConfig; lengths: of documents, in tokens; batches: (rows, tokens, shared tokens, predicted
+    tokens). A document's token passes the layers before the last that a memory keeps, and this one's key and
+    value maps, and sees half its document; a question's passes all, and sees the shared tokens, half the
+    question and, in memory layers, the chunks of top_k documents; a predicted one passes the output matrix.
+    learns: 3, since a backward is twice a forward; 5/3 with a `rank`, where two thirds of the layers have a
+    backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
+    peak (MFU) is of use."""
+    E, layers, memory = config.hidden_size, config.num_hidden_layers, config.memory_layers
+    width, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    matrices = E * (2 * width + 2 * groups + 3 * config.intermediate_size)
+    heads, key_heads, size = config.routing_shape
+    router = E * size * len(config.router_layers) * config.decouple_router
+    deep = max(config.reading_layers + config.router_layers)
+    total = 2 * sum(lengths) * (deep * matrices + 2 * E * groups + key_heads * router)
+    total += 2 * width * deep * sum(length * length for length in lengths)
+    chunks = sum(-(-length // config.chunk_size) for length in lengths) / max(len(lengths), 1)
+    slots = min(config.top_k, len(lengths)) * chunks * len(memory) * config.attend_memory
+    for rows, tokens, shared, predicted in batches:
+        total += 2 * (rows * tokens + shared) * (layers * matrices + heads * router)
+        seen = layers * (shared + tokens / 2) + slots
+        total += 4 * width * (rows * tokens * seen + layers * shared * shared / 2)
+        total += 2 * E * config.vocab_size * predicted
+    return (5 / 3 if rank else 3) * total
+
+
+# bfloat16 operations a second, without sparsity, by what the device's name holds
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def speed(device, done, spent):
+    """Operations of this rank in some seconds, as text; of a GPU in PEAK with their share of its peak."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for part, rate in PEAK.items() if part in name), None)
+    text = f"{done / spent / 1e12:.3g} TFLOP/s"
+    return f"{text}, MFU {done / spent / peak:.0%}" if peak else text
+
+
+def sizes(batches):
+    """(rows, tokens, shared tokens, predicted tokens) of each batch."""
+    return [(*b["tokens"].shape, b["shared"].numel() if "shared" in b else 0, int(b["target_mask"].sum()))
+            for b in batches]
 
 
 class Held(TorchDispatchMode):
@@ -70,7 +118,7 @@ QUESTION, ANSWER = 32, 24  # tokens, where the data do not say
 
 
 def pool_of(config):
-    """A pool of a TrainConfig, as (lengths of documents, batches as `train.operations` takes them). Documents
+    """A pool of a TrainConfig, as (lengths of documents, batches as `operations` takes them). Documents
     are as long as they may be; each question is asked once, and answered once with a document behind it."""
     data, longest = config.data, config.data.max_document_tokens
     documents, questions = data.documents_per_pool, data.questions_per_pool
@@ -105,11 +153,9 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
                    little); computed again: a batch's * layers * K, and of all the pooled tensors
         questions  tokens * layers * K; computed again: tokens * layers * E * 4, and a batch's * K
         logits     predicted tokens * vocabulary * 12: logits, their log-softmax and its gradient
-    Hours: train.operations * pools / (gpus * peak * mfu); computing again adds a third of the operations.
+    Hours: operations * pools / (gpus * peak * mfu); computing again adds a third of the operations.
     Returns a dict of terms in bytes, and of `hours`, `tokens`, `tokens_per_second`; prints nothing.
     """
-    from train import operations  # here: bench.py runs where only torch, triton and numpy are installed
-
     shape, (lengths, batches) = config.model, pool_of(config)
     with torch.device("meta"):
         model = MSA(shape)
@@ -317,9 +363,3 @@ def plot(rows, title, path):
                 axes.set(xscale="log", yscale="log", xlabel="tokens of documents", ylabel=label,
                          title=f"{title}: {what}")
                 axes.legend()
-
-
-def smollm2_config():
-    """SmolLM2-135M as a memory model of the paper."""
-    return ModelConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                       num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=1e5)

@@ -8,8 +8,8 @@
 about (--split all: all); questions.jsonl has one's own, in lines of {"question": "...", "answers": ["..."],
 "documents": ["a.md:12"]}. Where one names a whole file that was split, recall is of files. "documents": []
 without answers says that nothing answers, and the question should be refused, as should those of a set's
-impossible.jsonl, and SQuAD's. What the table says: answers.py. With --max-rounds 2 a chat backbone finds its
-16 documents in two rounds of 8.
+impossible.jsonl, and SQuAD's. What the table says: answers.py. A chat backbone that does not look twice finds
+its 16 documents in two rounds of 8 with --max-rounds 2.
 
 **Tasks** (keys that were never seen in training as a pair; documents as in tasks.py):
 
@@ -84,9 +84,9 @@ from interleave import (
     rounds_of,
     too_long,
 )
-from memory import compile_blocks
 from memory_bank import Bank, is_bank, read_manifest
 from memory_parallel import ParallelMemory, Ranks
+from model import compile_blocks
 from prompts import NOT_FOUND, open_checkpoint
 from question_sets import (
     SetQuestion,
@@ -333,8 +333,7 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
     for count in grown.counts:
         ask = None  # the last memory goes before the next one is opened
         opened, ask = timed(lambda: at_length(count))
-        measured, first = ask_all(ask, numbers, questions, k, "" if ranks.rank else f"{count:,} documents",
-                                  config.batch)
+        measured, first = ask_all(ask, numbers, questions, k, f"{count:,} documents", config.batch)
         tokens = int(grown.ends[count - 1])
         row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
@@ -470,9 +469,9 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
         if model.config.second_look:
             finders["routing"] = partial(by_memory, look=0)
         measured = measure(questions, chosen, finders, read, ks, config.seed, owner, texts, config.batch,
-                           ranks.rank > 0, looked)
+                           looked)
         say("\n".join(table(measured)), flush=True)
-        told = told_not_found(questions, finders["memory"], read, ks, config.batch, ranks.rank > 0)
+        told = told_not_found(questions, finders["memory"], read, ks, config.batch)
         for k, share in told.items():
             say(f"k {k}: told \"{NOT_FOUND}\" of the questions that nothing answers: {share:.3f}")
         shares = refused(questions, best, reaches)

@@ -22,10 +22,11 @@ from memory_parallel import ParallelMemory
 from prompts import END_OF_RETRIEVE
 
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
-REFUSAL_MARGIN = 3.0  # in nats: of what two documents answer .01 is refused, .23 without it
-ALONE_MARGIN = 0.5    # of what one alone answers .02 is lost; .44 of what it does not answer is refused
-ENDING_MARGIN = 2.0   # in nats: of four values .88 are said, .78 without it, and single answers stay as good
-GAIN = 1.0            # in nats: a second round names what makes NOT_FOUND so much less likely, else nothing
+# In nats. What each costs and brings was measured: results/README.md
+REFUSAL_MARGIN = 3.0  # by which NOT_FOUND must lead where several documents are shown, or none
+ALONE_MARGIN = 0.5    # the same, where one is: about that one the reader is surer
+ENDING_MARGIN = 2.0   # by which an end must lead: trained on short answers, it would stop after a few values
+GAIN = 1.0            # a second round names what makes NOT_FOUND so much less likely, else nothing
 CERTAIN = -0.105      # log 0.9: a document has something of the answer where log p of NOT_FOUND is below it
 
 
@@ -116,9 +117,9 @@ def fits(model, message, config):
 
 
 def reluctant(model, tokenizer, logits, margin):
-    """Logits (..., V) of the next token of an answer. A chat backbone that has learned to refuse does so only
-    where NOT_FOUND leads by `margin`, which is None where the answer has begun: most that it has seen are
-    short, and so one ends only where the end leads by ENDING_MARGIN."""
+    """Logits (..., V) of an answer's next token, of a chat backbone that has learned to refuse: it does so
+    only where NOT_FOUND leads by `margin`, in nats. None: the answer has begun, and ends only where a token
+    that ends it leads by ENDING_MARGIN."""
     if model.config.prompts == "chat" and model.config.second_look:
         logits = logits.clone()
         for token in tokenizer.ends if margin is None else tokenizer.refusal[:1]:
@@ -127,9 +128,9 @@ def reluctant(model, tokenizer, logits, margin):
 
 
 def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look, before=()):
-    """A part of a loop: a ranking of which the first `look` documents are ordered anew, by how unlikely
-    NOT_FOUND is when the model reads one of them behind the documents `before`, log(1 - p) + weight * score /
-    tau; and their log p, in this order.
+    """A part of a loop that reranks the first `look` documents of a ranking: the model reads each behind the
+    documents `before`, and log(1 - p(NOT_FOUND)) + weight * score / tau orders them. Returns the ranking, and
+    their log p(NOT_FOUND) in this order.
 
     texts: ids by document; numbers: document -> number.
     """
@@ -145,9 +146,9 @@ def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look
     return [first[i] for i in order] + others, log_p[order].tolist()
 
 
-def answer(tokenizer, stop, limit, one_line=False, documents=0):
-    """A part of a loop: pieces of the text that comes next, of at most `limit` tokens up to one of `stop`.
-    documents: how many stand before it; of one alone the reader knows best whether it answers.
+def answer(tokenizer, limit, one_line=False, documents=0):
+    """A part of a loop: pieces of the text that comes next, of at most `limit` tokens, up to one that ends an
+    answer. documents: how many stand before it; of one alone the reader knows best whether it answers.
 
     A character may be spread over several tokens. one_line: up to the first line end behind a word, since a
     chat model may write on after its answer.
@@ -158,7 +159,7 @@ def answer(tokenizer, stop, limit, one_line=False, documents=0):
         if found:
             yield Read(found[-1:])
         token = yield Pick(margin=None if found else margin)
-        if token in stop:
+        if token in tokenizer.ends:
             break
         found.append(token)
         text = tokenizer.decode(found)
@@ -246,7 +247,7 @@ def interleave_own(model, tokenizer, memory, texts, question, config):
             prompt = prompt + text
             segments = segments + [segments[-1] + 1] * len(text)
     yield Read([tokenizer.end_of_retrieval])
-    yield from answer(tokenizer, {tokenizer.end}, config.max_answer_tokens)
+    yield from answer(tokenizer, config.max_answer_tokens)
 
 
 def look_again(model, tokenizer, question, rankings, texts, numbers, weight, most, look):
@@ -255,7 +256,7 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
     which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A single
-    round names only documents that leave NOT_FOUND less than CERTAIN, and at least one; but `most` of them
+    round names only documents with a log p(NOT_FOUND) below CERTAIN, and at least one; but `most` of them
     where that is `look` or more.
     """
     named, rounds, before = [], [], 0.0
@@ -299,8 +300,7 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     for (ranked, _), part in zip(rounds, named):
         yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, sorted(part))))
     yield Prompt(prompt)
-    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens, one_line=True,
-                      documents=sum(map(len, named)))
+    yield from answer(tokenizer, config.max_answer_tokens, True, sum(map(len, named)))
 
 
 def interleave_msa(model, tokenizer, memory, texts, question, config):
@@ -344,7 +344,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
                                        for n in sorted(named)])
         routes = [0] * (len(context) + len(written) + 1) + [2] * len(appended) + [0]
         context = context + written + tokenizer.ref_end + appended + tokenizer.ref_end
-    yield from answer(tokenizer, tokenizer.ends, config.max_answer_tokens)
+    yield from answer(tokenizer, config.max_answer_tokens)
 
 
 def answer_questions(model, tokenizer, memory, texts, questions, config, batch):
@@ -372,7 +372,7 @@ def loop_from_text(model, tokenizer, question, appended, config, cut=None):
     nothing retrieved. cut: is called where a chat backbone cannot read the last of them."""
     prompts, documents = model.config.prompts, [(number, tokenizer.decode(text)) for number, text in appended]
     if prompts == "nanomsa":
-        prompt, stop = tokenizer.question(tokenizer.encode(question)), {tokenizer.end}
+        prompt = tokenizer.question(tokenizer.encode(question))
         for number, text in appended:
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
@@ -381,16 +381,14 @@ def loop_from_text(model, tokenizer, question, appended, config, cut=None):
             documents = documents[:-1]
         if cut and len(documents) < len(appended):
             cut()
-        stop = tokenizer.ends
     else:
-        named, stop = tokenizer.encode("".join(f"[{number}]" for number, _ in documents)), tokenizer.ends
+        named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
         read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
                        *tokenizer.ref_end] if documents else []
         prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                   *tokenizer.end_of_retrieval_prompt(question)]
     yield Prompt(prompt)
-    yield from answer(tokenizer, stop, config.max_answer_tokens, one_line=prompts == "chat",
-                      documents=len(documents))
+    yield from answer(tokenizer, config.max_answer_tokens, prompts == "chat", len(documents))
 
 
 def answers_from_texts(model, tokenizer, asked, config, batch, cut=None):

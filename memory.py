@@ -6,11 +6,11 @@ training measures of it.
 """
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from common import to_device
 from msa_kernel import ranges
@@ -179,31 +179,17 @@ def by_length(lengths, batch_tokens):
         yield batch
 
 
+def shared_length(rows):
+    """How many tokens all rows, lists of ids, begin with."""
+    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*rows)))
+
+
 def padded_batches(documents, batch_tokens):
     """Documents (L,), or (L, n), as the batches of `by_length`, with padding on the right: yields (indices,
     tokens (M, L)), or (M, L, n)."""
     for batch in by_length([*map(len, documents)], batch_tokens):
         rows = [torch.as_tensor(documents[i], dtype=torch.long) for i in batch]
         yield batch, pad_sequence(rows, batch_first=True)
-
-
-def apply(function, *inputs, again):
-    """function(*inputs). again: nothing in between is kept for the backward, which computes it once more."""
-    if again:
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
-
-
-def compile_blocks(model):
-    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
-    out: it has its own kernels, and shapes that the data decide."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients, of one row
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            module.compile(dynamic=True)
-        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
-                                                for method in (attention.query, attention.key_value))
 
 
 def rank_documents(selections):
@@ -230,7 +216,8 @@ def rank_documents(selections):
 
 
 def follow(queries, mask, memory, found):
-    """What routes in a second round, where what the first one found routes too: (queries, mask) for `select`.
+    """Pseudo-relevance feedback: what routes in a second round, where the best documents of the first one
+    route beside the question: (queries, mask) for `select`.
 
     queries, mask: of the first round; found: its Selection. In every layer a document is scored by the
     question, as before, and by the FOUND best documents, of which the best counts, with its weight.
@@ -252,7 +239,7 @@ def leave_out(documents, excluded):
     return documents.masked_fill(gone, -1).gather(1, order)
 
 
-def hit_rate(documents, positive):
+def recall(documents, positive):
     """The share of each question's positives among its documents: (B, n) indices, -1 for none, (B, M) bool ->
     (B,)."""
     found = torch.zeros(len(positive), positive.size(1) + 1, dtype=torch.bool, device=positive.device)
@@ -292,8 +279,8 @@ class Tally:
         """Selections of questions that have positives (B, M) bool; appended: documents in the question."""
         first = leave_out(rank_documents(selections)[0], appended)
         found = [selection.documents for selection in selections] + [first[:, :top_k]]
-        self.recall += torch.stack([hit_rate(documents, positive).sum() for documents in found])
-        self.top1 += hit_rate(first[:, :1], positive).sum()
+        self.recall += torch.stack([recall(documents, positive).sum() for documents in found])
+        self.top1 += recall(first[:, :1], positive).sum()
         self.asked += len(positive)
 
     def means(self):

@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cache import Cache
 from checkpoint import Pretrained, check_config, named_layers
-from memory import BATCH_TOKENS, Memory, Output, Tally, apply, follow, padded_batches
+from memory import BATCH_TOKENS, Memory, Output, Tally, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -45,7 +46,7 @@ class PaperConfig:
     routing_layers: str = ""            # these route for all, as "0,3"; empty: each memory layer for itself
     query_reduction: Literal["max", "mean"] = "max"  # of routing tokens: the best counts, or their mean
     routing_dim: int = 0                # numbers of a routing key, one vector; 0: shaped as attention's keys
-    document_share: float = 0.0         # of its document's mean that is added to each routing key
+    document_share: float = 0.0         # of the document's mean and first chunk, added to routing keys
     decouple_router: bool = True        # routers have their own maps; off: attention's queries and keys route
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
@@ -417,6 +418,26 @@ class PaperMSA(Pretrained, nn.Module):
                     chance=torch.full_like(lm, min(1, config.top_k / max(len(numbers), 1))), **tally.means())
 
 
+def apply(function, *inputs, again):
+    """function(*inputs). again: activation checkpointing; the backward recomputes what is in between."""
+    if again:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+def compile_blocks(model):
+    """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
+    out: it has its own kernels, and shapes that the data decide."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients, of one row
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+        attention.query, attention.key_value = (torch.compile(method, dynamic=True)
+                                                for method in (attention.query, attention.key_value))
+
+
+
 def contrastive_loss(scores, positive, excluded, temperature):
     """Eq. 5 per question: each positive against all negatives, never against other positives.
 
@@ -433,8 +454,8 @@ def contrastive_loss(scores, positive, excluded, temperature):
 # ------------------------------------------------------------------------------------------------------------
 # The paper's model with what helps tiny ones that are trained from scratch, all of it off by default. To do
 # without, delete scratch.py, baseline.py and what follows, call the classes above ModelConfig and MSA, and
-# drop what names their fields: two calls of check_number_chunk, three names in train.changes_of, bench.DEMO's
-# score_bias, both files in pyproject.toml, and those fields in config/*.toml and checkpoints/*/config.json.
+# drop what `git grep -nE "scratch|number_chunk|normalize_values|score_bias|copy_init|equal_routers"` still
+# finds in code and configurations.
 
 @dataclass
 class ModelConfig(ScratchConfig, PaperConfig):

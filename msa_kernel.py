@@ -275,7 +275,7 @@ def attend_rows(query, keys, values, rows, starts, longest, branch, memory_keys=
     """`sparse_attention` of questions of any lengths, whose keys lie in rows of one space; the kernels
     have no gradients of it.
 
-    query: (B, T, H, D); keys, values: (R, N, G, D); rows: (B,) int64, which of the R is whose, None: the
+    query: (B, T, H, D); keys, values: (P, N, G, D); rows: (B,) int64, which of the P is whose, None: the
     first B. Question b's T tokens are starts[b], starts[b] + 1, ... of its row. They see what lies before
     starts[b], and of the T those of their own run of `branch` tokens that are not behind them. longest: no
     row's last token lies behind it. The rest as there. Returns (B, T, H, D).

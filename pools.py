@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common import UserError, naming, read_json, sync_handle
-from memory import BATCH_TOKENS, by_length
+from memory import BATCH_TOKENS, by_length, shared_length
 from prompts import NOT_FOUND
 
 MOST_SHOWN = 5       # documents in a chat backbone's message, 1 or more, gold ones aside
@@ -319,7 +319,7 @@ def stack_chat(samples, shares=True):
     rows, shared = [prompt + target for prompt, target, _ in samples], 0
     if shares:
         most = min(len(prompt) for prompt, _, _ in samples) - 1  # a token before predicts the first target
-        shared = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+        shared = min(most, shared_length(rows))
     tokens = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.long)
     target_mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for i, (row, (prompt, _, _)) in enumerate(zip(rows, samples)):

@@ -85,10 +85,7 @@ def document_queries(documents, routing_keys, offsets, scales):
 
 def mean_scores(scores):
     """The mean over routing layers, [(B, M)] -> (B, M), added up in their order."""
-    total = scores[0]
-    for of_layer in scores[1:]:
-        total = total + of_layer
-    return total / len(scores)
+    return sum(scores) / len(scores)
 
 
 def route(query, mask, routing_keys, offsets, scales=None):

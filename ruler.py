@@ -103,9 +103,9 @@ def lay_out(needles, haystack, within, rng):
 
 
 def haystack_of(name):
-    """What a task has in common with those that have the same haystack."""
+    """The name of a task's haystack, which is that of other tasks of the same name, too."""
     task = RULER[name]
-    return ["needles", task.key, task.value] if task.haystack == "needles" else [task.haystack]
+    return f"needles {task.key} {task.value}" if task.haystack == "needles" else task.haystack
 
 
 def lay_out_tasks(names, words, tokenizer, lengths, config):
@@ -236,7 +236,7 @@ def evaluate(model, tokenizer, config, done):
     methods = dict.fromkeys(config.methods.split(","))
     trained, shared = model.trained_routers, {}  # tasks by their haystack
     for name in tasks:
-        shared.setdefault(" ".join(haystack_of(name)), []).append(name)
+        shared.setdefault(haystack_of(name), []).append(name)
     for kind, names in shared.items():
         wanted = [(name, method, length) for name in names for method in methods
                   for length in (lengths if method in ("bm25", "memory") else [0])

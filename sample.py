@@ -47,9 +47,9 @@ from interleave import (
     interleave,
     most_tokens,
 )
-from memory import compile_blocks
 from memory_bank import Bank, Writer
 from memory_parallel import ParallelMemory, Ranks
+from model import compile_blocks
 from prompts import NOT_FOUND, open_checkpoint
 from question_sets import question_text
 from routers import chance, make_routers
@@ -308,7 +308,7 @@ def script():
 
     if config.questions:
         rows = []
-        for part in parts_of(questions, "" if ranks.rank else "answering", config.batch):
+        for part in parts_of(questions, "answering", config.batch):
             rows += ask_all(*about, part, config, reaches)
             if ranks.rank == 0:
                 write_json(config.json, rows)  # each time: long runs end early

@@ -3,7 +3,7 @@
 An encoding is a `tiktoken.Encoding`, trained on a corpus or named, or a Hugging Face model's `HubEncoding`.
 A user's text is never parsed for special tokens: a document that contains "<|end|>" is just text.
 
-Spelling (design: a document's number is part of it for good, before and after the text):
+Spelling. A document's number is part of it for good, and stands before and after its text:
 
     document     [7]. One of the special magic numbers for gentle-otter is: 4729103.[7]
     question     <|question|>What is the special magic number for gentle-otter?\\n         these tokens route
@@ -164,6 +164,7 @@ class Tokenizer:
             raise UserError(f"encoding {encoding.name}: it lacks the special tokens {', '.join(missing)}")
         self.question_start, self.retrieve, self.stop, self.end_of_retrieval, self.end = (
             self.special_tokens[token] for token in SPECIAL_TOKENS)
+        self.ends = {self.end}
         self.first_number = self.special_tokens.get("<|0:0|>")  # None: numbers are spelled in digits
         brackets = [*self.encode("["), *self.encode("]")]
         if len(brackets) != 2:

@@ -133,7 +133,7 @@ def test_measure(scripted):
     documents, or be credited with another's recall; what does not apply would look like a measurement."""
     read, seen = scripted
     questions, finders = rankings()
-    rows = of_documents(questions, [0, 1, 2], finders, read, [1, 5], seed=1, quiet=True)
+    rows = of_documents(questions, [0, 1, 2], finders, read, [1, 5], seed=1)
     assert [(row["k"], row["method"]) for row in rows] == [
         (k, method) for k in (1, 5) for method in ("none", "oracle", "bm25", "memory")]
     recalls = {"bm25": ((0.5 + 0.5) / 4, (1 + 0.5 + 0.5) / 4, (1 + 1 + 0.5) / 4, 2 / 4),
@@ -167,7 +167,7 @@ def test_measure_of_passages(scripted):
     read, seen = scripted
     questions = [SetQuestion("q0 1 2", (1, 2), ("1 2",))]
     finders = dict(bm25=lambda texts: [([0, 1, 2, 3, 4], 5)], memory=lambda texts: [([3, 2, 4, 1, 0], 5)])
-    rows = measure(questions, [0], finders, read, [2], 1, [0, 1, 1, 1, 2], ["so"] * 5, quiet=True)
+    rows = measure(questions, [0], finders, read, [2], 1, [0, 1, 1, 1, 2], ["so"] * 5)
     found = {row["method"]: (row["recall_at_1"], row["recall_at_5"], row["all_gold_at_16"]) for row in rows}
     assert found["bm25"] == (0, 1, 1) and found["memory"] == (0.5, 1, 1)
     assert {tuple(documents) for _, documents in seen} == {(), (1, 2, 3, 4), (0, 1), (3, 2)}
@@ -186,7 +186,7 @@ def test_measure_of_a_second_look(scripted):
     def noting(method, find=finders["memory"]):
         return lambda texts: asked[method].extend(texts) or find(texts)
     both = dict(bm25=finders["bm25"], memory=noting("memory"), routing=noting("routing"))
-    rows = of_documents(questions, [1, 3], both, scripted[0], [1], seed=1, quiet=True, looked=[1, 3])
+    rows = of_documents(questions, [1, 3], both, scripted[0], [1], seed=1, looked=[1, 3])
     found = {row["method"]: row for row in rows}
     assert [*found] == ["none", "oracle", "bm25", "routing", "memory"]
     assert len(asked["routing"]) == 4 and asked["memory"] == [questions[i].text for i in (1, 3)]
@@ -194,9 +194,9 @@ def test_measure_of_a_second_look(scripted):
     assert [found[name]["questions_of_recall"] for name in ("bm25", "routing", "memory")] == [4, 4, 2]
     assert found["routing"]["f1"] is None
     assert found["memory"]["recall_at_1_over_bm25"] == interval([0, 0.5], 1)
-    assert of_documents(questions, [], both, scripted[0], [1], 1, quiet=True)[-1]["questions_of_recall"] == 4
+    assert of_documents(questions, [], both, scripted[0], [1], 1)[-1]["questions_of_recall"] == 4
     enough = dict(finders, memory=lambda texts: [(found, 1) for found, _ in finders["memory"](texts)])
-    rows = of_documents(questions, [1], enough, read, [5], seed=1, quiet=True)  # it reads one of two
+    rows = of_documents(questions, [1], enough, read, [5], seed=1)  # it reads one of two
     assert [row["exact_match"] for row in rows] == [0, 1, 0, 0] and rows[3]["recall_at_5"] == 0.875
 
 
@@ -205,12 +205,12 @@ def test_measure_without_answers_or_judgements(scripted):
     read, seen = scripted
     questions, finders = rankings()
     rows = of_documents([question._replace(answers=()) for question in questions], [], finders, read, [1, 5],
-                        1, quiet=True)
+                        1)
     assert [(row["method"], row["k"], row["f1"], row["empty"]) for row in rows] == [
         ("bm25", None, None, None), ("memory", None, None, None)]
     assert rows[1]["recall_at_16"] == 1 and seen == [] and "f1_over_bm25" not in rows[1]
     rows = of_documents([question._replace(gold=()) for question in questions], [0, 1], finders, read, [5],
-                        1, quiet=True)
+                        1)
     assert [(row["method"], row["recall_at_1"], row["exact_match"]) for row in rows] == [
         ("none", None, 0), ("bm25", None, 0.5), ("memory", None, 1)]
     assert "recall_at_1_over_bm25" not in rows[2] and rows[2]["f1_over_bm25"] == interval([0, 1], 1)
@@ -222,10 +222,10 @@ def test_told_not_found(scripted):
                           for text, places in asked]
     find = lambda texts: [([1, 2, 3, 4], 4) for _ in texts]
     questions = [SetQuestion(str(n), (), (), n != 9) for n in (1, 2, 4, 9)]
-    assert answers.told_not_found(questions, find, read, [1, 3], quiet=True) == {1: 2 / 3, 3: 1 / 3}
-    assert answers.told_not_found(questions[3:], find, read, [1], quiet=True) == {}
+    assert answers.told_not_found(questions, find, read, [1, 3]) == {1: 2 / 3, 3: 1 / 3}
+    assert answers.told_not_found(questions[3:], find, read, [1]) == {}
     find = lambda texts: [([1, 2, 3, 4], 2) for _ in texts]
-    assert answers.told_not_found(questions, find, read, [3], quiet=True) == {3: 1 / 3}
+    assert answers.told_not_found(questions, find, read, [3]) == {3: 1 / 3}
 
 
 @torch.no_grad()
@@ -297,7 +297,7 @@ def test_plot_set(scripted, tmp_path):
     questions, finders = rankings()
     for sizes, chosen in (([10], [0, 1]), ([10, 20], [0, 1]), ([10], [])):
         rows = [dict(row, set="set", memory_tokens=size) for size in sizes
-                for row in of_documents(questions, chosen, finders, scripted[0], [1, 5], 1, quiet=True)]
+                for row in of_documents(questions, chosen, finders, scripted[0], [1, 5], 1)]
         plot_set(rows, tmp_path / "rows.png")
         assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
         (tmp_path / "rows.png").unlink()

@@ -850,7 +850,7 @@ def test_refusing_at_the_beginning(backbone):
     model.config.second_look = 8
     first = tokenizer.refusal[0]
     for count, margin in ((0, 3), (1, 0.5), (2, 3)):  # of one document alone it knows best
-        loop = interleave.answer(tokenizer, {0}, 3, documents=count)
+        loop = interleave.answer(tokenizer, 3, documents=count)
         assert next(loop).margin == margin and loop.send(first) and next(loop).tokens == [first]
         assert next(loop).margin is None
     server = Server(model, 2, lambda logits: logits.argmax(-1), partial(reluctant, model, tokenizer))

@@ -12,7 +12,7 @@ from reference import Reference, Sample
 import msa_kernel
 from cache import Cache
 from common import UserError
-from memory import Memory, Selection, hit_rate, leave_out, rank_documents
+from memory import Memory, Selection, leave_out, rank_documents, recall
 from model import MSA, ModelConfig, contrastive_loss
 
 INF = float("inf")
@@ -731,10 +731,10 @@ def test_contrastive_loss_gradient_without_negatives():
     ([[0], [1]], [.5, 0]), ([[0, 3], [0, 1]], [1, .5]), ([[0, 1, 2, 3], [-1, 2, 1, 0]], [1, .5]),
     ([[-1], [-1]], [0, 0]),
 ])
-def test_hit_rate_by_hand(documents, expected):
+def test_recall_by_hand(documents, expected):
     """Recall would count places that no document fills, or all of them as the last document."""
     positive = torch.tensor([[True, False, False, True], [True, False, False, True]])
-    assert hit_rate(torch.tensor(documents), positive).tolist() == expected
+    assert recall(torch.tensor(documents), positive).tolist() == expected
 
 
 def test_leave_out_by_hand():
