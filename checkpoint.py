@@ -233,6 +233,7 @@ class Weights:
 
 
 def open_weights(path):
+    """A .safetensors file, open to read single tensors. Raises UserError."""
     # Here: bench.py runs where only torch, triton and numpy are installed
     from safetensors import SafetensorError, safe_open
 
@@ -255,6 +256,7 @@ def whole(tensor):
 
 
 def nbytes(tensor):
+    """Bytes of a tensor, whole where ranks share it."""
     return tensor.numel() * tensor.element_size()  # a shared tensor's own nbytes are a rank's
 
 

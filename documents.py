@@ -40,6 +40,7 @@ class Document:
     title: str = ""  # its own, or the heading that it stands under
 
     def where(self):
+        """Its file, lines and title, for a user to read."""
         title = f" ({self.title})" if self.title else ""
         place = f"{self.source}:{self.first_line}-{self.last_line}{title}" if self.source else "(generated)"
         return printable(place)

@@ -2,7 +2,8 @@
 training measures of it.
 
     B questions   T question tokens   M documents   C chunks   K documents selected
-    S memory slots of a question   G key/value heads   D head size
+    S memory slots of a question   G key/value heads   D head size; of routing keys and queries they are
+    config.routing_shape[1:]: attention's, or 1 and routing_dim
 """
 
 from dataclasses import dataclass, replace

@@ -108,10 +108,12 @@ def pick(records, rows):
 
 
 def size_of(records):
+    """Bytes of records, arrays by name."""
     return sum(x.nbytes for x in records.values())
 
 
 def checksum(*arrays):
+    """CRC-32 of the bytes of arrays, one after the other."""
     value = 0
     for array in arrays:
         value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1), value)
@@ -265,7 +267,7 @@ class Segment:
         return parts[0], parts[1] if len(parts) > 1 else None
 
     def tile(self, layer, tile, buffer=None):
-        """The routing keys (at most TILE, G, D) of a tile, verified."""
+        """The routing keys (at most TILE, routing_heads, routing_dim) of a tile, verified."""
         keys = self.read("routing_keys", slice(tile * TILE, (tile + 1) * TILE), layer, buffer)
         if checksum(keys) != self.table["routing_sums"][layer, tile]:
             raise self.damaged(f"its routing keys have a wrong checksum (layer {layer}, "
@@ -349,6 +351,7 @@ def stat_manifest(path):
 
 
 def read_layout(values):
+    """A Layout of a manifest's values. Raises TypeError or ValueError for others."""
     layout = Layout(**values)
     values = [*asdict(layout).values()]
     if [*map(type, values)] != [field.type for field in fields(Layout)] or layout.content not in CONTENT:
@@ -360,6 +363,8 @@ def read_layout(values):
 
 
 def read_entry(entry):
+    """A manifest's entry of a segment, with its deleted documents as bools. Raises ValueError, KeyError or
+    TypeError for what cannot be one."""
     sizes, file = [entry[name] for name in ("bytes", "sum", *COUNTS)], entry["file"]
     valid = re.fullmatch(r"[0-9a-f]{16}\.safetensors", file) and {type(n) for n in sizes} == {int}
     if not valid or min(sizes) < 0 or max(sizes) >= 1 << 62:
@@ -373,6 +378,7 @@ def read_entry(entry):
 
 
 def write_manifest(folder, layout, entries, next_number):
+    """The bank's one file that says what belongs to it, atomically: a commit."""
     pack = lambda deleted: base64.b64encode(np.packbits(deleted).tobytes()).decode()
     segments = [{**entry, "deleted": pack(entry["deleted"])} for entry in entries]
     body = {"format": FORMAT, "layout": asdict(layout), "next_number": next_number, "segments": segments}
@@ -477,8 +483,9 @@ class Bank:
         return plan
 
     def routing_keys(self, layer, plan):
-        """Yields (rows, read), tile by tile, of a `plan`: read(buffer) returns the verified keys (n, G, D) of
-        these rows. Tiles may be read side by side, in threads, each with a buffer of uint8 or None."""
+        """Yields (rows, read), tile by tile, of a `plan`: read(buffer) returns the verified keys (n,
+        routing_heads, routing_dim) of these rows. Tiles may be read side by side, in threads, each with a
+        buffer of uint8 or None."""
         for segment, source, rows in plan:
             for tile in range(source[0] // TILE, source[-1] // TILE + 1):
                 low, high = np.searchsorted(source, [tile * TILE, (tile + 1) * TILE])

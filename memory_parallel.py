@@ -288,6 +288,7 @@ class ParallelMemory:
         self.hold(np.sort(stored[owner == self.ranks.rank]))
 
     def hold(self, positions):
+        """Read routing keys of these positions in the bank, which become this rank's."""
         if len(positions):
             block = KeyBlock(self.bank, positions, self.device, self.routing_keys, self.host, self.progress)
             self.blocks.append(block)

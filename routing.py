@@ -8,7 +8,8 @@
 function; see msa_kernel.py for which of them runs.
 
     B questions   T question tokens   M documents   C chunks   K documents selected   H query heads
-    G key/value heads   D head size   W = G * D   S memory slots of a question
+    G key/value heads   D head size   W = G * D   S memory slots of a question; of routing keys and queries
+    G, D are config.routing_shape[1:]: attention's, or 1 and routing_dim
 """
 from __future__ import annotations  # `tl.constexpr` stays a word where triton is not installed
 
