@@ -84,7 +84,8 @@ def check_documents(path):
     """Raises UserError for what is neither folder nor file, and for a set, whose answers would be read."""
     if not Path(path).is_dir() and not Path(path).is_file():
         raise UserError(f"{path}: no such folder of documents, nor a file")
-    if all((Path(path) / name).is_file() for name in ("corpus.jsonl", "queries.jsonl")):
+    if (Path(path) / "queries.jsonl").is_file() and any((Path(path) / name).exists()
+                                                        for name in ("corpus.jsonl", "qrels")):
         raise UserError(f"{path}: a set of questions; its documents are {Path(path) / 'corpus.jsonl'}")
 
 
@@ -180,15 +181,15 @@ def read_file(path):
 
 
 def find_headings(lines, markdown):
-    """The headings of Markdown, "# Title", outside of its fenced code, and those that Markdown and rst
-    underline."""
+    """The headings of Markdown, "# Title", outside of its code, and those that Markdown and rst underline."""
     headings, above, fence = [], "", ""
     for number, line in lines:
-        line = line.strip()
+        indented, line = re.match(r" {4}| {0,3}\t", line), line.strip()
         fenced = re.match(r"(`{3,})[^`]*$|(~{3,})", line) if markdown else None
-        marked = re.fullmatch(r"#{1,6}\s+(\S.*?)(\s+#+)?", line)
+        marked = re.fullmatch(r"#{1,6}\s+(\S.*?)(\s+#+)?", line) if markdown and not indented else None
         underline = re.fullmatch(r"""([=~^"'#*+.:-])\1{2,}""", line)
-        if fenced and (fenced[1] or fenced[2]).startswith(fence):  # one as long, or longer, closes it
+        # One as long, or longer, closes it, if nothing stands behind it
+        if fenced and (not fence or line == line[0] * len(line) and line.startswith(fence)):
             fence, line = "" if fence else fenced[1] or fenced[2], ""
         elif marked and not fence:
             headings.append((number, marked[1]))
@@ -208,7 +209,7 @@ class WebPage(HTMLParser):
 
     def __init__(self, lines):
         super().__init__()
-        self.lines, self.title, self.unseen = [(1, "")], "", None
+        self.lines, self.title, self.unseen, self.pre = [(1, "")], "", None, False
         self.feed("\n".join(line for _, line in lines))
         self.close()
         self.lines = [(number, " ".join(line.split())) for number, line in self.lines if line.strip()]
@@ -216,11 +217,13 @@ class WebPage(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag in self.UNSEEN:
             self.unseen = self.unseen or tag
+        self.pre |= tag == "pre"
         self.end_line(tag)
 
     def handle_endtag(self, tag):
         if tag == self.unseen:
             self.unseen = None
+        self.pre &= tag != "pre"
         self.end_line(tag)
 
     def end_line(self, tag):
@@ -230,11 +233,16 @@ class WebPage(HTMLParser):
     def handle_data(self, data):
         if self.unseen == "title":
             self.title = self.title or " ".join(data.split())
-        elif not self.unseen:
+            return
+        if self.unseen:
+            return
+        for nth, part in enumerate(data.split("\n") if self.pre else [data]):
+            if nth:
+                self.end_line("br")
             number, line = self.lines[-1]
             if not line.strip():
-                number = self.getpos()[0] + data[:len(data) - len(data.lstrip())].count("\n")
-            self.lines[-1] = (number, line + data)
+                number = self.getpos()[0] + nth + part[:len(part) - len(part.lstrip())].count("\n")
+            self.lines[-1] = (number, line + part)
 
 
 def read_pdf(path):
@@ -266,6 +274,8 @@ def read_jsonl(path):
         for name, value in (("id", id), ("title", title), ("text", text)):
             if not isinstance(value, str):
                 raise UserError(f'{path}:{number}: not {wanted}; "{name}" is missing, or something else')
+        if not id:
+            raise UserError(f'{path}:{number}: "id" is empty; documents are cited by it')
         yield id, " ".join(title.split()), text
 
 

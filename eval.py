@@ -146,6 +146,8 @@ class EvalConfig:
             raise UserError("--split is about a set; questions of your own have none: leave it out")
         if self.data and is_questions(self.data) != bool(self.documents):
             raise UserError(f"--data {self.data}: a .jsonl file of questions and --documents belong together")
+        if self.top_k > 1000:
+            raise UserError(f"--top-k is {self.top_k:,}; it must be at most 1,000")
         if self.k and not all(k.isdecimal() and 0 < int(k) <= 1000 for k in self.k.split(",")):
             raise UserError(f"--k {self.k}: not counts of documents, 1 to 1000, with commas between")
         if self.k and self.interleave.max_documents > 0:

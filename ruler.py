@@ -305,7 +305,8 @@ def rows_before(path, about):
         if not isinstance(rows, list):
             raise ValueError("no list")
         other = [row for row in rows if about.items() - row.items()]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        [(row["task"], row["method"], row["length"], row["score"] + 0) for row in rows]  # are they there?
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
     if other:
         name, value = min(about.items() - other[0].items())

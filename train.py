@@ -52,6 +52,7 @@ from common import (
     start_process_group,
 )
 from costs import operations, sizes, speed
+from interleave import most_tokens
 from low_rank import add_factors, factors
 from model import MSA, ModelConfig, compile_blocks
 from pools import Pools, check_prepared, collate, collate_chat
@@ -347,6 +348,9 @@ def prepare(config, device, dtype):
     config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
+        if config.data.max_document_tokens > most_tokens(model):
+            raise UserError(f"data.max_document_tokens is {config.data.max_document_tokens:,}; of this "
+                            f"model's context it must be at most half, {most_tokens(model):,}: prepare again")
     tokenizer.check_number_chunk(config.model.number_chunk)
     pools = {split: Pools(f"{config.data.out}/{split}", config.model.vocab_size)
              for split in ("train", "validation")}
@@ -585,8 +589,9 @@ def train(config, device, dtype, rank, world, say):
             dist.all_reduce(metrics)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         if not math.isfinite(norm):
-            raise UserError(f"the loss is not a number at step {step}; lower --learning-rate (the last "
-                            f"checkpoint in {out} is of an earlier step)")
+            saved = f" (the last checkpoint in {out} is of an earlier step)"
+            raise UserError(f"the loss is not a number at step {step}; lower --learning-rate"
+                            + saved * (out / "training_state").exists())
         log.add({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began

@@ -21,11 +21,11 @@ from pools import MOST_SHOWN
 from prompts import NOT_FOUND
 from question_sets import (
     SetQuestion,
-    answer_texts,
     bm25_search,
     is_questions,
     pieces_of,
     place_of,
+    question_of,
     read_set,
     read_texts,
     tell_odd,
@@ -50,13 +50,14 @@ def training_questions(path, documents):
     pieces, questions, odd = pieces_of(documents), {}, Counter()
     wanted = 'an object with "question", "answer" (text) and "documents" (a list)'
     for number, row in read_rows(path, wanted):
+        asked = question_of(row, "question", f"{path}:{number}")
         try:
-            text, names, pooled = row["question"], row["documents"], row.get("pooled", False)
-            if names == [] and not {"answer", "answers"} & row.keys():  # eval.py asks it
+            text, names, pooled = asked.text, row["documents"], row.get("pooled", False)
+            if asked.nothing or names == [] and not asked.answers:  # eval.py asks it
                 odd["left out: nothing answers"] += 1
                 continue
-            answer = answer_texts(row["answer"] if "answer" in row else row["answers"], "the answer")[0]
-            if not (isinstance(text, str) and isinstance(names, list) and text.strip()):
+            answer = asked.answers[0]
+            if not isinstance(names, list):
                 raise TypeError
             hops = [hop if isinstance(hop, list) else [hop] for hop in names]
             if not hops or not all(hops):

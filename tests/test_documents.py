@@ -125,6 +125,8 @@ def test_long_lines_are_split(tmp_path, text, count):
     (lambda folder: None, "no such folder of documents"),
     (lambda folder: [folder.mkdir(), *((folder / f"{name}.jsonl").touch() for name in ("corpus", "queries"))],
      "a set of questions; its documents are .*corpus.jsonl"),
+    (lambda folder: [(folder / "qrels").mkdir(parents=True), (folder / "queries.jsonl").touch()],
+     "a set of questions"),  # its corpus is packed
     (lambda folder: folder.mkdir(), "no text in it; expected text files"),
     (lambda folder: folder.write_text(" \n"), "no text in it"),
     (lambda folder: [folder.mkdir(), (folder / "a.txt").write_text(" \n")], "no text in it"),
@@ -242,11 +244,11 @@ def test_encodings(tmp_path, encoding, text):
 
 @pytest.mark.parametrize("line", [b'{"id": "a", "text": "Gr\xfc\xdfe"}', b'{"id": "a", "text": "\\ud83d"}',
                                   b'{"id": "a"}', b'["a", "b"]', b'{"id": 3.5, "text": "a"}',
-                                  b'{"id": true, "text": "a"}', b"{", b"\0"])
+                                  b'{"id": true, "text": "a"}', b'{"id": "", "text": "a"}', b"{", b"\0"])
 def test_bad_lines_of_jsonl(tmp_path, line):
     """A bad line would end in a traceback that does not name it."""
     (tmp_path / "docs.jsonl").write_bytes(b'{"id": "good", "text": "a"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match="docs.jsonl:3: not an object"):
+    with pytest.raises(UserError, match='docs.jsonl:3: (not an object|"id" is empty)'):
         read_all(tmp_path / "docs.jsonl", count_words, 10)
 
 
@@ -276,6 +278,10 @@ def test_web_pages(tmp_path):
     (tmp_path / "b.HTM").write_text("<p>Fine</p><![if !x]>")
     (tmp_path / "odd.html").write_text("<p>Odd</p><![weird[ ]]>")  # too odd for some versions of html.parser
     (tmp_path / "z.txt").write_text("The last.")
+    (tmp_path / "c.html").write_text("<pre>\nalpha = 1\n\n  beta = <b>2</b>\n</pre>\nand\nmore")
+    assert [(d.first_line, d.text) for d in read_all(tmp_path / "c.html", count_words, 3)] == [
+        (2, "alpha = 1"), (4, "beta = 2"), (6, "and more")]  # of code the lines stay apart
+    (tmp_path / "c.html").unlink()
     documents = [d for d in read_all(tmp_path, count_words, 100) if d.source != "odd.html"]
     assert as_tuples(documents)[0] == ("a.html", 3, 8, "The harbour\nTwo piers, one of oak.\n"
                                        "Mooring: nine crowns.\nFirst\nSecond\nDepth\n4 m")
@@ -375,6 +381,8 @@ def test_headings(tmp_path):
 @pytest.mark.parametrize("text,markdown,expected", [
     ("# A\n~~~\n# no\n~~~\n# B", True, [(1, "A"), (5, "B")]), ("A word\n~~~~~~", False, [(1, "A word")]),
     ("````\n```\n# no\n```\n# no\n````\n# B", True, [(7, "B")]), ("```a``` b\n# B", True, [(2, "B")]),
+    ("# A\n\n    # no\n\t# no\n   # B", True, [(1, "A"), (5, "B")]), ("# no\n====", False, [(1, "# no")]),
+    ("```\n```python\n# no\n```\n# B", True, [(5, "B")]),
     ("# A\n---\nb", True, [(1, "A")]), ("```\nno\n---\n```", True, [])])
 def test_headings_beside_code(text, markdown, expected):
     """A comment in code would be a heading, or one behind the code none."""

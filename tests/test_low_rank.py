@@ -624,7 +624,7 @@ def test_a_line_that_is_split(backbone, run, tmp_path):
     assert "q.jsonl:2: 'a.md:2' is a line that was split, and no piece of it holds 'Oslo'" in refused.error
 
 
-def test_own_notes(backbone, run, tmp_path):
+def test_own_notes(backbone, run, tmp_path, monkeypatch):
     """Questions about own notes would be asked of another note, or notes without any be refused."""
     pytest.importorskip("bm25s")
     notes, asked, decode = tmp_path / "notes", tmp_path / "q.jsonl", ChatTokenizer(backbone).decode
@@ -649,11 +649,15 @@ def test_own_notes(backbone, run, tmp_path):
             found.add(" ".join(question.split()[:3]))
     assert {"How old is", "Since what year"} & found == {"How old is", "Since what year"}, found
     given = ["--data", f"{asked},{notes}", "--documents", notes, *flags]
-    trained = run(train, *(f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in given),
-                  "--init-from", backbone, "--rank", 2, "--router-steps", 0, "--max-steps", 1,
-                  "--device", "cpu", "--out", tmp_path / "out")
+    again = [*(f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in given), "--init-from",
+             backbone, "--rank", 2, "--router-steps", 0, "--max-steps", 1, "--device", "cpu"]
+    trained = run(train, *again, "--out", tmp_path / "out")
     assert trained.code == 0, trained.err
     assert MSA.from_pretrained(tmp_path / "out").config.max_document_tokens == 150  # asked as trained
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "most_tokens", lambda model: 145)
+        long = run(train, *again, "--out", tmp_path / "long")
+    assert long.code == 2 and "data.max_document_tokens is 150; of this model's context it must" in long.error
     alone = run(prepare_data, "--data", notes, *flags)
     assert alone.code == 0 and "training pools" in alone.out, alone.err
     short = tmp_path / "short"  # no sentence makes a question: the file's do, and without a file none

@@ -408,7 +408,7 @@ def test_own_questions(run, own, tokenizer):
     ("null", "not an object"),
     ({"question": "What?", "answer": "one"}, "not an object with"),
     ({"question": "What?", "documents": ["a.txt"]}, "not an object with"),
-    ({"answer": "one", "documents": ["a.txt"]}, "not an object with"),
+    ({"answer": "one", "documents": ["a.txt"]}, "not an object .* with a question"),
     (ALPHA | {"documents": None}, "not an object with"),
     (ALPHA | {"documents": [3]}, "'3' names no document"),
     (ALPHA | {"documents": []}, "'documents' is empty"),
@@ -469,10 +469,13 @@ def test_what_eval_asks_can_be_trained_on(own, capsys):
     preparation of a file that eval.py takes."""
     no_answer = {"question": "What is delta?", "documents": []}
     write_lines(own / "q.jsonl", [
-        ALPHA | {"answer": 42}, no_answer,
+        ALPHA | {"answer": 42}, no_answer, no_answer | {"answers": []}, no_answer | {"answer": ""},
+        ALPHA | {"question": "Is it?", "answer": "unanswerable"},
+        ALPHA | {"question": "Which?", "answer": None, "answers": ["teal"]},
         ALPHA | {"question": "Both?", "documents": ["a.txt", ["sub/b.md:1", "a.txt"]]},
         ALPHA | {"question": "Again?", "documents": ["a.txt", "a.txt:1"]}])
-    number, both, again = training_questions(own / "q.jsonl", documents_of(own))
-    assert number.answer == "42" and number.gold == again.gold and len(again.gold) == 1
+    number, which, both, again = training_questions(own / "q.jsonl", documents_of(own))
+    assert number.answer == "42" and which.answer == "teal"
+    assert number.gold == again.gold and len(again.gold) == 1
     assert both.gold[0] == number.gold[0] and len(both.gold) == 2 and both.gold[0] != both.gold[1]
-    assert capsys.readouterr().out == f"{own / 'q.jsonl'}: left out: nothing answers (1)\n"
+    assert capsys.readouterr().out == f"{own / 'q.jsonl'}: left out: nothing answers (4)\n"

@@ -232,6 +232,8 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
     (tmp_path / "again" / "model.safetensors").write_bytes(changed_weights(demo))  # trained anew
     result = run(ruler, "--checkpoint", tmp_path / "again", *args[2:])
     assert result.code == 2 and re.search(r"measured with model '[0-9a-f-]{33}', not '", result.error)
+    path.write_text(json.dumps([{name: row[name] for name in row if name != "task"} for row in again]))
+    assert "rows.json: not a file that this script wrote ('task')" in run(ruler, *args).error
     path.write_text("{}")
     assert "rows.json: not a file that this script wrote (no list)" in run(ruler, *args).error
     result = run(ruler, "--tasks", "single_9")
