@@ -88,15 +88,9 @@ def loop_ranked(model, tokenizer, memory, texts, question, config, look):
     named nothing has ordered nothing: there what the first look read comes first. Without a second look a
     chat backbone has two rounds only where config, an InterleaveConfig, says so; both name half of the 16.
     """
-    prefix_length, count = 0, rounds_asked(model, config, look)
-    if model.config.prompts == "nanomsa":
-        tokens = tokenizer.question(tokenizer.encode(question))
-        routes = [True] * len(tokens)
-    else:
-        tokens, routes = tokenizer.question(question)
-        prefix_length = len(tokenizer.head)
-    most = documents_of(model, config) if look else AT[-1]
-    rankings = yield Find(tokens, memory, routes, prefix_length, count)
+    tokens, routes = tokenizer.routed(question)
+    most, count = documents_of(model, config) if look else AT[-1], rounds_asked(model, config, look)
+    rankings = yield Find(tokens, memory, routes, len(tokenizer.head), count)
     rounds = yield from look_again(model, tokenizer, question, rankings, texts, int, config.router_weight,
                                    most, look)
     best = max((score for ranked in rankings[:1] for _, score in ranked), default=float("-inf"))

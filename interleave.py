@@ -218,7 +218,7 @@ def interleave_own(model, tokenizer, memory, texts, question, config):
     the highest `log p(number | candidates) + router_weight * score / tau` wins, so that the model cannot cite
     what it did not see.
     """
-    prompt, seen = tokenizer.question(tokenizer.encode(question)), set()
+    prompt, seen = tokenizer.routed(question)[0], set()
     segments = [1] * len(prompt)  # of the question and of each appended text, which route
     number_of = lambda d: int(memory.numbers[d])
     weight = config.router_weight / model.config.router_temperature
@@ -284,7 +284,7 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     round, in order of the numbers; what would be more than it can read is not named."""
     rankings, number_of = [], lambda d: int(memory.numbers[d])
     if config.max_rounds and memory is not None:
-        tokens, routes = tokenizer.question(question)
+        tokens, routes = tokenizer.routed(question)
         count = min(config.max_rounds, config.max_documents)
         rankings = yield Find(tokens, memory, routes, len(tokenizer.head), count)
     look = model.config.second_look
@@ -315,7 +315,7 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
                                 else np.zeros(0, int)), [], []
     end, closing = tokenizer.encode_template(END_OF_RETRIEVE), tokenizer.end_of_retrieval_prompt(question)
     for rounds in range(config.max_rounds + 1):
-        prompt, own = tokenizer.question(question, later=rounds > 0)
+        prompt, own = tokenizer.routed(question, later=rounds > 0)
         mask, written, unread = [*map(int, own), *routes], [], []
         prompt = prompt + context
         retrieving = rounds < config.max_rounds
@@ -372,7 +372,7 @@ def loop_from_text(model, tokenizer, question, appended, config, cut=None):
     nothing retrieved. cut: is called where a chat backbone cannot read the last of them."""
     prompts, documents = model.config.prompts, [(number, tokenizer.decode(text)) for number, text in appended]
     if prompts == "nanomsa":
-        prompt = tokenizer.question(tokenizer.encode(question))
+        prompt = tokenizer.routed(question)[0]
         for number, text in appended:
             prompt = prompt + tokenizer.appended(number, text)
         prompt = [*prompt, tokenizer.retrieve, tokenizer.end_of_retrieval]
@@ -385,7 +385,7 @@ def loop_from_text(model, tokenizer, question, appended, config, cut=None):
         named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
         read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
                        *tokenizer.ref_end] if documents else []
-        prompt = [*tokenizer.question(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
+        prompt = [*tokenizer.routed(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                   *tokenizer.end_of_retrieval_prompt(question)]
     yield Prompt(prompt)
     yield from answer(tokenizer, config.max_answer_tokens, prompts == "chat", len(documents))

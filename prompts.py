@@ -86,7 +86,7 @@ class ChatTokenizer(Tokenizer):
         """`[n]. text[n]`; `text` is a list of ids."""
         return self.encode(f"[{number}]. {self.decode(text)}[{number}]")
 
-    def question(self, text):
+    def routed(self, text):
         """(ids, which of them route) of what is routed."""
         own = self.encode(text)
         return self.head + own, [False] * len(self.head) + [True] * len(own)
@@ -141,7 +141,7 @@ class MSATokenizer(ChatTokenizer):
         """`<|im_start|>[n]. text[n]<|im_end|>`; `text` is a list of ids."""
         return [*self.im_start, *super().document(number, text), *self.im_end]
 
-    def question(self, text, later=False):
+    def routed(self, text, later=False):
         """(ids, which of them route) of a question as it stands before a round's documents, template and all.
 
         later: from the second round on the last line's end does not route.

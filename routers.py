@@ -189,7 +189,7 @@ def chance(model, tokenizer, memory, seed=0):
     ids = sorted(tokenizer.encoding.names)  # there may be gaps
     for _ in range(RANDOM):
         words = tokenizer.decode([ids[i] for i in rng.integers(len(ids), size=rng.integers(4, 14))])
-        questions.append(torch.tensor(tokenizer.question(f"{ASKING[rng.integers(len(ASKING))]} {words}?")[0]))
+        questions.append(torch.tensor(tokenizer.routed(f"{ASKING[rng.integers(len(ASKING))]} {words}?")[0]))
     for batch, tokens in padded_batches(questions, 512):  # few at a time: each has a score for every chunk
         place, lengths = torch.arange(tokens.size(1)), torch.tensor([len(questions[i]) for i in batch])
         routes = (place >= head) & (place < lengths[:, None])

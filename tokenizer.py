@@ -152,7 +152,12 @@ def without_surrogates(text):
 
 
 class Tokenizer:
-    """An encoding and how things are spelled in it. All methods return plain lists of token ids."""
+    """An encoding and how things are spelled in it. All methods return plain lists of token ids.
+
+    head: what stands before a question and does not route.
+    """
+
+    head = ()
 
     def __init__(self, encoding):
         """`encoding`: a tiktoken.Encoding or a HubEncoding that has SPECIAL_TOKENS. Raises UserError."""
@@ -234,6 +239,11 @@ class Tokenizer:
     def question(self, text):
         """A question before the first round: all of these tokens route. `text` is a list of ids."""
         return [self.question_start, *text, *self.encode("\n")]
+
+    def routed(self, text):
+        """(ids, which of them route) of a question as it is routed in a first round."""
+        ids = self.question(self.encode(text))
+        return ids, [True] * len(ids)
 
     def base(self):
         """What spells a text, as (a pattern, a file's bytes): all but the special tokens."""

@@ -222,7 +222,7 @@ def fuzz_tokenizers(folder, rng):
         write(folder / name, spelled(altered(value, rng), rng) if name == damaged else spelled(value, CALM))
     tokenizer = ChatTokenizer(folder)
     for text in ("What is it?", "    a  <s> b\n\n</s>", "é\ufffd\u2028"):
-        tokenizer.decode([*tokenizer.message(text, [(1, text)]), *tokenizer.question(text)[0]])
+        tokenizer.decode([*tokenizer.message(text, [(1, text)]), *tokenizer.routed(text)[0]])
 
 
 def fuzz_logs(folder, rng):

@@ -253,7 +253,7 @@ def test_ranked_in_two_rounds(monkeypatch, rounds, most, expected):
     find = lambda server, asked: [found[:request.count] for request in asked.values()]
     monkeypatch.setattr(batches.Server, "find", find)
     model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=0), device=torch.device("cpu"))
-    tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
+    tokenizer = SimpleNamespace(routed=lambda text: ([1, 2], [False, True]), head=[1])
     config = InterleaveConfig(max_rounds=rounds)
     monkeypatch.setattr(answers, "AT", (1, most))
     assert ranked(model, tokenizer, None, [], ["?"], config, 2, 0) == [(expected, len(expected), 0.9)]
@@ -271,7 +271,7 @@ def test_ranked_by_a_second_look(monkeypatch, named, expected):
     monkeypatch.setattr(answers, "look_again", looked)
     monkeypatch.setattr(batches.Server, "find", lambda server, asked: [[first, second]])
     model = SimpleNamespace(config=SimpleNamespace(prompts="chat", second_look=3), device=torch.device("cpu"))
-    tokenizer = SimpleNamespace(question=lambda text: ([1, 2], [False, True]), head=[1])
+    tokenizer = SimpleNamespace(routed=lambda text: ([1, 2], [False, True]), head=[1])
     found = ranked(model, tokenizer, None, [], ["?"], InterleaveConfig(), 2, 3)
     assert found == [(expected, 1 + named, 0.5)]
 

@@ -118,7 +118,7 @@ def test_it_finds(backbone):
     assert memory.keys == [] and len(memory.routing_keys) == 2
     first = []
     for text in TEXTS:
-        tokens, routes = tokenizer.question("Where is the " + " ".join(text.split()[1:4]) + "?")
+        tokens, routes = tokenizer.routed("Where is the " + " ".join(text.split()[1:4]) + "?")
         found = model.find(torch.tensor([tokens]), memory, torch.tensor([routes]), len(tokenizer.head))
         first.append(int(rank_documents([found])[0][0, 0]))
     assert sum(place == n for n, place in enumerate(first)) >= 5
@@ -135,8 +135,8 @@ def test_chance(backbone):
                            for n, text in enumerate(TEXTS)])
     assert routers.chance(model, tokenizer, memory) == -np.inf  # fewer documents than a key has numbers
     model.config.routing_dim = len(TEXTS)
-    asked, spelled = [], tokenizer.question
-    tokenizer.question = lambda text: asked.append(text) or spelled(text)
+    asked, spelled = [], tokenizer.routed
+    tokenizer.routed = lambda text: asked.append(text) or spelled(text)
     reaches = routers.chance(model, tokenizer, memory)
     tokenizer.encoding.n_vocab += 50  # ids may have gaps
     tokenizer.vocab_size += 50
