@@ -540,7 +540,8 @@ def bench_memory(bench):
     bench_modes(bench, "SmolLM2-135M", SMALL)
 
 
-def script():
+def arguments():
+    """The flags, and what is left of them for train.py's configuration. Raises UserError."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("route", "attend", "pool", "train", "memory", "load", "plan",
@@ -574,17 +575,27 @@ def script():
     if not 64 <= args.shortest <= args.longest:
         raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be at "
                         "least 64, the second not less")
+    return args, settings
+
+
+def print_plan_of(args, settings):
+    """`plan` of a configuration of train.py. Raises UserError."""
+    from train import TrainConfig, changes_of  # here: they need more than torch, triton and numpy
+
+    if not (args.gpus > 0 and 0 < args.mfu <= 1):
+        raise UserError(f"--gpus is {args.gpus} and --mfu {args.mfu}; at least 1, and above 0 up to 1")
+    config = command_line(TrainConfig, __doc__, [*([args.config] if args.config else []), *settings])
+    if config.init_from and config.model.vocab_size == ModelConfig().vocab_size:  # it has no sizes
+        loaded = MSA.read_config(find_base(config.init_from))[0]
+        config.model = dataclasses.replace(loaded, **changes_of(config, loaded))
+    peak = PEAK["H100"]
+    print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, peak), GPU_BYTES, args.mfu, peak)
+
+
+def script():
+    args, settings = arguments()
     if args.what == "plan":
-        from train import TrainConfig, changes_of
-        if not (args.gpus > 0 and 0 < args.mfu <= 1):
-            raise UserError(f"--gpus is {args.gpus} and --mfu {args.mfu}; at least 1, and above 0 up to 1")
-        config = command_line(TrainConfig, __doc__, [*([args.config] if args.config else []), *settings])
-        if config.init_from and config.model.vocab_size == ModelConfig().vocab_size:  # it has no sizes
-            loaded = MSA.read_config(find_base(config.init_from))[0]
-            config.model = dataclasses.replace(loaded, **changes_of(config, loaded))
-        peak = PEAK["H100"]
-        print_plan(plan(config, args.gpus, GPU_BYTES, args.mfu, peak), GPU_BYTES, args.mfu, peak)
-        return
+        return print_plan_of(args, settings)
     keep_freed_memory()
     device, _, reason = detect_device(args.device)
     if device.type == "mps":

@@ -241,6 +241,19 @@ def open_bank(model, tokenizer, config, ranks, say, on):
         return ParallelMemory(bank, model.device, ranks, config.routing_keys, config.content_in, bar.update)
 
 
+def hold_in_ram(model, tokenizer, config, say, on):
+    """The documents, encoded: (memory, texts, where), as for `show`. say, on: as for `open_bank`."""
+    documents = list_documents(config.documents, tokenizer.count, config.max_document_tokens, say)
+    spelled = [document.spelled() for document in documents]
+    if not model.trained_routers:
+        make_routers(model, tokenizer, spelled)
+    texts = tokenizer.encode_batch(spelled)
+    memory, speed = encode_texts(model, tokenizer, texts)
+    tokens = sum(map(len, texts))
+    say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
+    return memory, texts, lambda position: documents[position].where()
+
+
 def questions_of(config):
     """The questions of --questions, and file and line of each. Raises UserError."""
     questions, where = [], []
@@ -284,15 +297,7 @@ def script():
         texts = memory.texts
         where = lambda position: printable(memory.bank.document(position)[1])  # others may have made the bank
     else:
-        documents = list_documents(config.documents, tokenizer.count, config.max_document_tokens, say)
-        spelled = [document.spelled() for document in documents]
-        if not model.trained_routers:
-            make_routers(model, tokenizer, spelled)
-        texts = tokenizer.encode_batch(spelled)
-        memory, speed = encode_texts(model, tokenizer, texts)
-        tokens = sum(map(len, texts))
-        say(f"{len(documents)} documents, {tokens:,} tokens, encoded at {speed:,.0f} tokens/s on {on}")
-        where = lambda position: documents[position].where()
+        memory, texts, where = hold_in_ram(model, tokenizer, config, say, on)
     about, reaches = (model, tokenizer, memory, texts, where), chance(model, tokenizer, memory)
 
     def ask(question):
