@@ -24,7 +24,7 @@ from prompts import END_OF_RETRIEVE
 NAMING_TOKENS = 256   # that MSA-4B writes in one round at most
 # In nats. What each costs and brings was measured: results/README.md
 REFUSAL_MARGIN = 3.0  # by which NOT_FOUND must lead where several documents are shown, or none
-ALONE_MARGIN = 0.5    # the same, where one is: about that one the reader is surer
+ALONE_MARGIN = 2.0    # the same, where one is: about that one the reader is surer
 ENDING_MARGIN = 2.0   # by which an end must lead: trained on short answers, it would stop after a few values
 GAIN = 1.0            # a second round names what makes NOT_FOUND so much less likely, else nothing
 CERTAIN = -0.105      # log 0.9: a document has something of the answer where log p of NOT_FOUND is below it
