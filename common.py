@@ -88,12 +88,12 @@ def printable(text):
     return re.sub(unseen, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-@functools.cache
 def is_first_rank():
     """Whether this process is alone, or torchrun's rank 0, which alone speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
+@functools.cache
 def note(message):
     """Say on stderr, once, what a user may not expect."""
     if is_first_rank():
