@@ -330,7 +330,7 @@ def spelled_texts(documents):
     return [Titled(document.spelled()) if document.title else document.spelled() for document in documents]
 
 
-LONG, PASSAGE = 1024, 512  # tokens: a longer document of a set is read in passages of at most so many
+LONG, PASSAGE = 512, 256  # tokens: a longer document of a set is read in passages of at most so many
 
 
 def passages(texts, count_tokens):
