@@ -255,7 +255,7 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
     (ranking, how many of its first documents).
 
     look: at how many documents a round takes a `second_look`. Then the first round names one document, behind
-    which the second one reads its candidates; it ends the retrieval where none of them brings GAIN. A single
+    which the second one reads its candidates; it names those that bring GAIN, each by itself. A single
     round names only documents with a log p(NOT_FOUND) below CERTAIN, and at least one; but `most` of them
     where that is `look` or more.
     """
@@ -269,8 +269,8 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
         if look:
             left, log_p = yield from second_look(model, tokenizer, question, left, texts, numbers,
                                                  0 if named else weight, look, named)
-            if named and (not log_p or before - log_p[0] < GAIN):
-                count = 0
+            if named:
+                count = min(count, sum(before - p >= GAIN for p in log_p))
             elif len(rankings) == 1 and most < look:
                 count = min(count, max(1, sum(p < CERTAIN for p in log_p)))
             before = log_p[0] if log_p else 0.0
