@@ -158,7 +158,8 @@ def fuzz_sets(folder, rng):
     texts, questions, none = question_sets.read_set(path)
     for text in [*texts, *(question.text for split in questions.values() for question in split)]:
         assert text.encode()
-    assert all(question and texts[place] for split in none.values() for question, place in split)
+    assert all(question and (place is None or texts[place])
+               for split in none.values() for question, place in split)
     asked, *_ = question_sets.choose_split(questions, none, "", path)
     assert all(texts[i].strip() for question in asked for i in question.gold)
 
