@@ -51,7 +51,7 @@ class PaperConfig:
     normalize_routing: bool = True      # routing scores are cosines; off: products, times head_dim ** -0.5
     attend_memory: bool = True          # memory layers read what they select; off: they only route
     prompts: Literal["nanomsa", "msa", "chat"] = "nanomsa"  # how the model is asked; see interleave.py
-    second_look: int = 0                # found documents that a chat backbone reads alone and orders anew
+    second_look: int = 0                # found documents that a chat backbone reads alone to rerank them
     max_document_tokens: int = 128      # how long documents were cut for training; sample.py cuts alike
 
     def __post_init__(self):
