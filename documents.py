@@ -233,16 +233,13 @@ class WebPage(HTMLParser):
     def handle_data(self, data):
         if self.unseen == "title":
             self.title = self.title or " ".join(data.split())
-            return
-        if self.unseen:
-            return
-        for nth, part in enumerate(data.split("\n") if self.pre else [data]):
-            if nth:
-                self.end_line("br")
-            number, line = self.lines[-1]
-            if not line.strip():
-                number = self.getpos()[0] + nth + part[:len(part) - len(part.lstrip())].count("\n")
-            self.lines[-1] = (number, line + part)
+        elif not self.unseen:
+            for nth, part in enumerate(data.split("\n") if self.pre else [data]):
+                self.lines += [(0, "")] * (nth > 0)
+                number, line = self.lines[-1]
+                if not line.strip():
+                    number = self.getpos()[0] + nth + part[:len(part) - len(part.lstrip())].count("\n")
+                self.lines[-1] = (number, line + part)
 
 
 def read_pdf(path):
@@ -272,10 +269,8 @@ def read_jsonl(path):
         text = row.get("text", 0)
         text = "" if text is None else text
         for name, value in (("id", id), ("title", title), ("text", text)):
-            if not isinstance(value, str):
+            if not isinstance(value, str) or (name, value) == ("id", ""):  # documents are cited by it
                 raise UserError(f'{path}:{number}: not {wanted}; "{name}" is missing, or something else')
-        if not id:
-            raise UserError(f'{path}:{number}: "id" is empty; documents are cited by it')
         yield id, " ".join(title.split()), text
 
 

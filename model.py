@@ -437,7 +437,6 @@ def compile_blocks(model):
                                                 for method in (attention.query, attention.key_value))
 
 
-
 def contrastive_loss(scores, positive, excluded, temperature):
     """Eq. 5 per question: each positive against all negatives, never against other positives.
 
@@ -453,9 +452,9 @@ def contrastive_loss(scores, positive, excluded, temperature):
 
 # ------------------------------------------------------------------------------------------------------------
 # The paper's model with what helps tiny ones that are trained from scratch, all of it off by default. To do
-# without, delete scratch.py, baseline.py and what follows, call the classes above ModelConfig and MSA, and
-# drop what `git grep -nE "scratch|number_chunk|normalize_values|score_bias|copy_init|equal_routers"` still
-# finds in code and configurations.
+# without, delete scratch.py, baseline.py and what follows, call the classes above ModelConfig and MSA, drop
+# both files from pyproject.toml, and in code and configurations what is still found by
+# `git grep -nE "number_chunk|normalize_values|score_bias|copy_init|equal_routers"`.
 
 @dataclass
 class ModelConfig(ScratchConfig, PaperConfig):

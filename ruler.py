@@ -299,20 +299,21 @@ def averages(rows):
 
 
 def rows_before(path, about):
-    """The rows of a file of --json, which must be about the same. Raises UserError."""
+    """The rows of a file of --json, which must be about the same, and their scores by (task, method, length).
+    Raises UserError."""
     try:
         rows = json.loads(read_text(path)) if Path(path).exists() else []
         if not isinstance(rows, list):
             raise ValueError("no list")
         other = [row for row in rows if about.items() - row.items()]
-        [(row["task"], row["method"], row["length"], row["score"] + 0) for row in rows]  # are they there?
+        scores = {(row["task"], row["method"], row["length"]): row["score"] + 0 for row in rows}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--json {path}: not a file that this script wrote ({error})") from None
     if other:
         name, value = min(about.items() - other[0].items())
         raise UserError(f"--json {path}: measured with {name} {other[0].get(name)!r}, not {value!r}; "
                         "give another file")
-    return rows
+    return rows, scores
 
 
 def script():
@@ -329,8 +330,7 @@ def script():
     about |= dict(model=fingerprint(model, tokenizer), max_rounds=rounds_of(model, config.interleave),
                   max_documents=documents_of(model, config.interleave),
                   shortest=min(parse_lengths(config.lengths)))  # in which the needles stand
-    rows = rows_before(config.json, about) if config.json else []
-    done = {(row["task"], row["method"], row["length"]) for row in rows}
+    rows, done = rows_before(config.json, about) if config.json else ([], {})
     print(f"{config.checkpoint} on {on}")
     print(f"{'task':<11} {'method':<7} {'tokens':>10} {f'rec@{model.config.top_k}':>7} {'named':>6} "
           f"{'score':>6} {'rounds':>6} {'s/quest.':>8}")

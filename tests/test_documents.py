@@ -248,7 +248,7 @@ def test_encodings(tmp_path, encoding, text):
 def test_bad_lines_of_jsonl(tmp_path, line):
     """A bad line would end in a traceback that does not name it."""
     (tmp_path / "docs.jsonl").write_bytes(b'{"id": "good", "text": "a"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match='docs.jsonl:3: (not an object|"id" is empty)'):
+    with pytest.raises(UserError, match="docs.jsonl:3: not an object"):
         read_all(tmp_path / "docs.jsonl", count_words, 10)
 
 
