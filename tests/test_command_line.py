@@ -159,6 +159,7 @@ MISTAKES = [
     (evaluation, "--checkpoint good --lengths 0", "--lengths 0: '0' is not a length"),
     (evaluation, "--checkpoint good --questions 0", "questions is 0; it must be at least 1"),
     (evaluation, "--checkpoint good --top-k -1", "--top-k is -1; it must be at least 0"),
+    (evaluation, "--checkpoint good --top-k 1001", "--top-k is 1,001; it must be at most 1,000"),
     (evaluation, "--checkpoint good --task niah", "'niah' .*--task.* 'niah_multikey'"),
     (evaluation, "--checkpoint good --seed -1 --lengths 1k --questions 1", "seed .*-1"),
     (evaluation, "--checkpoint good --filler -1", "filler is -1; it must be at least 0"),
