@@ -127,22 +127,26 @@ def reluctant(model, tokenizer, logits, margin):
     return logits
 
 
-def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look, before=()):
+def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look, count, before=()):
     """A part of a loop that reranks the first `look` documents of a ranking: the model reads each behind the
     documents `before`, and log(1 - p(NOT_FOUND)) + weight * score / tau orders them. Returns the ranking, and
     their log p(NOT_FOUND) in this order.
 
+    The first term is at most 0, so the second one bounds the sum. Best first, as many are read as are needed
+    to know the first `count`; the others stand where their bound puts them, with a log p of 0.
+
     texts: ids by document; numbers: document -> number.
     """
     first, others = ranked[:look], ranked[look:]
-    if not first:
-        return ranked, []
-    read = lambda documents: [(numbers(d), tokenizer.decode(texts[d])) for d in documents]
-    prompts = [tokenizer.message(question, read([*before, d])) for d, _ in first]
-    log_p = torch.tensor((yield Likelihood(prompts, tokenizer.refusal)))
-    found = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
-    scores = found + weight / model.config.router_temperature * torch.tensor([score for _, score in first])
-    order = scores.argsort(descending=True, stable=True).tolist()
+    scores = weight / model.config.router_temperature * np.array([score for _, score in first])
+    log_p, read = np.zeros(len(first)), np.zeros(len(first), bool)
+    documents = lambda own: [(numbers(d), tokenizer.decode(texts[d])) for d in own]
+    while (unread := np.flatnonzero(~read & (scores >= np.sort(scores)[-count:][:1]))).size:  # of the first
+        prompts = [tokenizer.message(question, documents([*before, first[i][0]])) for i in unread]
+        log_p[unread] = yield Likelihood(prompts, tokenizer.refusal)
+        scores[unread] += np.log(-np.expm1(np.minimum(log_p[unread], -1e-6)))
+        read[unread] = True
+    order = np.argsort(-scores, kind="stable").tolist()
     return [first[i] for i in order] + others, log_p[order].tolist()
 
 
@@ -268,7 +272,7 @@ def look_again(model, tokenizer, question, rankings, texts, numbers, weight, mos
             count = 1 if look else -(-most // len(rankings))
         if look:
             left, log_p = yield from second_look(model, tokenizer, question, left, texts, numbers,
-                                                 0 if named else weight, look, named)
+                                                 0 if named else weight, look, count, named)
             if named:
                 count = min(count, sum(before - p >= GAIN for p in log_p))
             elif len(rankings) == 1 and most < look:

@@ -773,7 +773,7 @@ def test_second_look(backbone):
         """What this part of a loop returns."""
         def loop():
             yield (yield from second_look(model, t, "Why?", ranked, texts, lambda d: d + 10, weight, most,
-                                          before))
+                                          most, before))
         return [event for _, event in serve([loop()], Server(model, 1, choose))][0]
     assert look(0.0, most=0) == (ranked, []) == look(1.0, most=0)  # no second look
     log_p = dict(enumerate(found.tolist()))
@@ -789,18 +789,43 @@ def test_second_look(backbone):
     assert order[0][0] == (2, 0)[int(behind.argmin())]
 
 
+# Of documents whose text is their number, which is 10 more than their place
+NUMBERS = (SimpleNamespace(config=SimpleNamespace(router_temperature=0.1)),
+           SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
+                           refusal=[0], decode=lambda text: text), "?")
+
+
 def looks(rankings, weight, most, look):
-    """`look_again` of documents whose text is their number, which is 10 more than their place."""
-    tokenizer = SimpleNamespace(message=lambda question, documents: [n for n, _ in documents],
-                                refusal=[0], decode=lambda text: text)
-    model = SimpleNamespace(config=SimpleNamespace(router_temperature=0.1))
-    texts = {n: n for n in range(9)}
-    return look_again(model, tokenizer, "?", rankings, texts, lambda d: d + 10, weight, most, look)
+    """`look_again` of them."""
+    return look_again(*NUMBERS, rankings, range(9), lambda d: d + 10, weight, most, look)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_second_look_reads_what_it_needs(seed):
+    """The first documents would not be those of a look at all eight, or more be read than could be first."""
+    rng = np.random.default_rng(seed)
+    log_p, spread, weight = -rng.exponential(2.0, 8), 10.0 ** -rng.integers(0, 4), (0.0, 1.0, 3.0)[seed % 3]
+    ranked = [(d, score) for d, score in enumerate(np.sort(spread * rng.normal(size=8))[::-1].tolist())]
+    totals = np.log1p(-np.exp(log_p)) + weight / 0.1 * np.array([score for _, score in ranked])
+    for count in (1, 2, 8):
+        running = second_look(*NUMBERS, ranked, range(8), lambda d: d + 10, weight, 8, count)
+        read, reply = [], None
+        with pytest.raises(StopIteration) as ended:
+            while True:
+                asked = [n - 10 for prompt in running.send(reply).prompts for n in prompt]
+                read, reply = read + asked, log_p[asked].tolist()
+        found, told = ended.value.value
+        best = np.argsort(-totals)[:count]
+        assert [d for d, _ in found[:count]] == best.tolist() and told[:count] == log_p[best].tolist()
+        assert sorted(d for d, _ in found) == [*range(8)] and len({*read}) == len(read)
+        needed = [d for d, score in ranked if weight / 0.1 * score >= totals[best[-1]]]
+        assert sorted(read) == needed
+        assert told == [log_p[d] if d in read else 0 for d, _ in found]
 
 
 @pytest.mark.parametrize("gains, most, expected", [
-    ((2.0, 1.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 1)]), ((2.0, 1.5), 4, [([3, 7, 5], 1), ([5, 1, 7], 2)]),
-    ((0.9, 0.5), 2, [([3, 7, 5], 1), ([5, 1, 7], 0)]), ((-1.0, -2.0), 2, [([3, 7, 5], 1), ([5, 7, 1], 0)])])
+    ((2.0, 1.5), 2, [([3, 5, 7], 1), ([5, 1, 7], 1)]), ((2.0, 1.5), 4, [([3, 5, 7], 1), ([5, 1, 7], 2)]),
+    ((0.9, 0.5), 2, [([3, 5, 7], 1), ([5, 1, 7], 0)]), ((-1.0, -2.0), 2, [([3, 5, 7], 1), ([5, 7, 1], 0)])])
 def test_look_again(gains, most, expected):
     """The second round would not read behind what the first one named, name it once more, or name what brings
     nothing; its router would count beside what was read."""
@@ -814,7 +839,7 @@ def test_look_again(gains, most, expected):
     while not isinstance(event := running.send(reply), list):
         asked.append(event.prompts)
         reply = [alone[p[0]] if len(p) == 1 else second[p[1]] for p in event.prompts]
-    assert asked == [[[17], [13], [15]], [[13, 11], [13, 15], [13, 17]]]
+    assert asked == [[[17]], [[13]], [[13, 11], [13, 15], [13, 17]]]
     assert [([d for d, _ in ranked], count) for ranked, count in event] == expected
 
 
