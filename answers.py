@@ -19,8 +19,8 @@ from functools import cache
 
 import numpy as np
 
-from batches import Find, parts_of
-from common import drawing, timed
+from batches import Find
+from common import drawing, parts_of, timed
 from interleave import answers_from_texts, context_of, documents_of, look_again, rounds_of, run
 from prompts import NOT_FOUND
 from question_sets import holds
@@ -139,7 +139,7 @@ def told_not_found(questions, find, read, ks, batch=8):
 
 def find_all(find, questions, label, batch):
     """What `find` finds for every question, as for `measure`, and the mean seconds of one."""
-    seconds, rankings = timed(lambda: [found for part in parts_of(questions, label, batch)
+    seconds, rankings = timed(lambda: [found for part in parts_of(questions, 2 * batch, label, "question")
                                        for found in find([question.text for question in part])])
     return rankings, seconds / len(questions)
 
@@ -215,7 +215,7 @@ def measure(questions, chosen, finders, read, ks, seed, owner, texts, batch=8, l
                 row |= zip(RECALLS, np.mean([*recalls[method].values()], 0).tolist())
                 row["questions_of_recall"] = len(recalls[method])
             if chosen and method != "routing":
-                said = [one for part in parts_of(chosen, f"{method} answers, k {k}", batch)
+                said = [one for part in parts_of(chosen, 2 * batch, f"{method} answers, k {k}", "question")
                         for one in read([(questions[i].text, documents_for(method, i, k)) for i in part])]
                 scores[method] = np.array([score_answer(answer, questions[i].answers)
                                            for (answer, _), i in zip(said, chosen)])

@@ -29,6 +29,7 @@ from common import (
     keep_freed_memory,
     main,
     make_folder,
+    progress_bar,
     read_text,
     write_json,
     write_rows,
@@ -176,7 +177,7 @@ def ask(model, tokenizer, words, config, seed):
         order = np.argsort(memory.numbers[:count])
         text = [token for d in order for token in tokenizer.encode(memory.texts[d])]
         context, right = read_context(model, torch.tensor([text], device=model.device)), 0
-        for question in tqdm(memory.questions, desc=f"{count:,} documents", leave=False, delay=1):
+        for question in progress_bar(memory.questions, desc=f"{count:,} documents"):
             prompt = [*tokenizer.question(tokenizer.encode(question.text)), tokenizer.retrieve,
                       tokenizer.end_of_retrieval]
             answer = continue_greedily(model, prompt, context.expand(1), tokenizer.end, 16)

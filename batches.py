@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from cache import Cache, Rows
-from common import is_first_rank, to_device
+from common import to_device
 from memory import BATCH_TOKENS, padded_batches, rank_documents, shared_length
 
 
@@ -71,16 +70,6 @@ class Pick:
     must lead to begin an answer; None: it has begun."""
     choices: tuple = ()
     margin: float | None = None
-
-
-def parts_of(questions, label, batch):
-    """Questions in parts of two batches, with a bar, on the first rank, that shows them pass."""
-    with tqdm(desc=label, total=len(questions), unit="question", leave=False, delay=1,
-              disable=not is_first_rank()) as bar:
-        for start in range(0, len(questions), 2 * batch):
-            part = questions[start:start + 2 * batch]
-            yield part
-            bar.update(len(part))
 
 
 def serve(loops, server):

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -91,6 +92,20 @@ def printable(text):
 def is_first_rank():
     """Whether this process is alone, or torchrun's rank 0, which alone speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def progress_bar(items=None, **settings):
+    """tqdm's bar, on the first rank, of what takes more than a second; nothing of it stays."""
+    return tqdm(items, leave=False, delay=1, disable=not is_first_rank(), **settings)
+
+
+def parts_of(items, size, label, unit):
+    """Items in parts of `size`, with a bar that shows them pass."""
+    with progress_bar(desc=label, total=len(items), unit=unit) as bar:
+        for start in range(0, len(items), size):
+            part = items[start:start + size]
+            yield part
+            bar.update(len(part))
 
 
 @functools.cache

@@ -13,10 +13,11 @@ import re
 import unicodedata
 from bisect import bisect
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 
-from common import UserError, numbered, printable, read_rows, read_text
+from common import UserError, numbered, printable, progress_bar, read_rows, read_text
 
 TOLD = 10  # files that `tell_skipped` names
 # Files that are never text, by the ends of their names: images, sound, films, archives, programs, fonts
@@ -91,8 +92,12 @@ def check_documents(path):
 
 def list_documents(path, count_tokens, max_tokens, say):
     """The Documents of `read_documents`, all at once; `say` is told what was skipped."""
-    skipped = {}
-    documents = list(read_documents(path, count_tokens, max_tokens, skipped))
+    skipped, documents = {}, []
+    check_documents(path)
+    with progress_bar(desc="reading", total=documents_size(path), unit="B", unit_scale=True) as bar:
+        for document in read_documents(path, count_tokens, max_tokens, skipped):
+            documents.append(document)
+            bar.update(len(document.text.encode(errors="replace")))
     tell_skipped(skipped, say)
     return documents
 
@@ -176,6 +181,8 @@ def read_file(path):
     lines = numbered(read_text(path))
     if kind in (".html", ".htm"):
         page = WebPage(lines)
+        if not page.lines:
+            raise UserError("a page without text, as those are that scripts fill")
         return page.lines, [(0, page.title)]
     return lines, find_headings(lines, kind != ".rst") if kind in (".md", ".markdown", ".rst") else []
 
@@ -287,6 +294,7 @@ def documents_size(path):
 def split_text(lines, headings, count_tokens, max_tokens):
     """Yields Documents without a source, of at most `max_tokens`, whole paragraphs where they fit. A title is
     the nearest heading at or above, cut to a quarter of `max_tokens`."""
+    count_tokens = lru_cache(8)(count_tokens)  # a paragraph is often all that a piece has
     short = lambda line: count_tokens(line[1]) <= max(1, max_tokens // 4)
     headings = [split_line(heading, short)[0] for heading in headings]
 
@@ -332,7 +340,7 @@ def passages(texts, count_tokens):
     """(passages, owner): the texts of a set, LONG ones split into passages with their title; owner: the place
     of the text that each is of, increasing."""
     found = []
-    for place, text in enumerate(texts):
+    for place, text in enumerate(progress_bar(texts, desc="splitting", unit="text")):
         headings = [(0, text.partition("\n")[0])] if isinstance(text, Titled) else []
         size = len(text.encode(errors="replace"))
         if size <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a byte

@@ -56,7 +56,6 @@ from answers import (
     table,
     told_not_found,
 )
-from batches import parts_of
 from common import (
     UserError,
     check_drawing,
@@ -67,6 +66,7 @@ from common import (
     drawing,
     keep_freed_memory,
     main,
+    parts_of,
     proc_bytes,
     read_text,
     return_freed_memory,
@@ -193,7 +193,7 @@ def ask_all(ask, numbers, questions, top_k, label, batch):
     ask(places of questions) -> [(answer, rounds)]; numbers: of the documents that gold indices mean.
     """
     first, found = timed(lambda: ask(range(1)))  # alone: it reads what is cold
-    parts = parts_of(range(1, len(questions)), label, 4 * batch)
+    parts = parts_of(range(1, len(questions)), 8 * batch, label, "question")
     seconds, others = timed(lambda: [one for places in parts for one in ask(places)])
     scores = []
     for question, (answer, rounds) in zip(questions, found + others):
@@ -457,7 +457,8 @@ def evaluate_set(model, tokenizer, config, ranks, say, on):
     for count, search in zip(counts, searches):
         memory = None  # the last one goes before the next one is opened
         memory, tokens = at_length(count), sum(map(len, encoded[:count]))
-        by_words = lambda asked: [([place for place, _ in search(text, most)], most) for text in asked]
+        by_words = lambda asked: [([place for place, score in search(text, most) if score], most)
+                                  for text in asked]
         best, reaches = {}, chance(model, tokenizer, memory)
 
         def by_memory(asked, look):

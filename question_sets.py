@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, numbered, read_rows, read_text
+from common import UserError, is_first_rank, numbered, read_rows, read_text
 from documents import Titled, name_in, read_jsonl
 
 UNANSWERED = ("cannotanswer", "unanswerable", "no answer present")  # QuAC's, Qasper's and MS MARCO's words
@@ -66,7 +66,7 @@ def read_texts(path, say=print):
 def choose_split(questions, none, split, path):
     """Of what `read_set` returned the questions of a split, its pairs of `none`, and its name; "": of test,
     else dev, else the only one; "all": of all splits, each once."""
-    filled = [name for name, asked in questions.items() if asked]
+    filled = [*filter(questions.get, questions)] or [*filter(none.get, none)]
     if split == "all" and filled and split not in filled:
         return *(list(dict.fromkeys(chain(*splits.values()))) for splits in (questions, none)), split
     preferred = [name for name in ("test", "dev") if name in filled]
@@ -75,10 +75,10 @@ def choose_split(questions, none, split, path):
     if split not in filled:
         if not filled:
             raise UserError(f"{path}: no question of it has a document that answers; expected judgements in "
-                            "qrels/test.tsv, or SQuAD's .json file")
+                            "qrels/test.tsv, or SQuAD's .json file with questions")
         asked = f"no split {split!r} with questions" if split else "several splits, none of them test or dev"
         raise UserError(f"{path}: {asked}; give --split {' or '.join(filled)}")
-    return questions[split], none.get(split, []), split
+    return questions.get(split, []), none.get(split, []), split
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,8 +103,12 @@ def read_beir(folder, say=print):
             asked[id] = question_of(row, "text", f"{path}:{number}")
     splits = sorted((Path(folder) / "qrels").glob("*.tsv"))
     judged = {split.stem: read_qrels(split, asked, place, say) for split in splits}
-    odd["not asked: no qrels name a document that answers"] = len(asked.keys() - {*chain(*judged.values())})
+    unjudged = [question for id, question in asked.items() if id not in {*chain(*judged.values())}]
+    nothing = [(question.text, None) for question in unjudged if question.nothing]
+    odd["not asked: no qrels name a document that answers"] = len(unjudged) - len(nothing)
     questions, none = {split: [] for split in judged}, read_impossible(folder, place, [*judged])
+    for split in judged if nothing else ():
+        none.setdefault(split, []).extend(nothing)
     odd["not asked: of a split of impossible.jsonl that no qrels file has"] = sum(
         len(none[split]) for split in none.keys() - judged.keys())
     tell_odd(path, odd, say)
@@ -175,9 +179,11 @@ def question_text(row, name, where):
 
 def answer_texts(given, where):
     """The answers in what a set gives: a text, a number, true for yes, or a list of these, perhaps of lists;
-    null and NaN are none. where: file, line and name. Raises UserError."""
-    parts = [one for part in (given if isinstance(given, list) else [given])
-             for one in (part if isinstance(part, list) else [part]) if one is not None and one == one]
+    null and NaN are none. Each may be SQuAD's {"text": ...}. where: file, line and name. Raises UserError."""
+    opened = lambda part: part["text"] if isinstance(part, dict) and "text" in part else part
+    listed = lambda part: part if isinstance(part, list) else [part]
+    parts = [opened(one) for part in listed(opened(given)) for one in listed(opened(part))]
+    parts = [one for one in parts if one is not None and one == one]
     if not all(type(one) in (str, int, float, bool) for one in parts):
         raise UserError(f"{where} is {given!r}; it must be a list of strings")
     spell = lambda one: ("no", "yes")[one] if type(one) is bool else re.sub(r"\.0$", "", repr(one))
@@ -189,13 +195,17 @@ def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
 
     Where there are no "answers" it is "answer", and where that is missing what "metadata" has of both;
-    "answer_aliases" are right, too. Raises UserError.
+    "answer_aliases" are right, too. With "is_impossible": true, or "answerable": false, nothing answers it.
+    Raises UserError.
     """
     text, answers = question_text(row, name, where), []
-    for part in [part for part in (row, row.get("metadata")) if isinstance(part, dict)]:
+    parts = [part for part in (row, row.get("metadata")) if isinstance(part, dict)]
+    for part in parts:
         for key in ("answers", "answer", "answer_aliases"):
             if key == "answer_aliases" or not answers:
                 answers += answer_texts(part.get(key), f'{where}: "{key}"')
+    if any(part.get("is_impossible") is True or part.get("answerable") is False for part in parts):
+        return SetQuestion(text, (), nothing=True)
     return answered(text, (), answers)
 
 
@@ -244,40 +254,50 @@ def read_squad(path, say=print):
     """
     places, questions, none = {}, {"train": [], "test": []}, {"train": [], "test": []}
     odd = Counter()
+
+    wrong = lambda what: UserError(f"{path}: not a file of SQuAD's: {what}; other sets go into a folder in "
+                                   "BEIR's layout, one's own questions into a .jsonl file")
+
+    def field(row, name, kind, where):
+        """row[name], which must be of this kind; where: what stands before the name."""
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, kind):
+            what = "a list" if kind is list else "a text"
+            raise wrong(f"{where}{name} is {json.dumps(value)[:50]}, not {what}")
+        return value
+
     try:
-        articles = json.loads(read_text(path))["data"]
-        for i, article in enumerate(articles):
-            split = "test" if i % 4 == 3 else "train"
-            title = name_in(article.get("title") or "").replace("_", " ")
-            for paragraph in article["paragraphs"]:
-                if not isinstance(paragraph["context"], str):
-                    raise TypeError("a context is no text")
-                context = re.sub(r"\s*CANNOTANSWER\s*$", "", paragraph["context"])  # as all of QuAC's end
-                if not context.strip():
-                    odd["skipped: empty context"] += 1
-                    continue
-                place = places.setdefault(titled(title, context), len(places))
-                for row in paragraph["qas"]:
-                    asked = row["question"].strip()
-                    if not asked:
-                        odd["skipped: empty question"] += 1
-                        continue
-                    given = [answer["text"] for answer in row.get("answers") or []]
-                    if not all(isinstance(answer, str) for answer in given):
-                        raise TypeError(f"an answer of {asked!r} is no text")
-                    question = answered(asked, (place,), given)
-                    if row.get("is_impossible") or question.nothing:
-                        none[split].append((asked, place))
-                    else:
-                        questions[split].append(question)
+        file = json.loads(read_text(path))
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected SQuAD's .json file, or a folder in BEIR's "
                         "layout") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a file of SQuAD's ({type(error).__name__}: {error}); other sets go "
-                        "into a folder in BEIR's layout, one's own questions into a .jsonl file") from None
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"{type(error).__name__}: {error}") from None
+    for i, article in enumerate(field(file, "data", list, "")):
+        split, of_article = "test" if i % 4 == 3 else "train", f"data[{i}]."
+        for j, paragraph in enumerate(field(article, "paragraphs", list, of_article)):
+            of_paragraph = f"{of_article}paragraphs[{j}]."
+            context = field(paragraph, "context", str, of_paragraph)
+            context = re.sub(r"\s*CANNOTANSWER\s*$", "", context)  # as all of QuAC's end
+            if not context.strip():
+                odd["skipped: empty context"] += 1
+                continue
+            title = str(article.get("title") or "").replace("_", " ")
+            place = places.setdefault(titled(title, context), len(places))
+            for n, row in enumerate(field(paragraph, "qas", list, of_paragraph)):
+                where = f"{of_paragraph}qas[{n}]."
+                asked = field(row, "question", str, where).strip()
+                if not asked:
+                    odd["skipped: empty question"] += 1
+                    continue
+                given = answer_texts(row.get("answers"), f"{path}: {where}answers")
+                question = answered(asked, (place,), given)
+                if row.get("is_impossible") or question.nothing:
+                    none[split].append((asked, place))
+                else:
+                    questions[split].append(question)
     say(f"{path}: every fourth article is for testing: {len(questions['test']):,} questions; "
         f"{len(questions['train']):,} of train")
     tell_odd(path, odd, say)
@@ -376,22 +396,23 @@ def place_of(name, pieces, documents, answer):
 def bm25_search(texts):
     """A function (query, k) -> the k best of `texts`, pairs (index, score), by BM25 as Lucene computes it.
 
-    k1 1.2, b 0.75; words are stemmed, and English stop words left out.
+    k1 1.2, b 0.75; words are stemmed, and English stop words left out. What has none of the words scores 0.
     """
     try:
         import bm25s
         import Stemmer
     except ImportError:
         raise UserError("BM25 needs bm25s and PyStemmer: pip install -e '.[baselines]'") from None
-    words = dict(stemmer=Stemmer.Stemmer("english"), stopwords="en", show_progress=False)
+    words = dict(stemmer=Stemmer.Stemmer("english"), stopwords="en")
     index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    tokens = bm25s.tokenize(texts, **words)
+    bars = is_first_rank() and sum(map(len, texts)) > 10_000_000  # seconds
+    tokens = bm25s.tokenize(texts, **words, show_progress=bars)
     if not tokens.vocab:  # stop words alone: nothing is found, and the order stays
         return lambda query, k: [(i, 0.0) for i in range(min(k, len(texts)))]
-    index.index(tokens, show_progress=False)
+    index.index(tokens, show_progress=bars)
 
     def search(query, k):
-        found, scores = index.retrieve(bm25s.tokenize([query], **words), k=min(k, len(texts)),
-                                       show_progress=False)
+        found, scores = index.retrieve(bm25s.tokenize([query], **words, show_progress=False),
+                                       k=min(k, len(texts)), show_progress=False)
         return list(zip(found[0].tolist(), scores[0].tolist()))
     return search

@@ -20,10 +20,9 @@ sentences behind a question word. A question is whitened by both kinds together,
 """
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cache import Cache
-from common import UserError, to_device
+from common import UserError, progress_bar, to_device
 from memory import BATCH_TOKENS, padded_batches
 from model import rope_angles
 from msa_kernel import chunk_means
@@ -124,7 +123,7 @@ def fit_routers(model, documents, questions, head=()):
                         "backbone's width, or 0 for keys shaped as attention's")
     chunks, tokens_of = ([Moments(config.hidden_size) for _ in config.router_layers] for _ in range(2))
     total = sum(map(len, documents)) + sum(map(len, questions))
-    with tqdm(desc="routers", total=total, unit=" tokens", unit_scale=True, leave=False, delay=1) as bar:
+    with progress_bar(desc="routers", total=total, unit=" tokens", unit_scale=True) as bar:
         for tokens, lengths in token_batches(documents, device, bar):
             places = torch.arange(tokens.size(1), device=device)
             for moments, h in zip(chunks, layer_inputs(model, tokens, places, Cache())):

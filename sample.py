@@ -11,6 +11,8 @@
 A checkpoint is a folder (of train.py, a Llama or Qwen3 backbone, the authors' MSA-4B), a .gguf file or a
 name on the Hugging Face Hub.
 """
+import contextlib
+import importlib
 import itertools
 import re
 import sys
@@ -23,7 +25,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from batches import parts_of
 from checkpoint import SMOLLM2, packaged
 from common import (
     UserError,
@@ -34,6 +35,7 @@ from common import (
     encoding_of,
     keep_freed_memory,
     main,
+    parts_of,
     printable,
     read_rows,
     write_json,
@@ -156,11 +158,9 @@ def show(model, tokenizer, memory, texts, where, question, config, reaches, say=
     say("" if answer else "(no answer)")
     if answer.strip() == NOT_FOUND:
         return
-    appended = cited(model, tokenizer, memory, texts, question, answer, appended, ranked)
-    for n in appended:
-        say(f"  [{n}] {where(place(n))}")
-    if not appended and ranked and model.config.attend_memory:
-        say(f"  [{ranked[0]}] {where(place(ranked[0]))} (read in the memory; no text was appended)")
+    how = "" if appended else " (read in the memory; no text was appended)"
+    for n in cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
+        say(f"  [{n}] {where(place(n))}{how}")
 
 
 def best_score(routed):
@@ -169,7 +169,10 @@ def best_score(routed):
 
 
 def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
-    """The numbers of the documents that an answer rests on; ranked: the first round's, the best first."""
+    """The numbers of the documents that an answer rests on: of the appended ones, or, where none is and the
+    memory was read, the best of `ranked`, the first round's, the best first."""
+    if not appended and model.config.attend_memory:
+        return ranked[:1]
     if model.config.prompts != "chat":  # it names what it wants
         return appended
     order = [n for n in ranked if n in appended] + [n for n in appended if n not in ranked]
@@ -205,7 +208,8 @@ def open_bank(model, tokenizer, config, ranks, say, on):
         skipped, longest = {}, config.max_document_tokens
         read = lambda skipped: read_documents(config.documents, tokenizer.count, longest, skipped)
         if not model.trained_routers:
-            texts = lambda: [document.spelled() for document in read({})]
+            texts = lambda: [document.spelled() for document in list_documents(
+                config.documents, tokenizer.count, longest, lambda _: None)]
             bank_routers(model, tokenizer, config.memory, texts, ranks, config.content)
         size = documents_size(config.documents)
         try:
@@ -313,7 +317,7 @@ def script():
 
     if config.questions:
         rows = []
-        for part in parts_of(questions, "answering", config.batch):
+        for part in parts_of(questions, 2 * config.batch, "answering", "question"):
             rows += ask_all(*about, part, config, reaches)
             if ranks.rank == 0:
                 write_json(config.json, rows)  # each time: long runs end early
@@ -339,7 +343,12 @@ def typed_questions(ranks):
     if sys.stdin is None:
         raise UserError("nothing can be typed here: give a QUESTION, or --questions FILE.jsonl --json OUT")
     if ranks.rank == 0 and hasattr(sys.stdin, "reconfigure"):
-        typed = {} if sys.stdin.isatty() else dict(encoding=encoding_of(sys.stdin.buffer.peek(), "stdin"))
+        if sys.stdin.isatty():
+            typed = {}
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline")  # `input` then knows arrow keys and what was typed before
+        else:
+            typed = dict(encoding=encoding_of(sys.stdin.buffer.peek(), "stdin"))
         sys.stdin.reconfigure(errors="replace", **typed)
     for turn in itertools.count():
         question = ""

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import UserError
+from common import UserError, progress_bar
 
 # task -> hops of its questions; a new one goes to the end: the place of a task seeds its memory
 TASKS = {"niah_single": 1, "niah_multikey": 1, "two_hop": 2, "read_pooled": 1}
@@ -306,8 +305,7 @@ def count_tokens(tokenizer, texts, ranks=None, batch=20000):
     share = -(-len(texts) // world)
     begin, end = rank * share, min((rank + 1) * share, len(texts))
     counts = torch.zeros(share, dtype=torch.int64)
-    with tqdm(total=share, desc="counting tokens", unit=" documents", unit_scale=True, leave=False, delay=1,
-              disable=rank > 0) as bar:
+    with progress_bar(desc="counting tokens", total=share, unit=" documents", unit_scale=True) as bar:
         for first in range(begin, end, batch):
             part = tokenizer.encode_batch(texts[first:min(first + batch, end)])
             counts[first - begin:first - begin + len(part)] = torch.tensor([len(ids) for ids in part])

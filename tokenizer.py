@@ -28,7 +28,7 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 
-from common import UserError, atomic_file, check_download, read_text, write_json
+from common import UserError, atomic_file, check_download, parts_of, read_text, write_json
 
 SPECIAL_TOKENS = ("<|question|>", "<|retrieve|>", "<|stop|>", "<|end_of_retrieval|>", "<|end|>")
 
@@ -189,7 +189,8 @@ class Tokenizer:
         """`encode` for many texts at once (several threads)."""
         if max(map(len, texts), default=0) >= LONG_SPACE:
             return [self.encode(text) for text in texts]
-        return self.encoding.encode_ordinary_batch(texts)
+        return [ids for part in parts_of(texts, 1000, "tokenizing", "text")
+                for ids in self.encoding.encode_ordinary_batch(part)]
 
     def count(self, text):
         """How many tokens a text has."""

@@ -591,7 +591,7 @@ def train(config, device, dtype, rank, world, say):
         if not math.isfinite(norm):
             saved = f" (the last checkpoint in {out} is of an earlier step)"
             raise UserError(f"the loss is not a number at step {step}; lower --learning-rate"
-                            + saved * (out / "training_state").exists())
+                            + saved * (start_step > 0 or step > config.evaluate_every))
         log.add({"step": step, "split": "train", **name_metrics(metrics), "norm": round(float(norm), 4)})
         if step % config.log_every == 0 or step == 1:
             spent = time.time() - began

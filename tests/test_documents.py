@@ -281,6 +281,11 @@ def test_web_pages(tmp_path):
     (tmp_path / "c.html").write_text("<pre>\nalpha = 1\n\n  beta = <b>2</b>\n</pre>\nand\nmore")
     assert [(d.first_line, d.text) for d in read_all(tmp_path / "c.html", count_words, 3)] == [
         (2, "alpha = 1"), (4, "beta = 2"), (6, "and more")]  # of code the lines stay apart
+    (tmp_path / "c.html").write_text('<title>Manual</title><div id="root"></div><script>draw()</script>')
+    skipped = {}
+    with pytest.raises(UserError, match=r"c.html: no text in it; .*; c.html: a page without text"):
+        read_all(tmp_path / "c.html", count_words, 3, skipped)
+    assert list(skipped) == ["c.html"]
     (tmp_path / "c.html").unlink()
     documents = [d for d in read_all(tmp_path, count_words, 100) if d.source != "odd.html"]
     assert as_tuples(documents)[0] == ("a.html", 3, 8, "The harbour\nTwo piers, one of oak.\n"

@@ -120,6 +120,18 @@ def test_what_stands_for_no_answer(tmp_path):
     (folder / "qrels" / "test.tsv").write_text(HEAD + "a\td1\t1\nb\td2\t1\nc\td3\t1\n")
     _, questions, none = read_beir(folder)
     assert questions["test"] == [SetQuestion("c", (3,), ("yes",))] and none == {"test": [("a", 1), ("b", 2)]}
+    with open(folder / "queries.jsonl", "a") as file:
+        file.write('{"_id": "d", "text": "d", "answers": ["unanswerable"]}\n'
+                   '{"_id": "e", "text": "e", "answers": ["x"], "answerable": false}\n'
+                   '{"_id": "f", "text": "f", "metadata": {"is_impossible": true}}\n'
+                   '{"_id": "g", "text": "g", "answers": ["x"], "answerable": true}\n')
+    with open(folder / "qrels" / "test.tsv", "a") as file:
+        file.write("d\td1\t0\ne\td2\t1\n")  # MS MARCO judges them 0, others not at all
+    said = []
+    _, questions, none = read_beir(folder, said.append)
+    assert len(questions["test"]) == 1 and none["test"] == [("d", None), ("f", None), ("a", 1), ("b", 2),
+                                                            ("e", 2)]
+    assert said[-1].endswith("no qrels name a document that answers (1)")
     asked = lambda *answers: {"question": "Why?", "answers": [{"text": answer} for answer in answers]}
     paragraphs = [{"context": "It is red. CANNOTANSWER", "qas": [asked("CANNOTANSWER"), asked("red")]},
                   {"context": " ", "qas": [asked("blue")]}, {"context": "It is red.", "qas": [asked("It")]}]
@@ -198,7 +210,7 @@ def test_choose_split():
     """A table would be of training questions, or of another split than it says."""
     one = [SetQuestion("?", (0,))]
     none = {"train": [("Why?", 0)], "test": [("How?", 1), ("Why?", 0)]}
-    choose = lambda questions, split="": choose_split(questions, none, split, "set")
+    choose = lambda questions, split="", none=none: choose_split(questions, none, split, "set")
     assert choose({"train": one, "dev": one * 2, "test": one * 3}) == (one * 3, none["test"], "test")
     assert choose({"train": one, "dev": one * 2, "test": []}) == (one * 2, [], "dev")
     assert choose({"train": one * 4, "test": []}) == (one * 4, none["train"], "train")
@@ -206,13 +218,16 @@ def test_choose_split():
     other = [SetQuestion("!", (1,))]
     assert choose({"train": one, "test": other + one, "dev": []}, "all") == (
         one + other, [("Why?", 0), ("How?", 1)], "all")
+    assert choose({"test": []}) == ([], none["test"], "test")  # nothing answers any of them
+    assert choose({"train": [], "dev": []}, "train") == ([], none["train"], "train")
+    assert choose({"dev": []}, "all") == ([], [("Why?", 0), ("How?", 1)], "all")
     for questions, split, message in (
             ({"a": one, "b": one}, "", "set: several splits, none of them test or dev; give --split a or b"),
             ({"test": one}, "dev", "set: no split 'dev' with questions; give --split test"),
             ({"test": []}, "test", "set: no question of it has a document that answers; expected judgements"),
             ({}, "all", "set: no question of it has a document that answers")):
         with pytest.raises(UserError, match=f"^{message}"):
-            choose(questions, split)
+            choose(questions, split, {"test": []})
 
 
 def test_read_squad(tmp_path):
@@ -233,10 +248,19 @@ def test_read_squad(tmp_path):
                          "test": [SetQuestion("When?", (3,), ("D",))]}
     typed = lambda context, answer: json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [
         {"question": "a", "answers": [{"text": answer}]}]}]}]})
-    for text in ("{", "[]", '{"data": [{"title": "A"}]}', '{"data": 3}', typed("b", 1912), typed(None, "c")):
+    for text, message in (
+            ("{", "JSONDecodeError"), ("[]", "data is null, not a list"), ('{"data": 3}', "data is 3, not a"),
+            ('{"data": [{"title": "A"}]}', r"data\[0\].paragraphs is null, not a list"),
+            (typed(None, "c"), r"data\[0\].paragraphs\[0\].context is null, not a text"),
+            (typed("b", "c").replace('"a"', "7"), r"data\[0\].paragraphs\[0\].qas\[0\].question is 7, not")):
         path.write_text(text)
-        with pytest.raises(UserError, match="squad.json: not a file of SQuAD's"):
+        with pytest.raises(UserError, match=f"squad.json: not a file of SQuAD's: {message}"):
             read_squad(path)
+    path.write_text(typed("b", {}))
+    with pytest.raises(UserError, match=r"qas\[0\].answers is .*; it must be a list of strings"):
+        read_squad(path)
+    path.write_text(typed("b", 7).replace('[{"text": 7}]', '{"text": ["x", 7], "answer_start": [0, 0]}'))
+    assert read_squad(path)[1]["train"] == [SetQuestion("a", (0,), ("x", "7"))]  # the Hub's spelling
     with pytest.raises(UserError, match="No such file"):
         read_squad(tmp_path / "none.json")
     path.write_bytes(gzip.compress(b"{}"))

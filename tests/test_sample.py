@@ -221,8 +221,11 @@ def test_questions_of_a_file(run, checkpoint, tmp_path, monkeypatch, eager_compi
     for row in rows:
         alone = run(sample, *flags, row["question"]).out.splitlines()
         assert alone[1] == (row["answer"] or "(no answer)")
-        assert [line for line in alone[2:] if "no text was appended" not in line] == [
+        assert [line.replace(" (read in the memory; no text was appended)", "") for line in alone[2:]] == [
             f"  [{one['number']}] {one['source']}" for one in row["documents"]]
+    pooled = run(sample, *asks, tmp_path / "pooled.json", "--max-rounds", 0)
+    assert pooled.code == 0 and [len(row["documents"]) for row in json.loads(
+        (tmp_path / "pooled.json").read_text())] == [1, 1, 1]  # an answer rests on something
     monkeypatch.setattr(sample, "chance", lambda *_: 2.0)  # no score is above it
     assert run(sample, *asks, tmp_path / "3.json").code == 0
     assert [(row["answer"], row["documents"]) for row in json.loads((tmp_path / "3.json").read_text())] == [

@@ -355,6 +355,8 @@ def test_a_million_spaces(tokenizer, space):
     assert tokenizer.decode(ids) == text and ids[:1] == tokenizer.encode("a")
     assert ids[-2:] == tokenizer.encode("7]")
     assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+    many = [f"{n} mills" for n in range(2001)]
+    assert tokenizer.encode_batch(many) == [*map(tokenizer.encode, many)]
 
 
 def test_extends(tokenizer, number_tokenizer, tmp_path):
