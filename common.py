@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -96,6 +95,7 @@ def is_first_rank():
 
 def progress_bar(items=None, **settings):
     """tqdm's bar, on the first rank, of what takes more than a second; nothing of it stays."""
+    from tqdm import tqdm  # kernels are measured where there is none
     return tqdm(items, leave=False, delay=1, disable=not is_first_rank(), **settings)
 
 
