@@ -53,7 +53,7 @@ def mean_change(pairs, shares):
     u, values, v = torch.linalg.svd(own @ other.T, full_matrices=False)
     rank = len(pairs[0][1])
     root = values[:rank].sqrt()
-    more = rank - len(root)  # a rank above the outputs: what there is no value for is 0
+    more = rank - len(root)  # where there are fewer singular values than the rank, the rest is 0
     return (F.pad(left @ u[:, :rank] * root, (0, more)),
             F.pad(root[:, None] * (v[:rank] @ right.T), (0, 0, 0, more)))
 

@@ -17,7 +17,8 @@ Multiplying and adding are 2 operations; W = G * D:
               Operations: 4 * D for each head of a token and key that it sees; with gradients 14 * D, thrice
               the bytes. Peer, the reference: gather the rows, then scaled_dot_product_attention with a mask
     pool      bytes: three inputs read, three outputs written; with gradients twice. Peer: the reference
-    train     an optimizer step at the demo's and at Qwen3-0.6B's shape. Peer: the same with MSA_KERNEL=torch.
+    train     an optimizer step at the demo's and at Qwen3-0.6B's shape. Bytes: what AdamW reads and writes,
+              28 a weight. Operations: costs.operations. Peer: the same with MSA_KERNEL=torch.
               `loss within`: the largest relative difference of the two losses over 20 steps on one seed
     memory    the demo's bank on disk (not where only torch, triton and numpy are installed): opening, asking,
               cold (not in the page cache) and warm; a document added and removed. Then random contents of
@@ -53,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import costs
 import msa_kernel as K
 import routing as R
 from cache import Cache
@@ -96,22 +98,21 @@ def take_turns(runs, device, turns=7):
 class Bench:
     """What all measurements share: the device, the probes of its limits, the rows until now."""
 
-    SIZES = {"cuda": (2 ** 29, 8192), "cpu": (2 ** 26, 2048)}  # numbers to read and copy, side of matrices
+    SIZES = {"cuda": (2 ** 29, 8192), "cpu": (2 ** 26, 2048)}  # numbers to read, side of matrices
 
     def __init__(self, device):
         self.device, self.rows, self.cuda = device, [], device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of attention, pooling and training
         size, self.side = self.SIZES[device.type]
         self.large = torch.randn(size, device=device)
-        self.other = torch.empty_like(self.large)
 
     def measure(self, title, ours, peers, bytes, operations, dtype, note=""):
         """Time `ours` and `peers` (name -> call) in turns with the probes; print and keep a row."""
         a = torch.randn(self.side, self.side, device=self.device).to(dtype)
-        probes = dict(read=self.large.sum, copy=lambda: self.other.copy_(self.large), product=lambda: a @ a)
+        probes = dict(read=self.large.sum, product=lambda: a @ a)
         times = take_turns({"ours": ours, **peers, **probes}, self.device)
-        read, copy = self.large.nbytes / times["read"], 2 * self.large.nbytes / times["copy"]
-        rate, seconds = 2 * self.side ** 3 / times["product"], times["ours"]
+        read, rate = self.large.nbytes / times["read"], 2 * self.side ** 3 / times["product"]
+        seconds = times["ours"]
         floor = max(bytes / read, operations / rate) / seconds
         limit = "bytes" if bytes / read > operations / rate else "operations"
         ratios = {name: times[name] / seconds for name in peers}
@@ -120,8 +121,7 @@ class Bench:
               flush=True)
         self.rows.append(dict(
             what=title, seconds=seconds, floor_over_time=floor, peers_over_ours=ratios, bytes=bytes,
-            operations=operations, of_read_bandwidth=bytes / seconds / read, read=read, copy=copy, rate=rate,
-            note=note))
+            operations=operations, of_read_bandwidth=bytes / seconds / read, read=read, rate=rate, note=note))
 
     def reference(self, run):
         """A peer: the same call by the PyTorch reference, without kernels; none where that runs anyway."""
@@ -248,14 +248,14 @@ def bench_train(bench, cases, steps=20):
     """An optimizer step over one pool: forward, backward, AdamW."""
     device, dtype = bench.device, bench.dtype
     print(f"train: {str(dtype)[6:]} products, float32 weights")
-    for name, options, *sizes in cases:
+    for name, options, *shape in cases:
         config = ModelConfig(**options)
+        documents, _, batches = pool = random_pool(config, *shape, device)
 
         def start():
             torch.manual_seed(1)
             with device:
                 model = MSA(config)
-            pool = random_pool(config, *sizes, device)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
             def step():
@@ -275,9 +275,11 @@ def bench_train(bench, cases, steps=20):
             note = f"loss within {apart:.0e} over {steps} steps"
         with torch.device("meta"):
             weights = sum(p.numel() for p in MSA(config).parameters())
-        tokens = sizes[0] * sizes[1] + sizes[2] * sizes[3]
-        bench.measure(f"train {name}, {tokens:,} tokens", step, other, 28 * weights, 6 * weights * tokens,
-                      dtype, note)
+        lengths = [*map(len, documents)]
+        tokens = sum(lengths) + sum(batch["tokens"].numel() for batch in batches)
+        # Bytes: AdamW reads a weight, its gradient and two moments, and writes all but the gradient
+        bench.measure(f"train {name}, {tokens:,} tokens", step, other, 28 * weights,
+                      costs.operations(config, lengths, costs.sizes(batches)), dtype, note)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -453,7 +455,7 @@ def bench_bank(bench, lengths=(1 << 16, 1 << 18, 1 << 20), questions=20):
             answers = [timed(lambda: answer(memory, question)) for question in asked]
             times["ask warm"] = statistics.median(seconds for seconds, _ in answers)
             number = int(memory.bank.next_number)
-            encoded = model.encode([torch.tensor(tokenizer.document(number, last))], [number])
+            encoded = model.encode([tokenizer.document(number, last)], [number])
             records = to_records(encoded, [last], ["new"], [1], [1], memory.bank.layout)
             with Writer(folder) as writer:
                 times["add one"], _ = timed(lambda: writer.add(records))

@@ -85,16 +85,9 @@ MSA_PLAIN = {"head_reduce_method": ("mean", "max"), "query_reduce_method": ("max
 EARLY = 0.1, 1 / 6, 0.23
 
 
-def read_config(folder):
-    """config.json -> (values of ModelConfig by name, entries that are not the model's). Raises UserError."""
-    path = Path(folder) / "config.json"
-    found = read_json(path, "a checkpoint's configuration")
-    kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
-    if kind not in ("llama", "qwen3", "msa"):
-        raise UserError(f"{path}: model_type is {kind!r}; "
-                        "supported are llama, qwen3 and msa (the authors')")
-    if not isinstance(msa, dict | None):
-        raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
+def refuse_others(found, path):
+    """Raises UserError where config.json asks for what the model does not compute. RoPE's entries leave
+    `found`, and what they say of rope_theta comes in."""
     for key, (allowed, meaning) in PLAIN.items():
         if found.get(key) not in (None, allowed):
             rule = "absent" if allowed is None else repr(allowed)
@@ -114,6 +107,19 @@ def read_config(folder):
                             "default kind is supported")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
+
+
+def read_config(folder):
+    """config.json -> (values of ModelConfig by name, entries that are not the model's). Raises UserError."""
+    path = Path(folder) / "config.json"
+    found = read_json(path, "a checkpoint's configuration")
+    kind, msa = found.pop("model_type", None), found.pop("msa_config", None)
+    if kind not in ("llama", "qwen3", "msa"):
+        raise UserError(f"{path}: model_type is {kind!r}; "
+                        "supported are llama, qwen3 and msa (the authors')")
+    if not isinstance(msa, dict | None):
+        raise UserError(f"{path}: msa_config is {msa!r}; it must be an object")
+    refuse_others(found, path)
     base, context = found.get("base", ""), found.get("max_position_embeddings")
     if (not isinstance(base, str) or "base" in found and not (base and base.isprintable())
             or base and Path(base).resolve() == Path(folder).resolve()):

@@ -82,8 +82,8 @@ def speaks():
 
 
 def printable(text):
-    """A text without control characters, which could drive a terminal: "\\x1b" stands for one. Half
-    characters, of names that are not UTF-8, become "\\udcff"."""
+    """A text without control characters, which could drive a terminal: "\\x1b" stands for one. Unpaired
+    surrogates, which stand for bytes of names that are not UTF-8, become "\\udcff"."""
     unseen = r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(unseen, lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -95,7 +95,7 @@ def is_first_rank():
 
 def progress_bar(items=None, **settings):
     """tqdm's bar, on the first rank, of what takes more than a second; nothing of it stays."""
-    from tqdm import tqdm  # kernels are measured where there is none
+    from tqdm import tqdm  # here: the kernels and their benchmark run where only torch, triton and numpy are
     return tqdm(items, leave=False, delay=1, disable=not is_first_rank(), **settings)
 
 
@@ -458,7 +458,7 @@ def read_rows(path, wanted="a JSON object in UTF-8"):
                 continue
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # raises for half a character
+                json.dumps(row, ensure_ascii=False).encode()  # raises for an unpaired surrogate
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):

@@ -140,6 +140,13 @@ def pool_of(config):
     return [longest] * documents, batches
 
 
+def is_split(config, ranks, needed, device_bytes):
+    """Whether the ranks split the weights, gradients and moments of a TrainConfig: as `shard` says, or, where
+    it is "auto", if the `needed` bytes of a whole copy would take more than 3/4 of the `device_bytes`."""
+    must = config.shard == "auto" and not config.rank and needed > 0.75 * device_bytes
+    return ranks > 1 and (config.shard == "on" or must)
+
+
 def plan(config, gpus, gpu_bytes, mfu, peak):
     """Bytes of each GPU, term by term, and hours of a TrainConfig.
 
@@ -169,8 +176,8 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
                buckets=4 * learns * (gpus > 1), casts=0 if config.rank else 2 * P)
     shared = dict(weights=4 * P / gpus, gradients=4 * P / gpus, moments=8 * P / gpus, all_weights=2 * P,
                   all_gradients=6 * P + 4 * P * (config.accumulate > 1))
-    fits = sum(ddp[name] for name in ("weights", "gradients", "moments", "buckets")) <= 0.75 * gpu_bytes
-    out = gpus > 1 and (config.shard == "on" or config.shard == "auto" and not (fits or config.rank))
+    needed = sum(ddp[name] for name in ("weights", "gradients", "moments", "buckets"))
+    out = is_split(config, gpus, needed, gpu_bytes)
     tokens, asked = sum(lengths), sum(rows * width + before for rows, width, before, _ in batches)
     largest = max(rows * width + before for rows, width, before, _ in batches)
     chunks = sum(-(-length // shape.chunk_size) for length in lengths)
@@ -252,19 +259,19 @@ def question(model, tokens, kind):
     """A question of 32 tokens, asked of a memory, or of the cache, that `tokens` tokens have left: of random
     contents, which its time does not depend on."""
     config, device = model.config, model.device
-    tokens_of = torch.randint(0, config.vocab_size, (1, 32), device=device)
+    ids = torch.randint(0, config.vocab_size, (1, 32), device=device)
     many = lambda count, rows: [torch.randn(rows, config.num_key_value_heads, config.head_dim, device=device)
                                 for _ in range(count)]
     if kind == "full attention":
         cache, (keys, values) = Cache(), (many(config.num_hidden_layers, tokens) for _ in range(2))
         cache.keys, cache.values = (dict(enumerate(x[None] for x in xs)) for xs in (keys, values))
         cache.length = tokens
-        return lambda: model.read(tokens_of, cache=cache.expand(1)).logits
+        return lambda: model.read(ids, cache=cache.expand(1)).logits
     layers, chunks = len(config.memory_layers), tokens // 64
     routing = [F.normalize(x, dim=-1) for x in many(layers, chunks)]
     offsets = chunk_offsets(torch.full((chunks,), 64), config.chunk_size).to(device)
     memory = Memory(many(layers, chunks), many(layers, chunks), routing, offsets, list(range(chunks)))
-    return lambda: model.read(tokens_of, memory, torch.ones_like(tokens_of)).logits
+    return lambda: model.read(ids, memory, torch.ones_like(ids)).logits
 
 
 def seconds_and_bytes(run, model):

@@ -258,7 +258,7 @@ def read_pdf(path):
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it tells of every oddity that it gets over
     try:
         with open(path, "rb") as file:
-            texts = [page.extract_text().encode(errors="replace").decode()  # it may hold half characters
+            texts = [page.extract_text().encode(errors="replace").decode()  # it may hold lone surrogates
                      for page in pypdf.PdfReader(file).pages]
     except Exception as error:  # of the disk's kinds, or of a damaged file: anything
         raise UserError(f"not a PDF that can be read ({type(error).__name__}: {error})") from None

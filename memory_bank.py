@@ -14,8 +14,8 @@ content, each tile of routing keys.
     M documents   C chunks   N tokens of text   G key/value heads   D head size
     L layers that read: all of a document's lie side by side, it is one read   R layers that route
 
-Numpy only. Numbers are stored as the model made them, rounded to bfloat16 (held as uint16, numpy has none) or
-to int8 with one scale for each vector of G * D.
+All arrays are NumPy's. Numbers are stored as the model made them, rounded to bfloat16 (held as uint16: NumPy
+has none) or to int8 with one scale for each vector of G * D.
 """
 import base64
 import contextlib

@@ -252,7 +252,7 @@ class ParallelMemory:
 
     Documents are positions in the order of numbers, as in Memory; `numbers` and `texts` say what they are.
     The device holds C / world * G * D bytes of routing keys a layer (int8; twice that in bfloat16), the host
-    the bank's table (about 60 bytes a document) and, with content="host", content of the rank's documents.
+    the bank's table (about 150 bytes a document) and, with content="host", content of the rank's documents.
     Scoring adds 4 * B bytes a chunk, and a tile.
     """
 

@@ -258,11 +258,11 @@ class PaperMSA(Pretrained, nn.Module):
     def encode(self, documents, numbers=None, batch_tokens=None, progress=None):
         """Documents -> Memory, each encoded alone (section 3.2): what is stored of one depends on no other.
 
-        documents: a list of int64 tensors or arrays (L,), spelled with their numbers; numbers: increasing,
-        0, 1, ... by default. Documents of similar length share padded batches of `batch_tokens` tokens at
-        most (2,048 on a CPU, or to run again, else 16,384); the order given is returned. progress: called
-        with tokens just encoded. Raises UserError for an id outside the vocabulary, ValueError for wrong
-        arguments.
+        documents: token ids of each, spelled with its number, as a list, an array or a tensor (L,); numbers:
+        increasing, 0, 1, ... by default. Documents of similar length share padded batches of `batch_tokens`
+        tokens at most (2,048 on a CPU, or to run again, else 16,384); the order given is returned. progress:
+        called with tokens just encoded. Raises UserError for an id outside the vocabulary, ValueError for
+        wrong arguments.
         """
         numbers = list(range(len(documents))) if numbers is None else list(numbers)
         if not documents or min(map(len, documents)) == 0:

@@ -59,7 +59,7 @@ class Ragged:
         if not len(self.offsets) or self.offsets[-1] * np.dtype(dtype).itemsize != size:
             raise UserError(f"{path}.bin: {size} bytes, not what its offsets say; run prepare_data.py again")
         self.values = np.zeros(0, dtype)
-        if size:  # nothing cannot be mapped
+        if size:  # an empty file cannot be mapped
             with naming(f"{path}.bin"):
                 self.values = np.memmap(f"{path}.bin", dtype, "r")
 
@@ -198,7 +198,8 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=BATCH_TOKENS):
     that is answered from the pooled memory is one sample, and one time in four another with its document
     appended: reading the text is easier, but must not be forgotten. Documents get random numbers, increasing
     with their place: the order of a pool is random already.
-    Returns (documents, numbers, batches): LongTensors spelled `[n]. text[n]`, their numbers, and dicts of
+    Returns (documents, numbers, batches): int64 arrays spelled `[n]. text[n]` (FSDP would move tensors to the
+    GPU one by one), their numbers, and dicts of
         tokens (B, T) int64; routing_mask (B, T) int64: 1 the question, 2, 3, ... texts appended to it, which
         route; 0 what does not
         target_mask (B, T) bool: tokens to predict; answers (B,) bool: they are an answer, not numbers
@@ -229,7 +230,7 @@ def collate(pool, tokenizer, number_limit, rng, batch_tokens=BATCH_TOKENS):
             appended = appended + hop
         samples.append((prompt, answer, [], appended, segments))
     batches = [stack(batch, tokenizer, len(texts)) for batch in in_batches(samples, length, batch_tokens)]
-    return [torch.tensor(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches
+    return [np.array(tokenizer.document(n, text)) for n, text in zip(numbers, texts)], numbers, batches
 
 
 def in_batches(samples, length, batch_tokens):

@@ -54,7 +54,7 @@ from training_sets import QuestionSet, hold_out, is_texts, training_questions
 class DataConfig:
     out: str = "data/demo"          # folder to write
     seed: int = 1337                # same seed, same bytes
-    pools: int = 2000               # training pools; one optimizer step reads one per rank
+    pools: int = 2000               # training pools; an optimizer step reads train.py's `accumulate` per rank
     validation_pools: int = 16      # pools whose keys are neither trained on nor tested
     needles: int = 16               # one-hop needles in a pool, each asked about
     chains: int = 14                # chains in a pool, each asked about

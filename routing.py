@@ -71,7 +71,7 @@ def document_queries(documents, routing_keys, offsets, scales):
     A document's query is the mean of its routing keys, of unit length per head. routing_keys: R layers of
     (C, G, D); offsets: (M + 1,); scales: of int8 keys, (C,) each, else None, for every layer.
     """
-    C, G, D = routing_keys[0].shape
+    _, G, D = routing_keys[0].shape
     queries = torch.zeros(len(documents), len(routing_keys), G, D, device=offsets.device)
     documents = torch.as_tensor(documents)
     ends = offsets[torch.stack([documents, documents + 1]).clamp(min=0).to(offsets.device)].T.tolist()

@@ -325,17 +325,23 @@ def script():
     elif config.question:
         ask(config.question)
     else:
-        for question in typed_questions(ranks):
-            parted = False  # one rank may fail where others do not
-            try:
-                check_lengths(model, tokenizer, [question])
-                parted = ranks.world > 1
-                ask(question)
-            except (UserError, KeyboardInterrupt) as error:  # what is in RAM is not lost for one question
-                if parted:
-                    raise
-                say(f"error: {printable(str(error)) or 'interrupted'}")
+        ask_typed(model, tokenizer, ranks, ask, say)
     ranks.end()
+
+
+def ask_typed(model, tokenizer, ranks, ask, say):
+    """Ask what is typed, one question after another; an error ends its question only, so that what is in RAM
+    is not lost. With several ranks an error of `ask` is raised: one may have failed where others did not."""
+    for question in typed_questions(ranks):
+        asking = False
+        try:
+            check_lengths(model, tokenizer, [question])
+            asking = True
+            ask(question)
+        except (UserError, KeyboardInterrupt) as error:
+            if asking and ranks.world > 1:
+                raise
+            say(f"error: {printable(str(error)) or 'interrupted'}")
 
 
 def typed_questions(ranks):

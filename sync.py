@@ -32,7 +32,7 @@ COMMIT_SECONDS = 60     # at most so long is what an interruption loses
 def encode_texts(model, tokenizer, texts, numbers=None):
     """Encode documents, token ids of their texts, with a progress bar: (Memory, tokens per second)."""
     numbers = range(len(texts)) if numbers is None else numbers
-    spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
+    spelled = [tokenizer.document(number, text) for number, text in zip(numbers, texts)]
     with tqdm(desc="encoding", total=sum(map(len, spelled)), unit=" tokens", unit_scale=True, delay=1) as bar:
         memory = model.encode(spelled, numbers, progress=bar.update)
         return memory, bar.n / max(bar.format_dict["elapsed"], 1e-9)
@@ -100,7 +100,7 @@ def sum_of(routers):
 
 def hash64(*parts):
     """Strings -> an unsigned 64-bit number."""
-    data = "\0".join(parts).encode(errors="replace")  # a set may hold half characters
+    data = "\0".join(parts).encode(errors="replace")  # a set may hold unpaired surrogates
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -272,7 +272,7 @@ def encode_records(model, tokenizer, due, layout):
     """Encode what is `due` (see Changes.compare), in the order of numbers: (records, tokens of the texts)."""
     numbers, documents, id_hashes, digests = zip(*due)
     texts = tokenizer.encode_batch([document.spelled() for document in documents])
-    spelled = [torch.tensor(tokenizer.document(number, text)) for number, text in zip(numbers, texts)]
+    spelled = [tokenizer.document(number, text) for number, text in zip(numbers, texts)]
     sources = [document.where() for document in documents]
     records = to_records(model.encode(spelled, numbers), texts, sources, id_hashes, digests, layout)
     return records, sum(map(len, texts))

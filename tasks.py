@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import UserError, progress_bar
+from common import UserError, parts_of
 
 # task -> hops of its questions; a new one goes to the end: the place of a task seeds its memory
 TASKS = {"niah_single": 1, "niah_multikey": 1, "two_hop": 2, "read_pooled": 1}
@@ -303,13 +304,10 @@ def count_tokens(tokenizer, texts, ranks=None, batch=20000):
     """(M,) token counts of texts. ranks: memory_parallel.Ranks, each of which counts its share of them."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     share = -(-len(texts) // world)
-    begin, end = rank * share, min((rank + 1) * share, len(texts))
-    counts = torch.zeros(share, dtype=torch.int64)
-    with progress_bar(desc="counting tokens", total=share, unit=" documents", unit_scale=True) as bar:
-        for first in range(begin, end, batch):
-            part = tokenizer.encode_batch(texts[first:min(first + batch, end)])
-            counts[first - begin:first - begin + len(part)] = torch.tensor([len(ids) for ids in part])
-            bar.update(len(part))
+    own = texts[rank * share:(rank + 1) * share]
+    found = [len(ids) for part in parts_of(own, batch, "counting tokens", "document")
+             for ids in tokenizer.encode_batch(part)]
+    counts = F.pad(torch.tensor(found, dtype=torch.int64), (0, share - len(found)))  # the last may have fewer
     if ranks:
         counts = ranks.gather(counts.to(ranks.device)).flatten().cpu()
     return counts[:len(texts)].numpy()

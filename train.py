@@ -9,11 +9,11 @@
     python train.py config/smollm2.toml                                  # a chat backbone learns to read
     torchrun --nproc_per_node=8 train.py config/qwen3-4b.toml            # weights shared out to eight GPUs
 
-A step reads one pool of documents per rank, encodes it once, and asks all of the pool's questions. Two phases
-(section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C saves before
-it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state/ (for --resume, on
-any number of ranks), log.jsonl and curves.png. A step is measured before it changes the weights: the row of
-step 1 is the untrained model's. Every memory layer's recall is of what it selects itself.
+A step reads `accumulate` pools per rank; it encodes a pool's documents once, and asks all of its questions.
+Two phases (section 3.4): `router_steps` steps of router_lm_weight * LM + aux, then LM + 0.1 * aux. Ctrl-C
+saves before it stops. Writes to `out`: config.json, model.safetensors, the tokenizer, training_state/ (for
+--resume, on any number of ranks), log.jsonl and curves.png. A step is measured before it changes the weights:
+the row of step 1 is the untrained model's. Every memory layer's recall is of what it selects itself.
 """
 import contextlib
 import importlib.util
@@ -51,7 +51,7 @@ from common import (
     peak_memory,
     start_process_group,
 )
-from costs import operations, sizes, speed
+from costs import is_split, operations, sizes, speed
 from interleave import most_tokens
 from low_rank import add_factors, factors
 from model import MSA, ModelConfig, compile_blocks
@@ -170,7 +170,7 @@ def start_from(config, folder, tokenizer, device, dtype):
 
 
 ROUTING = ("chunk_size", "top_k", "router_temperature", "router_layer_idx", "routing_layers",
-           "query_reduction", "routing_dim", "document_share")  # new routers are free to have
+           "query_reduction", "routing_dim", "document_share")  # what new routers are free to choose
 
 
 def own_settings(config, loaded, names):
@@ -218,7 +218,7 @@ def next_pool(pools, position, tokenizer, config, device, dropout=0.0):
         kept = routes * torch.from_numpy(rng.random(routes.shape) >= dropout)
         batch["routing_mask"] = torch.where(kept.any(1, keepdim=True), kept, routes)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    return [x.numpy() for x in documents], numbers, batches  # FSDP would move tensors, one by one, to a GPU
+    return documents, numbers, batches
 
 
 def taken_pools(pools, tokenizer, config, device, step, position, rank, world):
@@ -376,8 +376,7 @@ def share_out(model, config, device, dtype, world):
     if world == 1:
         return model
     needed = sum(p.nbytes + 16 * p.numel() * p.requires_grad for p in model.parameters())
-    fits = needed <= 0.75 * device_bytes(device)
-    if config.rank or config.shard == "off" or config.shard == "auto" and fits:
+    if not is_split(config, world, needed, device_bytes(device)):
         return DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -403,8 +402,9 @@ def make_optimizer(model, config):
 
 
 def settings_of(config, model, tokenizer, digest):
-    """Every setting by name, nested ones as "model.top_k", not those of one call; and what the tokenizer and
-    the prepared data, by their `digest`, are known by, and the base of low-rank changes."""
+    """What --resume compares: {name: value} of every setting but those that differ from call to call, nested
+    ones as "model.top_k"; the fingerprint of the tokenizer, the `digest` of the prepared data, and the digest
+    of the weights that low-rank changes belong to."""
     values = {"tokenizer": tokenizer.fingerprint(), "data": digest,
               "base_digest": model.others.get("base_digest")}
     for name, value in asdict(config).items():
@@ -476,8 +476,9 @@ def telling_of_lost_ranks(config):
                         f"from the last checkpoint in {config.out}") from None
 
 
-def step_gradients(model, called, taken, config, step, device, dtype, world):
-    """The gradients of a step's pools: (their metrics added up, tokens, operations); called: of share_out."""
+def step_gradients(model, wrapped, taken, config, step, device, dtype, world):
+    """Adds up the gradients of a step's pools; returns (their metrics added up, tokens, operations). wrapped:
+    the model as `share_out` returned it."""
     aux_weight, lm_weight = (1.0, config.router_lm_weight) if step < config.router_steps else (0.1, 1.0)
     metrics, tokens, work = 0.0, 0, 0
     for micro in range(config.accumulate):
@@ -486,9 +487,9 @@ def step_gradients(model, called, taken, config, step, device, dtype, world):
         if is_shared(model):
             model.set_requires_gradient_sync(last)
         elif world > 1:
-            called.require_backward_grad_sync = last
+            wrapped.require_backward_grad_sync = last
         with autocast(device, dtype):
-            losses = called(documents, numbers, batches)
+            losses = wrapped(documents, numbers, batches)
         ((lm_weight * losses["lm"] + aux_weight * losses["aux"]) / config.accumulate).backward()
         metrics = metrics + flatten_metrics(losses)
         lengths, parts = [*map(len, documents)], sizes(batches)
@@ -546,7 +547,7 @@ def train(config, device, dtype, rank, world, say):
     config, model, tokenizer, pools, dtype = prepare(config, device, dtype)
     if config.compile:
         compile_blocks(model)
-    called = share_out(model, config, device, dtype, world)
+    wrapped = share_out(model, config, device, dtype, world)
     optimizer = make_optimizer(model, config)
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
@@ -579,7 +580,7 @@ def train(config, device, dtype, rank, world, say):
     if step and unseen and due(step):  # and before this
         evaluate()
     while step < config.max_steps and not stop:
-        metrics, tokens, work = step_gradients(model, called, taken, config, step, device, dtype, world)
+        metrics, tokens, work = step_gradients(model, wrapped, taken, config, step, device, dtype, world)
         norm = change_weights(optimizer, config, step)
         tokens_done, work_done = tokens_done + tokens, work_done + work
         position += config.accumulate * world
