@@ -37,7 +37,7 @@ def read_flags(config):
         weights = [float(weight) for weight in (config.weights or "1," * len(folders)).strip(",").split(",")]
     except ValueError:
         weights = []
-    if len(weights) != len(folders) or not all(0 < weight < math.inf for weight in weights):
+    if len(weights) != len(folders) or min(weights) <= 0 or not math.isfinite(sum(weights)):
         raise UserError(f"--weights is {config.weights!r}; give a number above 0 for each of the "
                         f"{len(folders)} --checkpoints, commas between, or leave it out")
     return folders, [weight / sum(weights) for weight in weights]

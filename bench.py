@@ -542,6 +542,13 @@ def bench_memory(bench):
     bench_modes(bench, "SmolLM2-135M", SMALL)
 
 
+def whole_numbers(text):
+    """What a flag lists."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; give whole numbers with commas between, such as 1,8,64")
+    return [int(number) for number in text.split(",")]
+
+
 def arguments():
     """The flags, and what is left of them for train.py's configuration. Raises UserError."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -554,15 +561,14 @@ def arguments():
     parser.add_argument("--shape", default="demo", choices=("demo", "smollm2"), help="of linear's model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of linear's products; on a GPU "
                         "bfloat16, else float32")
-    parser.add_argument("--shortest", type=int, default=2048, help="tokens, of linear")
+    parser.add_argument("--shortest", type=int, default=2048, help="tokens, of linear, a multiple of 64")
     parser.add_argument("--longest", type=int, default=2 ** 20, help="tokens, of linear")
     parser.add_argument("--plot", default="", type=os.path.expanduser, help="of linear: a .png file")
     parser.add_argument("--json", default="", type=os.path.expanduser,
                         help="write a file, or into a folder, named by the device")
     parser.add_argument("--chunks", type=int, default=0, help="to route; default 200,000, on a GPU 1,048,576")
-    numbers = lambda text: [int(number) for number in text.split(",")]
-    parser.add_argument("--questions", type=numbers, help="to route; default 1, on a GPU 1,8,64")
-    parser.add_argument("--tokens", type=numbers,
+    parser.add_argument("--questions", type=whole_numbers, help="to route; default 1, on a GPU 1,8,64")
+    parser.add_argument("--tokens", type=whole_numbers,
                         help="of a question to route; default 16, on a GPU 1,16,64,512")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args, settings = parser.parse_known_args()
@@ -574,9 +580,11 @@ def arguments():
         check_output("--json", args.json, args.plot)
     if args.chunks and args.chunks < 1000 or min([*(args.questions or [1]), *(args.tokens or [1])]) < 1:
         raise UserError("--chunks is at least 1000, --questions and --tokens are at least 1")
-    if not 64 <= args.shortest <= args.longest:
-        raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be at "
-                        "least 64, the second not less")
+    if args.what == "plan" and (args.json or args.plot):
+        raise UserError("plan measures nothing that --json or --plot could hold; leave them out")
+    if args.shortest < 64 or args.shortest % 64 or args.longest < args.shortest:
+        raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be a "
+                        "multiple of 64, the second not less")
     return args, settings
 
 

@@ -209,11 +209,12 @@ def loop_of(model, tokenizer, memory, texts, question, config):
 @torch.no_grad()
 def run(model, tokenizer, loops, config, batch, memory=None):
     """Serves loops, `batch` at a time: yields (place of the loop, event). memory: whose ranks agree."""
+    loops = [*loops]
     ranks = dict(agree=memory.ranks.agree) if isinstance(memory, ParallelMemory) else {}
     # A vocabulary may be padded
     prepare = lambda logits, margin: reluctant(model, tokenizer, logits, margin)[:, :tokenizer.vocab_size]
     pick = partial(choose, temperature=config.temperature, top_p=config.top_p)
-    yield from serve(loops, Server(model, batch, pick, prepare, **ranks))
+    yield from serve(loops, Server(model, min(batch, len(loops)), pick, prepare, **ranks))
 
 
 def interleave_own(model, tokenizer, memory, texts, question, config):

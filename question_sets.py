@@ -105,10 +105,10 @@ def read_beir(folder, say=print):
     judged = {split.stem: read_qrels(split, asked, place, say) for split in splits}
     known = {*chain(*judged.values())}
     unjudged = [question for id, question in asked.items() if id not in known]
-    nothing = [(question.text, None) for question in unjudged if question.nothing]
+    nothing = [(question.text, None) for question in unjudged if question.nothing and judged]
     odd["not asked: no qrels name a document that answers"] = len(unjudged) - len(nothing)
     questions, none = {split: [] for split in judged}, read_impossible(folder, place, [*judged])
-    for split in judged if nothing else ():
+    for split in judged if nothing else ():  # without a document, so that training leaves them out
         none.setdefault(split, []).extend(nothing)
     odd["not asked: of a split of impossible.jsonl that no qrels file has"] = sum(
         len(none[split]) for split in none.keys() - judged.keys())
@@ -192,6 +192,11 @@ def answer_texts(given, where):
     return [text for text in texts if text.strip()]
 
 
+def is_impossible(row):
+    """Whether a set says so of a question: that nothing answers it."""
+    return row.get("is_impossible") is True or row.get("answerable") is False
+
+
 def question_of(row, name, where):
     """A SetQuestion, without gold, of an object {name: question, "answers": [...]}; where: file and line.
 
@@ -205,7 +210,7 @@ def question_of(row, name, where):
         for key in ("answers", "answer", "answer_aliases"):
             if key == "answer_aliases" or not answers:
                 answers += answer_texts(part.get(key), f'{where}: "{key}"')
-    if any(part.get("is_impossible") is True or part.get("answerable") is False for part in parts):
+    if any(map(is_impossible, parts)):
         return SetQuestion(text, (), nothing=True)
     return answered(text, (), answers)
 
@@ -295,7 +300,7 @@ def read_squad(path, say=print):
                     continue
                 given = answer_texts(row.get("answers"), f"{path}: {where}answers")
                 question = answered(asked, (place,), given)
-                if row.get("is_impossible") or question.nothing:
+                if is_impossible(row) or question.nothing:
                     none[split].append((asked, place))
                 else:
                     questions[split].append(question)
@@ -329,7 +334,7 @@ def read_questions(path, documents, say=print):
         answers = lambda place: holds(documents[place].text, question.answers)
         meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
         whole = any(len(places) > 1 and same(name) in pieces for name, places in zip(gold, found))
-        gold = () if nothing else tuple(dict.fromkeys(meant))
+        gold, whole = ((), False) if nothing else (tuple(dict.fromkeys(meant)), whole)
         question = question._replace(gold=gold, nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None

@@ -1,6 +1,7 @@
 """The benchmarks at toy sizes, on the reference and on the kernels: that they run, count what they claim and
 need few packages."""
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 import bench
 import msa_kernel
+from common import UserError
 
 TRAIN = ("toy",
          dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -92,6 +94,18 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert file.name == f"bench-{torch.get_num_threads()}-cpu-threads.json"
     assert json.loads(file.read_text())["rows"] == [{"what": "pool"}]
     assert f"wrote {file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, error, message", [
+    (["plan", "config/demo.toml", "--json", "p.json"], UserError, "plan measures nothing that --json"),
+    (["linear", "--shortest", "100"], UserError, "--shortest is 100 and .*; the first must be a multiple"),
+    (["route", "--questions", "1,,2"], SystemExit, "--questions: '1,,2'; give whole numbers with commas")])
+def test_wrong_flags(monkeypatch, capsys, flags, error, message):
+    """A file would not be written and nobody say so; or a length be another than the row says."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    with pytest.raises(error) as raised:
+        bench.arguments()
+    assert re.search(message, f"{raised.value}{capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("module", ["bench", "tests/kernel_checks"])

@@ -548,6 +548,14 @@ def test_impossible(evaluate_set, checkpoint, tmp_path):
     assert {row["questions"] for row in rows} == {2}
 
 
+def test_a_set_that_nothing_answers(run, checkpoint, tmp_path):
+    """Questions that are all marked as without an answer would be told to be ones that nobody judged."""
+    data = write_set(tmp_path / "set", "amber teal".split())
+    (data / "queries.jsonl").write_text('{"_id": "q-amber", "text": "Who sold it?", "is_impossible": true}\n')
+    result = run(evaluation, "--checkpoint", checkpoint, "--device", "cpu", "--data", data)
+    assert result.code == 2 and "nothing answers any question of test, which this checkpoint" in result.err
+
+
 def test_a_long_document(evaluate_set, tmp_path):
     """A long document would be read as a whole, or its passages count as documents."""
     data = write_set(tmp_path / "set", "amber teal otter".split())
@@ -626,6 +634,10 @@ def test_questions_about_whole_files(evaluate_set, tmp_path):
     _, asked, said = evaluate_set("--data", tmp_path / "own.jsonl", "--documents", tmp_path / "notes",
                                   "--k", 1)
     assert " documents in " not in said
+    nothing = {"question": "Why?", "is_impossible": True, "documents": ["fish.md"]}  # says nothing of files
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, [*questions[::2], nothing])))
+    assert " documents in " not in evaluate_set("--data", tmp_path / "own.jsonl", "--documents",
+                                                tmp_path / "notes", "--k", 1)[2]
     assert [len(texts) for _, _, texts in asked if "8 fish" in " ".join(texts)] == [1]
     given = [texts for question, _, texts in seen if question != "What is bb?"]
     assert max(map(len, given)) > 1 and any("8 fish" in text for texts in given for text in texts)

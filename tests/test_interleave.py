@@ -8,11 +8,22 @@ import torch
 from batches import choose, number_log_probabilities, rankings
 from cache import Cache, Rows
 from common import UserError
-from interleave import InterleaveConfig, Round, answer_question, interleave
+from interleave import InterleaveConfig, Round, answer_question, interleave, run
 from memory import Memory, Selection
 from model import MSA, ModelConfig
 
 NUMBERS = [3, 12, 45, 123, 4071]  # of the five documents in memory
+
+
+def test_rows_are_those_of_questions(monkeypatch):
+    """A large --batch would take the memory of as many questions, where there are few."""
+    made = []
+    server = lambda model, rows, *_: made.append(rows) or SimpleNamespace(rows=rows)
+    monkeypatch.setattr("interleave.Server", server)
+    for questions, batch in ((3, 100_000), (3, 2), (0, 8)):
+        loops = ((one for one in ()) for _ in range(questions))
+        assert list(run(None, None, loops, InterleaveConfig(), batch)) == []
+    assert made == [3, 2, 0]
 
 
 def selection(documents, scores=None):

@@ -522,7 +522,8 @@ def test_average(backbone, run, tmp_path, monkeypatch):
                            (("--checkpoints", "one"), "name two folders or more"),
                            (("--checkpoints", both, "--weights", "1"), "above 0 for each of the 2"),
                            (("--checkpoints", both, "--weights", "1,x"), "--weights is '1,x'; give"),
-                           (("--checkpoints", both, "--weights", "1,0"), "--weights is '1,0'; give")):
+                           (("--checkpoints", both, "--weights", "1,0"), "--weights is '1,0'; give"),
+                           (("--checkpoints", both, "--weights", "1e308,1e308"), "--weights is '1e308")):
         refused = run(average, *flags, "--out", tmp_path / "new")
         assert refused.code == 2 and message in refused.error, refused.error
         assert not (tmp_path / "new").exists()

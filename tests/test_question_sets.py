@@ -132,6 +132,9 @@ def test_what_stands_for_no_answer(tmp_path):
     assert len(questions["test"]) == 1 and none["test"] == [("d", None), ("f", None), ("a", 1), ("b", 2),
                                                             ("e", 2)]
     assert said[-1].endswith("no qrels name a document that answers (1)")
+    for path in (folder / "qrels").iterdir():
+        path.unlink()
+    assert read_beir(folder, said.append)[2] == {} and said[-1].endswith("document that answers (7)")
     asked = lambda *answers: {"question": "Why?", "answers": [{"text": answer} for answer in answers]}
     paragraphs = [{"context": "It is red. CANNOTANSWER", "qas": [asked("CANNOTANSWER"), asked("red")]},
                   {"context": " ", "qas": [asked("blue")]}, {"context": "It is red.", "qas": [asked("It")]}]
@@ -270,9 +273,11 @@ def test_read_squad(tmp_path):
     assert read_squad(path)[0] == ["A text."]
     blank, none = article("", ("Why?", False), (" ", False), (" ", True)), article("C", ("Who?", False))
     none["paragraphs"][0]["qas"][0]["answers"] = None
+    none["paragraphs"][0]["qas"].append({"question": "How?", "answerable": False, "answers": []})
     path.write_text(json.dumps({"data": [blank, none]}))
     _, questions, none = read_squad(path, said.append)
-    assert questions["train"] == [SetQuestion("Why?", (0,)), SetQuestion("Who?", (1,))] and not none["train"]
+    assert questions["train"] == [SetQuestion("Why?", (0,)), SetQuestion("Who?", (1,))]
+    assert none["train"] == [("How?", 1)]
     assert said[-1] == f"{path}: skipped: empty question (2)"
 
 
