@@ -141,7 +141,8 @@ def second_look(model, tokenizer, question, ranked, texts, numbers, weight, look
     scores = weight / model.config.router_temperature * np.array([score for _, score in first])
     log_p, read = np.zeros(len(first)), np.zeros(len(first), bool)
     documents = lambda own: [(numbers(d), tokenizer.decode(texts[d])) for d in own]
-    while (unread := np.flatnonzero(~read & (scores >= np.sort(scores)[-count:][:1]))).size:  # of the first
+    while (unread := np.flatnonzero(~read & (scores >= np.sort(scores)[-count:][:1]))).size:
+        # They rank among the first `count`, and only their bounds are known
         prompts = [tokenizer.message(question, documents([*before, first[i][0]])) for i in unread]
         log_p[unread] = yield Likelihood(prompts, tokenizer.refusal)
         scores[unread] += np.log(-np.expm1(np.minimum(log_p[unread], -1e-6)))
