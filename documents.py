@@ -93,7 +93,6 @@ def check_documents(path):
 def list_documents(path, count_tokens, max_tokens, say):
     """The Documents of `read_documents`, all at once; `say` is told what was skipped."""
     skipped, documents = {}, []
-    check_documents(path)
     with progress_bar(desc="reading", total=documents_size(path), unit="B", unit_scale=True) as bar:
         for document in read_documents(path, count_tokens, max_tokens, skipped):
             documents.append(document)

@@ -406,13 +406,13 @@ def load_set(config, model, tokenizer, say):
         if model.config.second_look:  # one that has learned to say NOT_FOUND
             drawn = draw(none, min(config.questions, IMPOSSIBLE), config.seed)
             questions = questions + [SetQuestion(text, (), nothing=True) for text, _ in drawn]
+        elif none and not questions:
+            raise UserError(f"{config.data}: nothing answers any question of {split}, which this checkpoint "
+                            "has not learned to say; give one that has, such as checkpoints/smollm2")
     long = too_long(model, tokenizer, [question.text for question in questions])
     tell_odd(config.data, {f"questions left out: of more than {most_tokens(model):,} tokens": len(long)}, say)
     questions = [question for i, question in enumerate(questions) if i not in long]
     if not any(question.gold or question.answers or question.nothing for question in questions):
-        if not config.documents and none and not model.config.second_look:
-            raise UserError(f"{config.data}: nothing answers any question of {split}, which this checkpoint "
-                            "has not learned to say; give one that has, such as checkpoints/smollm2")
         raise UserError(f"{config.data}: no question is left of which an answer or a document is known; "
                         "sample.py --questions FILE.jsonl answers what nobody has judged")
     bare = sum(bool(question.answers and not question.gold) for question in questions)

@@ -193,8 +193,8 @@ def answer_texts(given, where):
 
 
 def is_impossible(row):
-    """Whether a set says so of a question: that nothing answers it."""
-    return row.get("is_impossible") is True or row.get("answerable") is False
+    """Whether a set says of a question that nothing answers it; true and false may be 1 and 0."""
+    return row.get("is_impossible") == 1 or row.get("answerable") == 0
 
 
 def question_of(row, name, where):
@@ -260,7 +260,6 @@ def read_squad(path, say=print):
     """
     places, questions, none = {}, {"train": [], "test": []}, {"train": [], "test": []}
     odd = Counter()
-
     wrong = lambda what: UserError(f"{path}: not a file of SQuAD's: {what}; other sets go into a folder in "
                                    "BEIR's layout, one's own questions into a .jsonl file")
 
@@ -283,14 +282,16 @@ def read_squad(path, say=print):
         raise wrong(f"{type(error).__name__}: {error}") from None
     for i, article in enumerate(field(file, "data", list, "")):
         split, of_article = "test" if i % 4 == 3 else "train", f"data[{i}]."
-        for j, paragraph in enumerate(field(article, "paragraphs", list, of_article)):
+        paragraphs = field(article, "paragraphs", list, of_article)
+        titles = {"title": name_in(article.get("title") or "")}
+        title = field(titles, "title", str, of_article).replace("_", " ")
+        for j, paragraph in enumerate(paragraphs):
             of_paragraph = f"{of_article}paragraphs[{j}]."
             context = field(paragraph, "context", str, of_paragraph)
             context = re.sub(r"\s*CANNOTANSWER\s*$", "", context)  # as all of QuAC's end
             if not context.strip():
                 odd["skipped: empty context"] += 1
                 continue
-            title = str(article.get("title") or "").replace("_", " ")
             place = places.setdefault(titled(title, context), len(places))
             for n, row in enumerate(field(paragraph, "qas", list, of_paragraph)):
                 where = f"{of_paragraph}qas[{n}]."
@@ -331,11 +332,11 @@ def read_questions(path, documents, say=print):
             raise UserError(f"{where}: {error}") from None
         question = question_of(row, "question", where)
         nothing = question.nothing or row.get("documents") == [] and not question.answers
+        found = [] if nothing else found
         answers = lambda place: holds(documents[place].text, question.answers)
         meant = [next(filter(answers, places), places[0]) for places in found]  # of a long line what answers
         whole = any(len(places) > 1 and same(name) in pieces for name, places in zip(gold, found))
-        gold, whole = ((), False) if nothing else (tuple(dict.fromkeys(meant)), whole)
-        question = question._replace(gold=gold, nothing=nothing, whole=whole)
+        question = question._replace(gold=tuple(dict.fromkeys(meant)), nothing=nothing, whole=whole)
         again += question in questions
         questions[question] = None
     if not questions:

@@ -206,14 +206,14 @@ def open_bank(model, tokenizer, config, ranks, say, on):
         check_documents(config.documents)
         check_outside("--memory", config.memory, config.documents)
         skipped, longest = {}, config.max_document_tokens
-        read = lambda skipped: read_documents(config.documents, tokenizer.count, longest, skipped)
         if not model.trained_routers:
             texts = lambda: [document.spelled() for document in list_documents(
                 config.documents, tokenizer.count, longest, lambda _: None)]
             bank_routers(model, tokenizer, config.memory, texts, ranks, config.content)
         size = documents_size(config.documents)
         try:
-            done = sync(model, tokenizer, config.memory, read(skipped), ranks, config.content, size, skipped,
+            documents = read_documents(config.documents, tokenizer.count, longest, skipped)
+            done = sync(model, tokenizer, config.memory, documents, ranks, config.content, size, skipped,
                         config.remove)
         finally:
             tell_skipped(skipped, say)

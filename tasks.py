@@ -300,7 +300,7 @@ def frame_tokens(tokenizer, numbers):
     return np.array([around[len(str(number)) - 1] for number in numbers])
 
 
-def count_tokens(tokenizer, texts, ranks=None, batch=20000):
+def count_tokens(tokenizer, texts, ranks=None, batch=1000):
     """(M,) token counts of texts. ranks: memory_parallel.Ranks, each of which counts its share of them."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     share = -(-len(texts) // world)

@@ -123,7 +123,7 @@ def test_what_stands_for_no_answer(tmp_path):
     with open(folder / "queries.jsonl", "a") as file:
         file.write('{"_id": "d", "text": "d", "answers": ["unanswerable"]}\n'
                    '{"_id": "e", "text": "e", "answers": ["x"], "answerable": false}\n'
-                   '{"_id": "f", "text": "f", "metadata": {"is_impossible": true}}\n'
+                   '{"_id": "f", "text": "f", "metadata": {"is_impossible": 1}}\n'
                    '{"_id": "g", "text": "g", "answers": ["x"], "answerable": true}\n')
     with open(folder / "qrels" / "test.tsv", "a") as file:
         file.write("d\td1\t0\ne\td2\t1\n")  # MS MARCO judges them 0, others not at all
@@ -254,6 +254,7 @@ def test_read_squad(tmp_path):
     for text, message in (
             ("{", "JSONDecodeError"), ("[]", "data is null, not a list"), ('{"data": 3}', "data is 3, not a"),
             ('{"data": [{"title": "A"}]}', r"data\[0\].paragraphs is null, not a list"),
+            ('{"data": [{"title": ["A"], "paragraphs": []}]}', r"data\[0\].title is ..A.., not a text"),
             (typed(None, "c"), r"data\[0\].paragraphs\[0\].context is null, not a text"),
             (typed("b", "c").replace('"a"', "7"), r"data\[0\].paragraphs\[0\].qas\[0\].question is 7, not")):
         path.write_text(text)
