@@ -203,9 +203,9 @@ def script():
         tokenizer = Tokenizer.load(config.data.out)
         model = make_model(config.model).to(device)
         rows = train(config, model, tokenizer, Pools(f"{config.data.out}/train", config.model.vocab_size))
-        model.save_pretrained(out)
-        tokenizer.save(out)
         write_rows(out / "log.jsonl", rows)
+        tokenizer.save(out)
+        model.save_pretrained(out)  # config.json comes last: where it is, all is
     words, path, key = Words(), out / "answers.json", itemgetter("seed", "memory_tokens", "questions")
     found = json.loads(read_text(path)) if path.exists() else []
     print(f"{'tokens':>8} {'documents':>9} {'seed':>4} {'exact':>6}")

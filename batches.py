@@ -114,7 +114,7 @@ class Server:
         margin) -> what is chosen from; agree: rank 0's choices, on every rank."""
         self.model, self.rows, self.choose, self.prepare, self.agree = model, rows, choose, prepare, agree
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
-        self.picked, self.ids = ([], None), {}       # ((row, token) of the last picks, these on the device)
+        self.picked = [], None                       # (row, token) of the last picks; these on the device
         self.batch_tokens = BATCH_TOKENS if model.device.type == "cpu" else 8 * BATCH_TOKENS
 
     def together(self, asked):
@@ -202,9 +202,7 @@ class Server:
         for (choices, margin), members in groups.items():
             logits = torch.stack([self.logits[row] for row in members])
             if choices:
-                if choices not in self.ids:
-                    self.ids[choices] = to_device(choices, logits.device)
-                ids = self.ids[choices]
+                ids = to_device(choices, logits.device)
                 picked.append(ids[self.choose(logits[:, ids])])
             else:
                 picked.append(self.choose(self.prepare(logits, margin)))

@@ -574,6 +574,11 @@ def arguments():
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
+    for what, names in (("linear", "shape dtype plot shortest longest"),
+                        ("route all", "chunks questions tokens")):
+        for name in names.split():
+            if args.what not in ("plan", *what.split()) and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} is not about {args.what}; leave it out")
     check_drawing(args.plot)
     check_output("--plot", args.plot)
     if not Path(args.json).is_dir():

@@ -101,7 +101,8 @@ class Rows(Cache):
             device = self.keys[0].device
             index = to_device([rows, [self.lengths[row] for row in rows]], device)
             self.taken, self.index, self.starts = rows, index[0], index[1].clone()
-            self.selections = [Selection.join(parts) for parts in zip(*(self.selected[row] for row in rows))]
+            parts = zip(*(self.selected[row] for row in rows), strict=True)  # all have a memory, or none has
+            self.selections = [Selection.join(part) for part in parts]
         self.own = torch.arange(tokens, device=self.starts.device)
         self.at = self.starts[:, None] + self.own  # (B, T): where they are written, in all layers
         return self

@@ -166,13 +166,13 @@ def plan(config, gpus, gpu_bytes, mfu, peak):
     shape, (lengths, batches) = config.model, pool_of(config)
     with torch.device("meta"):
         model = MSA(shape)
-    P = sum(p.numel() for p in model.parameters())
     if config.rank:
         add_factors(model, config.rank)
+    P = sum(p.numel() for p in model.parameters())
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers, deep = shape.num_hidden_layers, max(shape.reading_layers + shape.router_layers)
     K = kept_per_token(shape, torch.bfloat16)
-    ddp = dict(weights=2 * P if config.rank else 4 * P, gradients=4 * learns, moments=8 * learns,
+    ddp = dict(weights=2 * (P - learns) + 4 * learns, gradients=4 * learns, moments=8 * learns,
                buckets=4 * learns * (gpus > 1), casts=0 if config.rank else 2 * P)
     shared = dict(weights=4 * P / gpus, gradients=4 * P / gpus, moments=8 * P / gpus, all_weights=2 * P,
                   all_gradients=6 * P + 4 * P * (config.accumulate > 1))

@@ -17,7 +17,7 @@ from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 
-from common import UserError, numbered, printable, progress_bar, read_rows, read_text
+from common import HEAD_BYTES, UserError, numbered, printable, progress_bar, read_rows, read_text
 
 TOLD = 10  # files that `tell_skipped` names
 # Files that are never text, by the ends of their names: images, sound, films, archives, programs, fonts
@@ -88,6 +88,11 @@ def check_documents(path):
     if (Path(path) / "queries.jsonl").is_file() and any((Path(path) / name).exists()
                                                         for name in ("corpus.jsonl", "qrels")):
         raise UserError(f"{path}: a set of questions; its documents are {Path(path) / 'corpus.jsonl'}")
+    if Path(path).is_file() and Path(path).suffix.lower() == ".json":
+        with open(path, "rb") as file:
+            if b'"paragraphs"' in file.read(HEAD_BYTES):
+                raise UserError(f"{path}: a set of questions in SQuAD's layout, whose answers would be read; "
+                                "give its paragraphs as a .jsonl file")
 
 
 def list_documents(path, count_tokens, max_tokens, say):
@@ -286,8 +291,9 @@ def name_in(id):
 
 
 def documents_size(path):
-    """Bytes of what `read_documents` reads."""
-    return sum(file.stat().st_size for file in folder_files(path) if file.is_file())
+    """Bytes of the files that `read_documents` reads."""
+    return sum(file.stat().st_size for file in folder_files(path)
+               if file.is_file() and file.suffix.lower() not in NO_TEXT)
 
 
 def split_text(lines, headings, count_tokens, max_tokens):

@@ -570,7 +570,8 @@ class Writer:
 
     def __exit__(self, *_):
         with self.lock, contextlib.suppress(OSError):
-            self.clean()  # after a full disk: what was written and is not named
+            if self.bank.is_current():  # else `commit` was interrupted behind a manifest that names new files
+                self.clean()  # after a full disk: what was written and is not named
 
     def clean(self):
         """Delete what a crash has left: our own files that no manifest names."""

@@ -305,21 +305,27 @@ class ParallelMemory:
         self.kept = {}    # on the device: (reading layers, position) -> content, as stored, and scales
 
     def refresh(self):
-        """Follow the bank: load documents that came, find those that went no longer. Collective."""
+        """Follow the bank: load documents that came, find those that went no longer. Collective. Where it
+        fails, or is interrupted, nothing is held, and the next call loads all."""
         before, bank = self.bank, self.ranks.same(self.bank.refresh())
         if bank is before:
             return
-        for block in self.blocks:
-            block.keep(bank)
-        self.bank = bank
-        self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
-        first = 1  # the first block is the large one: it stays unless it is mostly dead
-        if self.blocks and self.blocks[0].alive.sum() < len(self.blocks[0].alive) // 2:
-            first = 0
-        if first == 0 or len(self.blocks) > 8:  # join the others
-            numbers = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
-            self.blocks = self.blocks[:first]
-            self.hold(np.searchsorted(bank.numbers, np.sort(numbers)))
+        try:
+            for block in self.blocks:
+                block.keep(bank)
+            self.bank = bank
+            self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
+            first = 1  # the first block is the large one: it stays unless it is mostly dead
+            if self.blocks and self.blocks[0].alive.sum() < len(self.blocks[0].alive) // 2:
+                first = 0
+            if first == 0 or len(self.blocks) > 8:  # join the others
+                numbers = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
+                self.blocks = self.blocks[:first]
+                self.hold(np.searchsorted(bank.numbers, np.sort(numbers)))
+        except BaseException:
+            self.bank, self.blocks = before.only([]), []  # a snapshot that is not the newest one
+            self.index()
+            raise
 
     # --------------------------------------------------------------------------------------------------------
     @torch.no_grad()

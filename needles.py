@@ -155,7 +155,8 @@ def essays(folder=""):
     if folder:
         if not os.path.isdir(folder):
             raise UserError(f"--essays {folder}: no such folder")
-        paths = [path for path in folder_files(folder) if path.suffix in (".txt", ".md") and path.is_file()]
+        paths = [path for path in folder_files(folder)
+                 if path.suffix.lower() in (".txt", ".md") and path.is_file()]
         if not paths:
             raise UserError(f"--essays {folder}: holds no .txt or .md file")
         named = ((name_of(path.relative_to(folder)), read_text(path)) for path in paths)

@@ -162,7 +162,7 @@ def read_prepared(folder):
     try:
         about = read_json(path, "an object")
         return {"vocab_size": int(about["vocab_size"]), "config": dict(about["config"]),
-                "digest": about.get("digest")}
+                "digest": about.get("digest"), "own": about.get("own")}
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{path}: malformed; run python prepare_data.py again") from None
 

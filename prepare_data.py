@@ -69,7 +69,7 @@ class DataConfig:
     documents: str = ""             # your own documents: a folder of text, or a file
     questions: str = ""             # a .jsonl file: your own questions about them
     data: str = ""                  # sets of questions, commas between; one that is named twice counts twice
-    max_document_tokens: int = 512  # longer files are split at paragraphs
+    max_document_tokens: int = 512  # longer files are split at paragraphs, longer documents of a SET left out
     documents_per_pool: int = 48    # your own data: documents that a step encodes
     questions_per_pool: int = 16    # your own data: questions that a step asks; the pool has their documents
 
@@ -161,8 +161,8 @@ def write_own(config, folder):
 
 
 def own_folders(config):
-    """The folders and files of one's own documents that a DataConfig names. A model that train.py makes of
-    some keeps max_document_tokens, so that sample.py and eval.py split documents alike."""
+    """The folders and files of one's own documents that a DataConfig names, as they are here and now. A model
+    that train.py makes of some keeps max_document_tokens, so that sample.py and eval.py split alike."""
     texts = [path for path in config.data.split(",") if path and is_texts(path)]
     return [config.documents, *texts] if config.documents else texts
 
@@ -191,9 +191,11 @@ def write_sets(config, folder):
         for path, own in sets.items():
             groups = [gold for gold in own.about if held[folder_of[path]].isdisjoint(gold) == trains]
             if not groups:
-                which = ("validation needs one about another document: add documents, or lower "
-                         "max_document_tokens, so that long ones are split" if own.about
-                         else "it has none with a short answer, or no split train")
+                which = "it has none with a short answer, or no split train"
+                if own.about:
+                    which = "validation needs one about another document: add documents"
+                    if is_texts(path) or is_questions(path):
+                        which += ", or lower max_document_tokens, so that long ones are split"
                 raise UserError(f"{path}: no question is left for {split}; {which}")
             turns[path] = endless(groups, rng)
         for i in tqdm(range(pools), desc=f"{split} pools", unit="pool"):
@@ -293,8 +295,9 @@ def script():
     for folder in own_folders(config):
         of = "--documents" if folder == config.documents else "--data"
         check_outside("--out", out, folder, of)
-        for path in filter(is_questions, [config.questions, *config.data.split(",")]):
-            check_outside("--data" if config.data else "--questions", path, folder, of)
+        check_outside("--questions", config.questions, folder, of)
+        for path in filter(is_questions, config.data.split(",")):
+            check_outside("--data", path, folder, of)
     with replacing(out) as building:
         if config.data:
             tokenizer = write_sets(config, building)
@@ -302,7 +305,7 @@ def script():
             tokenizer = (write_own if config.documents else write_synthetic)(config, building)
         tokenizer.save(building)
         about = {"vocab_size": tokenizer.vocab_size, "config": dataclasses.asdict(config),
-                 "digest": folder_digest(building / "train")}
+                 "digest": folder_digest(building / "train"), "own": bool(own_folders(config))}
         write_json(building / "about.json", about)
     pools = Pools(out / "train", tokenizer.vocab_size)
     tokens = len(pools.documents.values)

@@ -4,7 +4,7 @@ A chat backbone has not learned to name documents. Its router finds them, their 
 (head and tail are the chat template's):
 
     routing    <head>What is it?                                                the question's tokens route
-    answer     <head>Answer ...\\n\\n[7]. text\\n\\n[12]. text\\n\\nQuestion: What is it?<tail>
+    answer     <head>[7]. text\\n\\n[12]. text\\n\\nQuestion: What is it?\\nAnswer:<tail>Answer:
 
 MSA-4B names documents, reads them, and goes on until it has enough (section 3.5):
 
@@ -71,6 +71,7 @@ class ChatTokenizer(Tokenizer):
         self.special_tokens, self.first_number = {}, None  # ours: none
         about = read_optional(folder / "tokenizer_config.json")
         self.ends = end_tokens(folder, about, self.encoding)
+        self.turn_end = self.encoding.ids.get(token_text(about.get("eos_token")))  # None: it names none
         self.template = self.template or read_template(folder, about)
         self.start = []  # a template writes the BOS itself
         if self.template is None:
@@ -102,7 +103,8 @@ class ChatTokenizer(Tokenizer):
             raise UserError(f"{self.encoding.path.parent}: no token ends an answer; name one as eos_token in "
                             "tokenizer_config.json")
         begun = self.encode("Answer:")  # alone, a first word may be spelled in another way
-        return [*self.encode(f"Answer: {text}")[len(begun):], min(self.ends)]
+        end = min(self.ends) if self.turn_end is None else self.turn_end
+        return [*self.encode(f"Answer: {text}")[len(begun):], end]
 
     @cached_property
     def refusal(self):
@@ -119,7 +121,7 @@ class ChatTokenizer(Tokenizer):
         for name, data in self.files.items():
             with atomic_file(Path(folder) / name, "wb") as file:
                 file.write(data)
-        for name in ("tokenizer.tiktoken", "tokenizer_msa.json"):  # of an earlier model of ours
+        for name in {*FILES, "tokenizer.tiktoken", "tokenizer_msa.json"} - {*self.files}:  # an earlier one's
             (Path(folder) / name).unlink(missing_ok=True)
 
 

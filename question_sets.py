@@ -165,8 +165,8 @@ def read_corpus(folder, say=print):
 
 def answered(text, gold, given):
     """The SetQuestion to which a set gives these answers; of UNANSWERED alone, nothing answers it."""
-    stands_for_none = lambda answer: answer.strip().rstrip(".").lower() in UNANSWERED
-    answers = dict.fromkeys(answer for answer in given if answer.strip() and not stands_for_none(answer))
+    stands_for_none = lambda answer: answer.rstrip(".").lower() in UNANSWERED
+    answers = dict.fromkeys(answer for answer in given if not stands_for_none(answer))
     return SetQuestion(text, gold, tuple(answers), not answers and any(map(stands_for_none, given)))
 
 
@@ -189,7 +189,7 @@ def answer_texts(given, where):
         raise UserError(f"{where} is {given!r}; it must be a list of strings")
     spell = lambda one: ("no", "yes")[one] if type(one) is bool else re.sub(r"\.0$", "", repr(one))
     texts = [one if type(one) is str else spell(one) for one in parts]
-    return [text for text in texts if text.strip()]
+    return [text.strip() for text in texts if text.strip()]
 
 
 def is_impossible(row):
@@ -377,8 +377,11 @@ def places_of(name, pieces, documents):
 
 
 def holds(text, answers):
-    """Whether a text has one of the answers in it, as words: "no" is not in "known"."""
-    return any(re.search(rf"(?<![a-z0-9]){re.escape(answer.lower())}(?![a-z0-9])", text.lower())
+    """Whether a text has one of the answers in it, as words, whatever space or line end is between them: "no"
+    is not in "known"."""
+    spaced = lambda text: " ".join(text.lower().split())
+    letter = "[^\\W_\u3000-\U0010ffff]"  # Chinese and Japanese words stand side by side
+    return any(re.search(rf"(?<!{letter}){re.escape(spaced(answer))}(?!{letter})", spaced(text))
                for answer in answers)
 
 

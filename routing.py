@@ -95,10 +95,10 @@ def route(query, mask, routing_keys, offsets, scales=None):
     query: (B, T, G * D) fp32 from `group_queries`; mask: (B, T) bool, the tokens that route; routing_keys:
     (C, G, D), unit length per head, fp32, bf16, fp16, or int8 with scales (C,) fp32 from `quantize`; offsets:
     (M + 1,). Returns (B, M) fp32; -inf for a question without routing tokens. Nothing of size tokens x chunks
-    is stored. A chunk's score does not depend, even in its last bit, on where it lies: equal documents tie.
-    The gradient of a tie within a document goes to its first token and chunk (kernels) or is shared out
-    (reference). The kernels round the query to the keys' 16 bits, or to bf16 for int8 keys, and sum in fp32;
-    the reference keeps it in fp32.
+    is stored, but by the reference for its backward. A chunk's score does not depend, even in its last bit,
+    on where it lies: equal documents tie. The gradient of a tie within a document goes to its first token and
+    chunk (kernels) or is shared out (reference). The kernels round the query to the keys' 16 bits, or to bf16
+    for int8 keys, and sum in fp32; the reference keeps it in fp32.
     """
     if use_triton(query):
         winners = torch.is_grad_enabled() and (query.requires_grad or routing_keys.requires_grad)

@@ -206,7 +206,7 @@ def memory_asker(model, tokenizer, memory, encoded, numbers, config):
             texts[rank[place]] = text
         owned, _ = encode_texts(model, tokenizer, new, [number for number, *_ in own])
         asked = memory.with_documents([rank[place] for _, place, _ in own], owned)
-        return loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
+        yield from loop_of(model, tokenizer, asked, texts, wording(model, question.text), config.interleave)
 
     def ask(questions):
         events = run(model, tokenizer, map(loop, questions), config.interleave, batch)

@@ -104,6 +104,8 @@ class SampleConfig:
         for name in ("info", "verify", "compact", "remove", "content", "content_in", "routing_keys"):
             if getattr(self, name) != getattr(type(self), name) and not self.memory:
                 raise UserError(f"--{name.replace('_', '-')} is about a bank on disk; name it with --memory")
+        if self.remove and not self.documents:
+            raise UserError("--remove is about what --documents lacks; give --documents, or leave it out")
         if self.trace and self.questions:
             raise UserError("--trace is about questions that are answered one by one; leave out --questions, "
                             "or --trace")
@@ -173,8 +175,8 @@ def cited(model, tokenizer, memory, texts, question, answer, appended, ranked):
     memory was read, the best of `ranked`, the first round's, the best first."""
     if not appended and model.config.attend_memory:
         return ranked[:1]
-    if model.config.prompts != "chat":  # it names what it wants
-        return appended
+    if model.config.prompts != "chat":  # it names what it wants, perhaps in two rounds
+        return [*dict.fromkeys(appended)]
     order = [n for n in ranked if n in appended] + [n for n in appended if n not in ranked]
     return sources_of(answer, question, {n: tokenizer.decode(texts[position_of(memory, n)]) for n in order})
 

@@ -55,7 +55,7 @@ from costs import is_split, operations, sizes, speed
 from interleave import most_tokens
 from low_rank import add_factors, factors
 from model import MSA, ModelConfig, compile_blocks
-from pools import Pools, check_prepared, collate, collate_chat
+from pools import Pools, check_prepared, collate, collate_chat, read_prepared
 from prepare_data import CODERS, DataConfig, own_folders
 from prompts import load_tokenizer
 from routers import fit_routers
@@ -69,7 +69,7 @@ class TrainConfig:
     init_from: str = ""                 # folder, .gguf file or "owner/name" on the Hub to start from
     rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
-    router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1
+    router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1; rank: 0
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
     routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase
     learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 at 4B)
@@ -306,6 +306,11 @@ def draw_curves(rows, panels, routes):
         axes.legend()
 
 
+def has_state(config):
+    """Whether `out` holds what --resume needs."""
+    return (Path(config.out) / "training_state" / "about.json").exists()
+
+
 def check_out(config, folder):
     """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
     out = Path(config.out)
@@ -320,8 +325,9 @@ def check_out(config, folder):
     ours = "config.json", WEIGHTS, *CODERS, "training_state/about.json"
     held = any((out / name).exists() for name in ours)
     if held and not (config.overwrite or config.resume):
-        raise UserError(f"{out}: holds a checkpoint; continue it with --resume, replace it with --overwrite, "
-                        "or give another --out")
+        goes_on = "continue it with --resume, " * has_state(config)
+        raise UserError(f"{out}: holds a checkpoint; {goes_on}replace it with --overwrite, or give another "
+                        "--out")
 
 
 def prepare(config, device, dtype):
@@ -343,9 +349,10 @@ def prepare(config, device, dtype):
     torch.manual_seed(config.seed)
     weights, products = (dtype, torch.float32) if config.rank else (torch.float32, dtype)
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
-    if own_folders(config.data):  # sample.py and eval.py split them alike
+    if read_prepared(config.data.out)["own"]:  # sample.py and eval.py split them alike
         model.config.max_document_tokens = config.data.max_document_tokens
-    config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
+    config = replace(config, model=model.config, router_steps=0 if config.rank else config.router_steps)
+    model.checkpoint_activations = config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
         if config.data.max_document_tokens > most_tokens(model):
@@ -472,8 +479,9 @@ def telling_of_lost_ranks(config):
     except RuntimeError as error:
         if not (dist.is_initialized() and is_of_a_lost_rank(error)):
             raise
-        raise UserError("another rank has ended or does not answer; the same command with --resume goes on "
-                        f"from the last checkpoint in {config.out}") from None
+        how = f"with --resume goes on from the last checkpoint in {config.out}"
+        raise UserError("another rank has ended or does not answer; the same command "
+                        + (how if has_state(config) else "starts anew")) from None
 
 
 def step_gradients(model, wrapped, taken, config, step, device, dtype, world):

@@ -85,7 +85,8 @@ def training_questions(path, documents):
 
 def is_texts(path):
     """Whether what `data` names is a folder of texts, not a set."""
-    return Path(path).is_dir() and not (Path(path) / "corpus.jsonl").exists()
+    path = Path(path).expanduser()  # a file of settings may say ~
+    return path.is_dir() and not (path / "corpus.jsonl").exists()
 
 
 def read_training_set(path, documents, tokenizer, limit, rng):
@@ -135,8 +136,9 @@ class QuestionSet:
         self.texts, self.search = texts, bm25_search(texts)
         self.titles = titles = [text.partition("\n")[0] if isinstance(text, Titled) else text
                                 for text in texts]
-        tested = {titles[i] for split, asked in questions.items() if split not in NO_TESTS
-                  for question in asked for i in question.gold}
+        tests = questions.keys() - {*NO_TESTS}
+        tested = {titles[i] for split in tests for question in questions[split] for i in question.gold}
+        tested |= {titles[i] for split in tests for _, i in none.get(split, ()) if i is not None}
         self.usable = {i for i, tokens in enumerate(tokenizer.encode_batch(texts))
                        if len(tokens) <= limit and titles[i] not in tested}
         self.about = {}  # gold documents -> (Questions that they answer, Questions that they do not)
@@ -163,9 +165,9 @@ class QuestionSet:
             if (place,) in self.about:
                 self.about[place,][1].append(Question(text, (), NOT_FOUND))
 
-    def misled(self, question, rng):
-        """The question with another name or number in place of one of its own, which nothing that may be
-        shown with it speaks of; [] where it has none."""
+    def misled(self, question, said, rng):
+        """The question with another name or number in place of one of its own, of which `said`, the texts
+        that may be shown with it, does not speak; [] where it has none."""
         spans, gold = [*NAME.finditer(question.text)], question.documents
         if not spans or len(gold) > 1:  # of two hops one may answer all the same
             return []
@@ -176,7 +178,6 @@ class QuestionSet:
             others = (name for title, name in drawn if title not in titles)
         else:
             others = ["".join(str(rng.integers(1, 10)) if c.isdigit() else c for c in span[0])]
-        said = " ".join(self.texts[i] for i in gold)
         new = next((name for name in others if name not in said and name != span[0]), None)
         if new is None:
             return []
@@ -186,14 +187,15 @@ class QuestionSet:
         """(places of documents, Questions) of one pool about `gold`; allowed: places that may stand in it."""
         answered, impossible = ([found[i] for i in rng.permutation(len(found))] for found in self.about[gold])
         few = int(config.questions_per_pool * IMPOSSIBLE)
-        for question in answered[:len(answered) // 3]:
-            impossible += self.misled(question, rng) if len(impossible) < few else []
-        chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
         found = [[place for place, _ in self.search(question.text, 4 * config.documents_per_pool)]
-                 for question in chosen]
+                 for question in impossible[:few] + answered[:config.questions_per_pool]]
         alike = [place for places in zip(*found) for place in places if place in allowed]
         drawn = rng.choice(sorted(allowed), RANDOM_DOCUMENTS).tolist()
         places = list(dict.fromkeys([*gold, *drawn, *alike]))[:max(config.documents_per_pool, len(gold))]
+        said = " ".join(self.texts[place] for place in places)
+        for question in answered[:len(answered) // 3]:
+            impossible += self.misled(question, said, rng) if len(impossible) < few else []
+        chosen = impossible[:few] + answered[:config.questions_per_pool - len(impossible[:few])]
         return rng.permutation(places).tolist(), chosen
 
 

@@ -65,6 +65,9 @@ def test_plan_by_hand():
     assert shared["shared"] and shared["state"] == dict(weights=P, gradients=P, moments=2 * P,
                                                         all_weights=2 * P, all_gradients=10 * P)
     assert alone["pool_tokens"] == 600 and alone["asked"] == 4 * 56 + 4 * 156
+    low = plan(dataclasses.replace(config, rank=2, init_from="x"), 1, 1e9, 0.5, 1e12)
+    L = low["learns"]
+    assert low["parameters"] == P + L and low["state"]["weights"] == 2 * P + 4 * L > 2 * P
     K = alone["per_token_and_layer"]
     assert alone["activations"]["documents"] == 600 * 3 * K
     assert alone["activations"]["logits"] == 12 * 300 * 8 * 24

@@ -132,6 +132,9 @@ def test_what_training_leaves_out(places, backbone, tmp_path, capsys):
     (tmp_path / "set" / "qrels" / "validation.tsv").rename(tmp_path / "set" / "qrels" / "unlabelled.tsv")
     free = training_sets.QuestionSet(tmp_path / "set", ChatTokenizer(backbone), 400, np.random.default_rng(0))
     assert len(free.usable) == len(free.texts)  # no test asks about those without an answer
+    (tmp_path / "set" / "qrels" / "test.tsv").write_text("q\tc\ts\n3-mill\t3-mill\t1\n")
+    lone = training_sets.QuestionSet(tmp_path / "set", ChatTokenizer(backbone), 400, np.random.default_rng(0))
+    assert lone.usable == own.usable  # a test asks about those without an answer alone, too
     (tmp_path / "set" / "impossible.jsonl").unlink()
     rows = [{"_id": i, "text": f"Ann: Hello!\nBob: It is number {i}."} for i in range(4)]  # without a title
     (tmp_path / "set" / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -239,16 +242,16 @@ def test_misled(places, backbone):
     title = own.texts[gold[0]].partition("\n")[0]
     own.names = [(title, "Oslo"), ("else", "Rome"), ("else", "Paris"), ("else", "Town"), ("else", "Ann Lee")]
     question, = own.about[gold][0]
-    question = replace(question, text="Who sold the mill of Rome in 1850?")
+    question, said = replace(question, text="Who sold the mill of Rome in 1850?"), own.texts[gold[0]]
     for _ in range(40):
-        made, = own.misled(question, rng)
+        made, = own.misled(question, said, rng)
         assert made.gold == () and made.answer == NOT_FOUND
         name, year = made.text.removeprefix("Who sold the mill of ").rstrip("?").split(" in ")
         assert (name == "Rome") != (year == "1850") and len(year) == 4
         seen.add(name)
     assert seen == {"Rome", "Paris", "Ann Lee"}  # not of the same title, and not what the passage speaks of
-    assert own.misled(replace(question, text="Who sold it?"), rng) == []
-    assert own.misled(replace(question, gold=((0, 1),)), rng) == []
+    assert own.misled(replace(question, text="Who sold it?"), said, rng) == []
+    assert own.misled(replace(question, gold=((0, 1),)), said, rng) == []
 
 
 def test_collate_chat(backbone):
@@ -651,7 +654,7 @@ def test_own_notes(backbone, run, tmp_path, monkeypatch):
     assert {"How old is", "Since what year"} & found == {"How old is", "Since what year"}, found
     given = ["--data", f"{asked},{notes}", "--documents", notes, *flags]
     again = [*(f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in given), "--init-from",
-             backbone, "--rank", 2, "--router-steps", 0, "--max-steps", 1, "--device", "cpu"]
+             backbone, "--rank", 2, "--max-steps", 1, "--device", "cpu"]
     trained = run(train, *again, "--out", tmp_path / "out")
     assert trained.code == 0, trained.err
     assert MSA.from_pretrained(tmp_path / "out").config.max_document_tokens == 150  # asked as trained
@@ -661,6 +664,15 @@ def test_own_notes(backbone, run, tmp_path, monkeypatch):
     assert long.code == 2 and "data.max_document_tokens is 150; of this model's context it must" in long.error
     alone = run(prepare_data, "--data", notes, *flags)
     assert alone.code == 0 and "training pools" in alone.out, alone.err
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        assert training_sets.is_texts("~/notes")
+    notes.rename(tmp_path / "elsewhere")  # trained where the texts are not
+    again = [flag for flag in again if flag not in ("--data.documents", notes)]
+    trained = run(train, *again, "--data.data", notes, "--out", tmp_path / "alone")
+    assert trained.code == 0, trained.err
+    assert MSA.from_pretrained(tmp_path / "alone").config.max_document_tokens == 150
+    (tmp_path / "elsewhere").rename(notes)
     short = tmp_path / "short"  # no sentence makes a question: the file's do, and without a file none
     short.mkdir()
     for name in ("mill", "inn"):
@@ -685,7 +697,7 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     """A chat backbone would become another kind of model; a resumed run would differ from one that was not
     interrupted; a mistake would end in a traceback."""
     data = [f"--data.{flag[2:]}" if str(flag).startswith("--") else flag for flag in prepared]
-    flags = [*data, "--init-from", backbone, "--rank", 2, "--model.second-look", 3, "--router-steps", 0,
+    flags = [*data, "--init-from", backbone, "--rank", 2, "--model.second-look", 3,
              "--warmup-steps", 0, "--accumulate", 2, "--number-limit", 100, "--device", "cpu", "--dtype",
              "bfloat16", "--learning-rate", "1e-2", "--evaluate-every", 2, "--log-every", 1]
     whole = run(train, *flags, "--out", tmp_path / "whole", "--max-steps", 4)
@@ -702,6 +714,8 @@ def test_training(run, prepared, backbone, tmp_path, files_of, monkeypatch):
     files = files_of(tmp_path / "whole"), files_of(tmp_path / "halves")
     assert files[0].keys() == files[1].keys()
     assert all(files[0][name] == files[1][name] for name in ("model.safetensors", "config.json", "log.jsonl"))
+    about = json.loads((tmp_path / "whole" / "training_state" / "about.json").read_text())
+    assert about["settings"]["router_steps"] == 0  # nothing routes: answers count from the start
     assert files[0]["tokenizer.json"] == (backbone / "tokenizer.json").read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     losses = [row["lm"] for row in rows if row["split"] == "validation"]

@@ -446,6 +446,17 @@ def test_full_disk(change):
     torture.kill_at_every_call(change, "full", LAYOUT, stride=3)
 
 
+def test_interrupted_behind_its_commit(bank, monkeypatch):
+    """Ctrl-C between the new manifest and its reading would delete the segments that it names."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Writer(bank, LAYOUT) as writer:
+        monkeypatch.setattr(memory_bank, "Bank", interrupted)
+        writer.add(make(7, 0, LAYOUT))
+    monkeypatch.undo()
+    assert contents(Bank(bank)) == expected(HELD | {7: 0}, LAYOUT)
+
+
 def test_killed_while_it_is_made():
     """A bank whose making was interrupted could neither be opened nor made again."""
     assert torture.kill_creation("halfway") > 5

@@ -339,6 +339,14 @@ def test_refresh(loaded, tmp_path):
         assert len(memory) == 0
     sync(model, tokenizer, folder, documents_of(TEXTS[:2]), ALONE)
     check(1)
+    sync(model, tokenizer, folder, documents_of(TEXTS[1:4]), ALONE)
+    with pytest.MonkeyPatch.context() as patch:  # Ctrl-C: the old places would mean other documents
+        patch.setattr(ParallelMemory, "load", lambda *_: sys.exit(9))
+        for memory in memories:
+            with pytest.raises(SystemExit):
+                memory.refresh()
+            assert len(memory) == 0
+    check(1)
 
 
 def test_independence(loaded, tmp_path):

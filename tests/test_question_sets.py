@@ -13,6 +13,7 @@ from question_sets import (
     SetQuestion,
     bm25_search,
     choose_split,
+    holds,
     read_beir,
     read_questions,
     read_set,
@@ -144,6 +145,15 @@ def test_what_stands_for_no_answer(tmp_path):
     assert texts == ["It is red."] and none["train"] == [("Why?", 0)]
     assert questions["train"] == [SetQuestion("Why?", (0,), ("red",)), SetQuestion("Why?", (0,), ("It",))]
     assert said[-1] == f"{path}: skipped: empty context (1)"
+
+
+@pytest.mark.parametrize("text,answer,held", [
+    ("by Mark\nHunter in", "mark hunter", True), ("It is known.", "no", False), ("вода", "да", False),
+    ("Это да.", "да", True), ("cafés", "caf", False), ("他在北京住", "北京", True),
+    ("_Oslo_", "Oslo ", True)])
+def test_holds(text, answer, held):
+    """The oracle would show another passage than the one that answers."""
+    assert holds(text, ["nothing", answer]) == held
 
 
 def test_documents_that_repeat(tmp_path):

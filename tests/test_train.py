@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import time
 import tracemalloc
@@ -364,6 +365,9 @@ def test_an_existing_checkpoint_is_refused(fit, tmp_path, whole, files_of):
         in refused.error
     nameless = fit("--out", tmp_path / "d\udcff", "--seed", 1)  # nobody could read what it trains
     assert nameless.code == 2 and "its name is not UTF-8, and could not be read again" in nameless.error
+    shutil.rmtree(tmp_path / "training_state")
+    refused = fit("--out", tmp_path, "--seed", 1)  # --resume would find nothing
+    assert refused.code == 2 and f"error: {tmp_path}: holds a checkpoint; replace it" in refused.error
     assert fit("--out", tmp_path, "--overwrite", "--seed", 1, "--max-steps", 1).code == 0
     assert files_of(tmp_path)["model.safetensors"] != whole["model.safetensors"]
     assert len(read_log(files_of(tmp_path))) == 2
