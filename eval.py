@@ -120,7 +120,7 @@ class EvalConfig:
     zero_values: bool = False         # pooled values become zero
     routing_keys: Literal["float32", "bfloat16", "int8"] = "float32"  # as held; int8: one scale per chunk
     lengths: str = "16k,64k,256k,1m"  # tokens of memory, comma-separated, k or m behind a number
-    questions: int = 200              # answered, and looked at twice; other recall on a set is of all of it
+    questions: int = 200              # answered; recall without a second look is of all of a set's
     seed: int = 1                     # of documents, questions and sampling
     batch: int = 8                    # questions that are asked side by side
     memory: str = ""                  # folder of a bank for the documents; without one they lie in RAM

@@ -311,21 +311,25 @@ class ParallelMemory:
         if bank is before:
             return
         try:
-            for block in self.blocks:
-                block.keep(bank)
-            self.bank = bank
-            self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
-            first = 1  # the first block is the large one: it stays unless it is mostly dead
-            if self.blocks and self.blocks[0].alive.sum() < len(self.blocks[0].alive) // 2:
-                first = 0
-            if first == 0 or len(self.blocks) > 8:  # join the others
-                numbers = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
-                self.blocks = self.blocks[:first]
-                self.hold(np.searchsorted(bank.numbers, np.sort(numbers)))
+            self.follow(before, bank)
         except BaseException:
             self.bank, self.blocks = before.only([]), []  # a snapshot that is not the newest one
             self.index()
             raise
+
+    def follow(self, before, bank):
+        """Hold what `bank` does, where until now it was what `before` does."""
+        for block in self.blocks:
+            block.keep(bank)
+        self.bank = bank
+        self.load(np.flatnonzero(~held_by(before, bank.numbers, bank.digests)))
+        first = 1  # the first block is the large one: it stays unless it is mostly dead
+        if self.blocks and self.blocks[0].alive.sum() < len(self.blocks[0].alive) // 2:
+            first = 0
+        if first == 0 or len(self.blocks) > 8:  # join the others
+            numbers = np.concatenate([block.numbers[block.alive] for block in self.blocks[first:]])
+            self.blocks = self.blocks[:first]
+            self.hold(np.searchsorted(bank.numbers, np.sort(numbers)))
 
     # --------------------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -380,9 +380,8 @@ def holds(text, answers):
     """Whether a text has one of the answers in it, as words, whatever space or line end is between them: "no"
     is not in "known"."""
     spaced = lambda text: " ".join(text.lower().split())
-    letter = "[^\\W_\u3000-\U0010ffff]"  # Chinese and Japanese words stand side by side
-    return any(re.search(rf"(?<!{letter}){re.escape(spaced(answer))}(?!{letter})", spaced(text))
-               for answer in answers)
+    text, letter = spaced(text), "[^\\W_\u3000-\U0010ffff]"  # Chinese and Japanese words stand side by side
+    return any(re.search(rf"(?<!{letter}){re.escape(spaced(one))}(?!{letter})", text) for one in answers)
 
 
 def place_of(name, pieces, documents, answer):

@@ -60,7 +60,7 @@ from prepare_data import CODERS, DataConfig, own_folders
 from prompts import load_tokenizer
 from routers import fit_routers
 from tokenizer import Tokenizer
-from training_state import Log, read_about, read_log, read_state, tell_changes, write_state
+from training_state import Log, has_state, read_about, read_log, read_state, tell_changes, write_state
 
 
 @dataclass
@@ -109,6 +109,8 @@ class TrainConfig:
                             "give it with --rank, or use --accumulate")
         if self.rank and self.shard == "on":
             raise UserError(f"rank is {self.rank}: what is trained is small; leave --shard out")
+        if self.rank:  # nothing routes
+            self.router_steps = 0
         if not 0 <= self.routing_dropout < 1:
             raise UserError(f"routing_dropout is {self.routing_dropout}; it must be at least 0 and below 1")
 
@@ -306,11 +308,6 @@ def draw_curves(rows, panels, routes):
         axes.legend()
 
 
-def has_state(config):
-    """Whether `out` holds what --resume needs."""
-    return (Path(config.out) / "training_state" / "about.json").exists()
-
-
 def check_out(config, folder):
     """Raises UserError where `out` holds what this run must not replace. folder: of `init_from`, or None."""
     out = Path(config.out)
@@ -322,12 +319,11 @@ def check_out(config, folder):
         raise UserError(f"--out is {config.out}, which holds the prepared data; give another")
     for own in own_folders(config.data):
         check_outside("--out", out, own, "the documents of")
-    ours = "config.json", WEIGHTS, *CODERS, "training_state/about.json"
-    held = any((out / name).exists() for name in ours)
+    goes_on = has_state(out / "training_state")
+    held = goes_on or any((out / name).exists() for name in ("config.json", WEIGHTS, *CODERS))
     if held and not (config.overwrite or config.resume):
-        goes_on = "continue it with --resume, " * has_state(config)
-        raise UserError(f"{out}: holds a checkpoint; {goes_on}replace it with --overwrite, or give another "
-                        "--out")
+        how = "continue it with --resume, " * goes_on
+        raise UserError(f"{out}: holds a checkpoint; {how}replace it with --overwrite, or give another --out")
 
 
 def prepare(config, device, dtype):
@@ -351,8 +347,7 @@ def prepare(config, device, dtype):
     model = start_from(config, folder, tokenizer, device, weights) if folder else MSA(config.model).to(device)
     if read_prepared(config.data.out)["own"]:  # sample.py and eval.py split them alike
         model.config.max_document_tokens = config.data.max_document_tokens
-    config = replace(config, model=model.config, router_steps=0 if config.rank else config.router_steps)
-    model.checkpoint_activations = config.checkpoint_activations
+    config, model.checkpoint_activations = replace(config, model=model.config), config.checkpoint_activations
     if config.rank:
         tokenizer = load_tokenizer(folder, model.config)
         if config.data.max_document_tokens > most_tokens(model):
@@ -479,9 +474,10 @@ def telling_of_lost_ranks(config):
     except RuntimeError as error:
         if not (dist.is_initialized() and is_of_a_lost_rank(error)):
             raise
-        how = f"with --resume goes on from the last checkpoint in {config.out}"
-        raise UserError("another rank has ended or does not answer; the same command "
-                        + (how if has_state(config) else "starts anew")) from None
+        how = "starts anew"
+        if has_state(Path(config.out) / "training_state"):
+            how = f"with --resume goes on from the last checkpoint in {config.out}"
+        raise UserError(f"another rank has ended or does not answer; the same command {how}") from None
 
 
 def step_gradients(model, wrapped, taken, config, step, device, dtype, world):

@@ -8,6 +8,7 @@ another's, are answered by NOT_FOUND. Where a set has no questions they are made
 asked of the rest of its document. Documents about which a test is asked stay out, with all that have the same
 title.
 """
+import os
 import re
 import zlib
 from collections import Counter
@@ -85,7 +86,7 @@ def training_questions(path, documents):
 
 def is_texts(path):
     """Whether what `data` names is a folder of texts, not a set."""
-    path = Path(path).expanduser()  # a file of settings may say ~
+    path = Path(os.path.expanduser(path))  # settings are checked before their ~ is expanded
     return path.is_dir() and not (path / "corpus.jsonl").exists()
 
 

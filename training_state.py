@@ -49,10 +49,15 @@ def write_state(folder, model, optimizer, about, rank=0, shards=1):
             path.unlink()  # the state before
 
 
+def has_state(folder):
+    """Whether there is something to resume."""
+    return (Path(folder) / "about.json").exists()
+
+
 def read_about(folder):
     """What `write_state` was told. Raises UserError where there is nothing to resume, or nothing whole."""
     path = Path(folder) / "about.json"
-    if not path.exists():
+    if not has_state(folder):
         raise UserError(f"{folder}: nothing to resume; leave --resume out to start")
     about = read_json(path, "a whole training state")
     kinds = {"step": int, "position": int, "ranks": int, "settings": dict, "files": list}

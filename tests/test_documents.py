@@ -61,7 +61,8 @@ def test_one_file(tmp_path):
     assert as_tuples(documents) == [("a.md", 1, 3, "# Boats\n\nThe boat is red."),
                                     ("a.md", 5, 5, "It leaks.")]
     assert [d.id for d in documents] == ["a.md#0", "a.md#1"] and documents[1].title == "Boats"
-    assert documents_size(tmp_path / "a.md") == 37
+    (tmp_path / "photo.JPG").write_bytes(b"x" * 1000)  # not read
+    assert documents_size(tmp_path / "a.md") == 37 and documents_size(tmp_path) == 37 + 8
     for name, data, why in (("c.txt", b"caf\xe9", "; c.txt: not UTF-8"), ("d.png", b"text", ", not empty")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: no text in it.*{why}"):
@@ -139,6 +140,14 @@ def test_folders_without_documents(tmp_path, make, message):
     make(tmp_path / "docs")
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'docs'))}: {message}"):
         read_all(tmp_path / "docs", count_words, 10)
+
+
+def test_a_set_as_documents(tmp_path):
+    """The answers of SQuAD's file would be read with its texts."""
+    path = tmp_path / "dev.json"
+    path.write_text('{"data": [{"title": "A", "paragraphs": []}]}')
+    with pytest.raises(UserError, match="dev.json: a set of questions in SQuAD's layout, whose answers"):
+        read_all(path, count_words, 10)
 
 
 def test_what_is_left_out_is_told(tmp_path):

@@ -254,6 +254,26 @@ def test_misled(places, backbone):
     assert own.misled(replace(question, gold=((0, 1),)), said, rng) == []
 
 
+def test_misled_in_a_pool(places, backbone):
+    """A question would be told to have no answer, and a document of its pool speak of what it now asks."""
+    pytest.importorskip("bm25s")
+    rng = np.random.default_rng(3)
+    config = prepare_data.DataConfig(documents_per_pool=100, questions_per_pool=4)
+    own = training_sets.QuestionSet(places, ChatTokenizer(backbone), 400, rng)
+    gold = next(iter(own.about))
+    asked, impossible = own.about[gold]
+    impossible.clear()
+    asked[:] = [replace(asked[0], text=f"Who {verb} the mill of Rome?") for verb in ("sold", "saw", "left")]
+    own.names = [("else", "Paris"), ("else", "Oslo")]
+    other = max(own.usable)
+    own.texts[other] = type(own.texts[other])(f"{own.texts[other]} It is not in Paris.")
+    for _ in range(20):
+        shown, chosen = own.pool(gold, own.usable, config, rng)
+        made = [question.text.split()[-1] for question in chosen if not question.gold]
+        assert other not in shown or made == ["Oslo?"]
+    assert other in shown
+
+
 def test_collate_chat(backbone):
     """A message would be spelled in another way than the model is asked, an answer be taught that is not
     shown, or NOT_FOUND although the answer stands there; a value would be said of a document that is not
@@ -666,7 +686,7 @@ def test_own_notes(backbone, run, tmp_path, monkeypatch):
     assert alone.code == 0 and "training pools" in alone.out, alone.err
     with monkeypatch.context() as patch:
         patch.setenv("HOME", str(tmp_path))
-        assert training_sets.is_texts("~/notes")
+        assert training_sets.is_texts("~/notes") and not training_sets.is_texts("~nobody/notes")
     notes.rename(tmp_path / "elsewhere")  # trained where the texts are not
     again = [flag for flag in again if flag not in ("--data.documents", notes)]
     trained = run(train, *again, "--data.data", notes, "--out", tmp_path / "alone")

@@ -676,6 +676,7 @@ def test_chat_follows_the_bank(run, here, monkeypatch):
     ("--documents docs --content-in host q", "--content-in is about a bank on disk; name it with --memory"),
     ("--documents docs --routing-keys int8 q", "--routing-keys is about a bank on disk"),
     ("--documents docs --remove q", "--remove is about a bank on disk; name it with --memory"),
+    ("--memory bank --remove q", "--remove is about what --documents lacks; give --documents, or leave it"),
     ("--memory bank --documents bad.jsonl q", "error: bad.jsonl:2: not an object"),
     ("--memory bank --documents half.jsonl q", "error: half.jsonl:1: not an object"),
     ("--memory bank --documents twice.jsonl q", "error: two documents have the id 'a'; ids must differ"),

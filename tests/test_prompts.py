@@ -248,6 +248,10 @@ def test_where_an_answer_ends(prompts, eos, config, generation, ends, tmp_path):
         names.add("generation_config.json")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == names
     assert all((tmp_path / "saved" / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+    assert t.answer("x")[-1] == (min(ends) if eos is None else t.encoding.ids[eos])
+    (tmp_path / "saved" / "chat_template.jinja").write_text("{{ an earlier model's }}")
+    t.save(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == names
 
 
 @pytest.mark.parametrize("wrong", ["2", [2, None], [True], 2.0, -1, {"a": 1}])

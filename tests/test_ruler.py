@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 import needles
 import ruler
 from common import UserError
+from memory import Memory
 from needles import (
     NOISE,
     PACKED,
@@ -205,8 +206,15 @@ def test_script(words, folder, run, tmp_path, monkeypatch):
         assert score[task, "none", 0] == 0 and score[task, "oracle", 0] == 100
         assert score[task, "memory", 3072] == score[task, "memory", 6144] == 100
     assert all(row["recall_at_k"] == row["named"] == 100 for row in rows if row["method"] == "memory")
-    batches, serve = [], ruler.run
-    monkeypatch.setattr(ruler, "run", lambda *args: batches.append(args[4]) or serve(*args))
+    batches, copied, serve, copy = [], [], ruler.run, Memory.with_documents
+    monkeypatch.setattr(Memory, "with_documents", lambda *args: copied.append(0) or copy(*args))
+
+    def served(model, tokenizer, loops, config, batch):
+        before, loops = len(copied), [*loops]
+        assert len(copied) == before  # no memory is copied before its question is asked
+        batches.append(batch)
+        yield from serve(model, tokenizer, loops, config, batch)
+    monkeypatch.setattr(ruler, "run", served)
     for copies, batch in ((4e9, 8), (1, 1)):  # questions whose memories do not fit beside each other
         monkeypatch.setattr(ruler, "COPIES", copies)
         result = run(ruler, *args[:-6], "--device", "cpu", "--tasks", "single_1", "--methods", "memory")

@@ -42,6 +42,12 @@ def test_equal_sources_keep_their_ranking(order, expected):
     assert sources_of("Ada Thornquist", "Who?", {n: TEXTS[n] for n in order}) == expected
 
 
+def test_a_source_of_two_rounds():
+    """A document that two rounds have named would be printed twice."""
+    model = SimpleNamespace(config=SimpleNamespace(prompts="msa", attend_memory=True))
+    assert sample.cited(model, None, None, None, "Who?", "Ada", [3, 3, 5], [5, 3]) == [3, 5]
+
+
 @pytest.mark.parametrize("prompts,printed", [
     ("chat", ["  [8] d8", "  [3] d3"]), ("nanomsa", ["  [8] d8", "  [3] d3", "  [5] d5"])])
 def test_show(monkeypatch, prompts, printed):
