@@ -24,7 +24,6 @@ from common import UserError
 KERNEL = os.environ.get("MSA_KERNEL", "auto")
 if KERNEL == "triton" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton looks at it when it is imported
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import triton
     import triton.language as tl

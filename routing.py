@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from common import has_bfloat16
 from msa_kernel import (
     FLOATS,
-    INTERPRETED,
     PRECISION,
     check,
     jit,
@@ -52,6 +51,14 @@ def quantize(routing_keys):
     """(C, G, D) -> (int8 of that shape, scales (C,) fp32): one scale a chunk, every |error| <= scale / 2."""
     scales = routing_keys.float().abs().amax((1, 2)).clamp(min=1e-12) / 127
     return (routing_keys / scales[:, None, None]).round().to(torch.int8), scales
+
+
+def split_query(query):
+    """(N, G, D) fp32 -> (int8 (2, N, G, D), scales (N,) fp32): query = (first + second / 254) * scale, every
+    |error| <= scale / 508. Two int8 products with int8 keys take the place of one that converts the keys."""
+    first, scales = quantize(query)
+    rest = query / scales[:, None, None] - first
+    return torch.stack([first, (254 * rest).round().to(torch.int8)]), scales
 
 
 def share_document(routing_keys, offsets, share):
@@ -97,8 +104,9 @@ def route(query, mask, routing_keys, offsets, scales=None):
     (M + 1,). Returns (B, M) fp32; -inf for a question without routing tokens. Nothing of size tokens x chunks
     is stored, but by the reference for its backward. A chunk's score does not depend, even in its last bit,
     on where it lies: equal documents tie. The gradient of a tie within a document goes to its first token and
-    chunk (kernels) or is shared out (reference). The kernels round the query to the keys' 16 bits, or to bf16
-    for int8 keys, and sum in fp32; the reference keeps it in fp32.
+    chunk (kernels) or is shared out (reference). The kernels round the query to the keys' 16 bits and sum in
+    fp32, or to two int8 numbers each for int8 keys (`split_query`), and sum exactly; the reference keeps it
+    in fp32.
     """
     if use_triton(query):
         winners = torch.is_grad_enabled() and (query.requires_grad or routing_keys.requires_grad)
@@ -122,7 +130,7 @@ def chunk_scores(query, mask, keys, scales, tile):
     """The reference's chunk scores: (B, T, W), (B, T), (C, W) -> (B, C), in padded tiles of `tile` chunks."""
     B, T, W = query.shape
     queries, best = query.reshape(B * T, W).T, []
-    blind = None if mask.all() else ~mask
+    blind = None if mask.is_cpu and mask.all() else ~mask  # a GPU would be waited for
     with torch.autocast(query.device.type, enabled=False):  # scores stay float32
         for start in range(0, max(len(keys), 1), tile):
             part = keys[start:start + tile].float()
@@ -185,7 +193,7 @@ def select_documents(queries, mask, routing_keys, offsets, top_k, scales=None, a
     exact = [chunk_scores(query, mask, keys[rows].flatten(1), None if scale is None else scale[rows], tile=64)
              for query, keys, scale in layers]
     documents, scores = top_documents(mean_scores([document_max(x, ends) for x in exact]), top_k)
-    return torch.cat([kept, kept.new_tensor([-1])])[documents], scores                  # -1 stays -1
+    return F.pad(kept, (0, 1), value=-1)[documents], scores                             # -1 stays -1
 
 
 def rough_scores(query, mask, keys, scales):
@@ -202,8 +210,8 @@ def rough_scores(query, mask, keys, scales):
 
 @jit
 def route_chunks(
-    query_ptr, mask_ptr,                        # (B, T, W) in the type of the products, (B, T) bool as int8
-    keys_ptr, scales_ptr,                       # (C, W); (C,) fp32, with INT8 only
+    query_ptr, mask_ptr, keys_ptr,              # (B, T, W) and (C, W) of one type, (B, T) bool as int8
+    rest_ptr, query_scales_ptr, scales_ptr,     # with INT8 only: (B, T, W) int8, (B, T) and (C,) fp32
     best_ptr, token_ptr,                        # (B, C) fp32; (B, C) int32, with WINNERS only
     B, T, C, W,
     INT8: tl.constexpr, WINNERS: tl.constexpr, PRECISION: tl.constexpr,
@@ -212,8 +220,8 @@ def route_chunks(
     """Program i: BLOCK_B questions, whose tokens are the rows of one tile, against BLOCK_C chunks.
 
         for BLOCK_T tokens of each at a time:   once, or BLOCK_B is 1
-            for BLOCK_W of the width:           scores (rows, BLOCK_C) += query tile @ keys tile^T
-            best (BLOCK_B, BLOCK_C) = max(best, max over a question's rows of scores)
+            for BLOCK_W of the width:           products (rows, BLOCK_C) += query tile @ keys tile^T
+            best (BLOCK_B, BLOCK_C) = max(best, max over a question's rows of products * scales)
 
     Programs of the same chunks follow each other and find them in the L2 cache: memory is read once.
     """
@@ -225,14 +233,24 @@ def route_chunks(
     for start in range(0, T, BLOCK_T):
         question, t = first + row // BLOCK_T, start + row % BLOCK_T
         token, exists = question.to(tl.int64) * T + t, (question < B) & (t < T)
-        scores = tl.zeros([BLOCK_B * BLOCK_T, BLOCK_C], tl.float32)
+        products = tl.zeros([BLOCK_B * BLOCK_T, BLOCK_C], tl.int32 if INT8 else tl.float32)
+        if INT8:
+            low = products
         for w0 in range(0, W, BLOCK_W):
             w = w0 + tl.arange(0, BLOCK_W)
             query = tl.load(query_ptr + token[:, None] * W + w[None, :],
-                            mask=exists[:, None] & (w < W)[None, :], other=0.0)
+                            mask=exists[:, None] & (w < W)[None, :], other=0)
             keys = tl.load(keys_ptr + c[:, None] * W + w[None, :],
                            mask=(c < C)[:, None] & (w < W)[None, :], other=0)
-            scores = tl.dot(query, tl.trans(keys.to(query.dtype)), scores, input_precision=PRECISION)
+            products = tl.dot(query, tl.trans(keys), products, PRECISION, out_dtype=products.dtype)
+            if INT8:
+                rest = tl.load(rest_ptr + token[:, None] * W + w[None, :],
+                               mask=exists[:, None] & (w < W)[None, :], other=0)
+                low = tl.dot(rest, tl.trans(keys), low, out_dtype=tl.int32)
+        scores = products.to(tl.float32)
+        if INT8:
+            scale = tl.load(query_scales_ptr + token, mask=exists, other=1.0)
+            scores = (scores + low.to(tl.float32) * (1 / 254)) * scale[:, None]
         routes = tl.load(mask_ptr + token, mask=exists, other=0) != 0
         scores = tl.where(routes[:, None], scores, float("-inf")).reshape(BLOCK_B, BLOCK_T, BLOCK_C)
         top = tl.max(scores, 1)
@@ -333,14 +351,14 @@ class Route(torch.autograd.Function):
             raise ValueError("int8 routing keys are for questions, without gradients; use torch.no_grad()")
         best = torch.empty(B, C, device=device)
         token = torch.empty(B, C, dtype=torch.int32, device=device) if winners else best
-        if not int8:
-            query = query.to(routing_keys.dtype)
-        elif not INTERPRETED:  # the interpreter has no bfloat16
-            query = query.bfloat16()
+        if int8:
+            (query, rest), query_scales = split_query(query.view(B * T, G, D))
+        else:
+            query, rest, query_scales, scales = query.to(routing_keys.dtype), best, best, best
         tiles = Route.tiles(B, T, W, routing_keys.element_size())
         programs = triton.cdiv(B, tiles["BLOCK_B"]) * triton.cdiv(C, tiles["BLOCK_C"])
         route_chunks[programs,](
-            query, mask.view(torch.int8), routing_keys, scales if int8 else best, best, token, B, T, C, W,
+            query, mask.view(torch.int8), routing_keys, rest, query_scales, scales, best, token, B, T, C, W,
             int8, winners, PRECISION, **tiles)
         scores = best
         if M < C or winners:  # else one chunk each: nothing is left to do
@@ -375,9 +393,9 @@ class Route(torch.autograd.Function):
         rows = (128 if T > 32 else 64) // (2 if size == 4 else 1)
         block_t = power_of_two(T, low=1, high=rows)
         block_b = power_of_two(B, low=max(1, 16 // block_t), high=rows // block_t)
-        return dict(BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=64 if size == 4 else 128,
-                    BLOCK_W=min(32 if size == 4 else 64, power_of_two(W)),
-                    num_warps=8, num_stages=3 if size == 4 else 4)
+        return dict(BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=128 if size == 2 else 64,
+                    BLOCK_W=power_of_two(W, 32 if size == 1 else 16, 128 // size),
+                    num_warps=8, num_stages=4 if size == 2 else 3)
 
 
 def top_documents(scores, k):

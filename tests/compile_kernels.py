@@ -40,7 +40,7 @@ def loop_instructions(sass):
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*(\w{4,})\*/\s+(.*?);", sass)]
     jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"BRA.* 0x(\w+)", text))]
     loops = [[text for at, text in code if begins <= at <= ends] for begins, ends in jumps if begins < ends]
-    return min((len(loop) for loop in loops if any(re.search(r"\bHG?MMA", text) for text in loop)), default=0)
+    return min((len(loop) for loop in loops if any(re.search(r"\b[HI]G?MMA", text) for text in loop)), default=0)
 
 
 class Compiler:
@@ -78,7 +78,7 @@ class Compiler:
             file.write(built.asm["cubin"])
             file.flush()
             usage, sass = cuobjdump("-res-usage", file.name), ""
-            tested = self.kernel.__name__ == "route_chunks" and signature["keys_ptr"] == "*bf16"
+            tested = self.kernel.__name__ == "route_chunks" and signature["keys_ptr"] in ("*bf16", "*i8")
             if tested or "--json" not in sys.argv:  # it takes half a second
                 sass = cuobjdump("-sass", file.name)
         number = lambda word: int(re.search(rf"{word}:(\d+)", usage)[1])

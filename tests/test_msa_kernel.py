@@ -15,7 +15,15 @@ import msa_kernel
 import routing
 from common import UserError
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
-from routing import document_slots, group_queries, quantize, route, select_documents, top_documents
+from routing import (
+    document_slots,
+    group_queries,
+    quantize,
+    route,
+    select_documents,
+    split_query,
+    top_documents,
+)
 
 INF = float("inf")
 # H, G, D: ratios 1, 3 and 4, head sizes that are no power of two.
@@ -326,6 +334,24 @@ def test_select_documents_where_rounding_misleads(dtype):
     close(scores, torch.tensor([[0.5019]]))
 
 
+def test_int8_products(kernels):
+    """A query's rest would be lost: the first of its two int8 numbers says .5019 and .5030 of the same two
+    documents, and prefers the second."""
+    query, mask = torch.tensor([[[0.5019, 0.3545, 0.3545]]]), torch.ones(1, 1, dtype=torch.bool)
+    keys, scales = quantize(torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5 ** 0.5, 0.5 ** 0.5]]]))
+    scores = route(query, mask, keys, torch.arange(3), scales)
+    assert torch.allclose(scores, torch.tensor([[0.5019, 0.50134]]), rtol=0, atol=2e-5)
+
+
+def test_split_query():
+    """The two int8 numbers would be off by more than half a step of the second, or a query of zeros NaN."""
+    query = torch.cat([random(50, 2, 16, seed=6), torch.zeros(1, 2, 16)]).float()
+    (first, second), scales = split_query(query)
+    assert first.dtype == second.dtype == torch.int8
+    found = (first + second / 254) * scales[:, None, None]
+    assert ((found - query).abs() <= 1.01 / 508 * scales[:, None, None]).all()
+
+
 def test_select_documents_where_rounded_keys_mislead():
     """float32 keys would be found by what bfloat16 leaves of them: 1 - 2^-10 and 1 - 2^-12 are alike there,
     and the first would win."""
@@ -557,6 +583,7 @@ def test_kernels_compile(arch):
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(ran.stdout)
     assert len({row["kernel"] for row in rows}) == 11 and all(row["registers"] <= 255 for row in rows)
-    loops = {row["tile"]: row["loop"] for row in rows
-             if row["kernel"] == "route_chunks" and row["keys"] == "bf16"}
-    assert len(loops) == 5 and max(loops.values()) < 200 and 0 < loops["16x1x128x64"] < 100, loops
+    loops = {(row["keys"], row["tile"]): row["loop"] for row in rows if row["kernel"] == "route_chunks"}
+    tiles = [loop for (keys, tile), loop in loops.items() if keys in ("bf16", "i8")]
+    assert len(tiles) == 15 and 0 < min(tiles) and max(tiles) < 200, loops
+    assert max(loops["bf16", "16x1x128x64"], loops["i8", "16x1x64x128"]) < 100, loops
