@@ -69,7 +69,8 @@ def read_documents(path, count_tokens, max_tokens, skipped=None):
     if root.is_dir() or root.suffix.lower() != ".jsonl":
         texts = read_files(root, skipped)
     else:
-        texts = ((id, numbered(text), [(0, title)]) for id, title, text in read_jsonl(root))
+        texts = ((id, numbered(text if text.strip() else title), [(0, title)])  # some are a title alone
+                 for id, title, text in read_jsonl(root))
     empty = True
     for name, lines, headings in texts:
         for i, piece in enumerate(split_text(lines, headings, count_tokens, max_tokens)):

@@ -332,15 +332,16 @@ def evaluate_task(model, tokenizer, config, ranks, say, on):
         at_length = baseline_asker(model, tokenizer, texts, numbers, grown.needles, questions, config)
     columns = f"{f'recall@{k}':>9} {'top-1':>6} {'named':>6} {'exact':>6} {'s/question':>10}"
     say(f"{'tokens':>10} {'documents':>9} {columns}")
+    batch = 1 if grown.needles and config.baseline == "none" else config.batch  # each has a memory of its own
     for count in grown.counts:
         ask = None  # the last memory goes before the next one is opened
         opened, ask = timed(lambda: at_length(count))
-        measured, first = ask_all(ask, numbers, questions, k, f"{count:,} documents", config.batch)
+        measured, first = ask_all(ask, numbers, questions, k, f"{count:,} documents", batch)
         tokens = int(grown.ends[count - 1])
         row = dict(task=config.task, baseline=config.baseline, memory_tokens=tokens, documents=count,
                    questions=len(questions), seed=config.seed, top_k=k, **measured,
                    encode_tokens_per_second=round(speed), filler=config.filler,
-                   routing_keys=config.routing_keys, zero_values=config.zero_values, batch=config.batch,
+                   routing_keys=config.routing_keys, zero_values=config.zero_values, batch=batch,
                    max_rounds=rounds_of(model, config.interleave),
                    router_weight=config.interleave.router_weight,
                    checkpoint=config.checkpoint, device=str(model.device))
@@ -423,7 +424,9 @@ def load_set(config, model, tokenizer, say):
         texts += [text for text in read_texts(path, say) if text not in own]
         group += range(group[-1] + 1, group[-1] + 1 + len(texts) - counts[-1])
         counts.append(len(texts))
-    texts, text_of = passages(texts, tokenizer.count)
+    own = counts[0] if config.documents else 0  # one's own are cut already, as sample.py cuts them
+    pieces, text_of = passages(texts[own:], tokenizer.count)
+    texts, text_of = texts[:own] + pieces, [*range(own), *(own + place for place in text_of)]
     owner, counts = [group[i] for i in text_of], np.searchsorted(text_of, counts).tolist()
     return texts, owner, counts, questions, split
 
@@ -512,6 +515,8 @@ def script():
     names = [Path(path).stem for path in given]
     beside = {name if names.count(name) == 1 else path: read_results(path)
               for name, path in zip(names, given)}
+    if beside and not config.plot:
+        raise UserError("--beside is drawn by --plot; give --plot curve.png, or leave it out")
     model, tokenizer, on = open_checkpoint(config.checkpoint, config.device, config.dtype)
     if config.compile:
         compile_blocks(model)

@@ -304,7 +304,7 @@ def interleave_chat(model, tokenizer, memory, texts, question, config):
     while not fits(model, prompt := message(), config) and any(named):  # without the last in rank
         next(part for part in reversed(named) if part).pop()
     for (ranked, _), part in zip(rounds, named):
-        yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, sorted(part))))
+        yield Round([(number_of(d), score) for d, score in ranked], list(map(number_of, part)))
     yield Prompt(prompt)
     yield from answer(tokenizer, config.max_answer_tokens, True, sum(map(len, named)))
 

@@ -95,6 +95,8 @@ class SampleConfig:
 
     def __post_init__(self):
         check_least(self, ("timeout",), max_document_tokens=0, seed=0, batch=1)
+        if self.max_document_tokens and not self.documents:
+            raise UserError("--max-document-tokens is about --documents; give them, or leave it out")
         if bool(self.questions) != bool(self.json):
             raise UserError("--questions FILE.jsonl and --json OUT belong together; give both or neither")
         if self.question and not self.question.strip():

@@ -39,7 +39,7 @@ ANSWER_WORDS = 4        # but so many words are one, however many tokens they ha
 UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
 # Names, aside from a first word's capital, and numbers of two digits or more
 NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
-IMPOSSIBLE = 0.34       # share of a pool's questions, at most, that their passage does not answer
+IMPOSSIBLE = 0.34       # of questions_per_pool so many at most are such that a pool's passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
 NO_TESTS = ("train", "unlabelled")  # splits of questions that no test asks
@@ -95,8 +95,11 @@ def read_training_set(path, documents, tokenizer, limit, rng):
     own = lambda place: list_documents(place, tokenizer.count, limit, print)
     if is_questions(path):
         found = own(documents)
+        questions = training_questions(path, found)
+        pooled = sum(question.pooled for question in questions)
+        tell_odd(path, {'"pooled": a chat backbone reads their documents\' texts': pooled}, print)
         asked = [SetQuestion(question.text, tuple(question.documents), (question.answer,))
-                 for question in training_questions(path, found)]
+                 for question in questions]
         return spelled_texts(found), {"train": asked}, {}
     if not Path(path).is_dir() or (Path(path) / "queries.jsonl").exists():
         return read_set(path)
@@ -110,6 +113,7 @@ def cloze(text, rng):
     """A text without one of its sentences, and pairs (question, answer) that this sentence makes: names and
     numbers in it that the others have, too, are asked for (arXiv 1804.00720). Without any: (text, [])."""
     title, end, body = text.partition("\n") if isinstance(text, Titled) else ("", "", text)
+    about = re.sub(r"^#{1,6}\s+|\s+#+$|^\W+$", "", title)  # without the marks of a heading
     spaces = re.finditer(rf"(?<=[.!?])\s+(?=[{UPPER}])|\n\s*\n", body)
     starts = [0, *(space.end() for space in spaces), len(body)]
     for i in rng.permutation(len(starts) - 1).tolist():
@@ -123,7 +127,7 @@ def cloze(text, rng):
                     asked = "what year"
                 said = sentence[:span.start()] + asked + sentence[span.start() + len(answer):]
                 said = " ".join(said.rstrip(".").split())
-                found.append((f"{title}: {said}?" if title else f"{said}?", answer))
+                found.append((f"{about}: {said}?" if about else f"{said}?", answer))
         if found:
             return type(text)(title + end + rest), found
     return text, []

@@ -40,7 +40,8 @@ def loop_instructions(sass):
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*(\w{4,})\*/\s+(.*?);", sass)]
     jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"BRA.* 0x(\w+)", text))]
     loops = [[text for at, text in code if begins <= at <= ends] for begins, ends in jumps if begins < ends]
-    return min((len(loop) for loop in loops if any(re.search(r"\b[HI]G?MMA", text) for text in loop)), default=0)
+    products = lambda loop: any(re.search(r"\b[HI]G?MMA", text) for text in loop)
+    return min(map(len, filter(products, loops)), default=0)
 
 
 class Compiler:

@@ -151,6 +151,8 @@ MISTAKES = [
      "max_documents is 0; it must be at least 1, or -1"),
     (sample, "--checkpoint good --documents docs --max-document-tokens -1 q",
      "--max-document-tokens is -1; it must be at least 0"),
+    (sample, "--checkpoint good --memory other --max-document-tokens 9 q",
+     "--max-document-tokens is about --documents; give them, or leave it out"),
     (sample, "--checkpoint good --documents docs --max-rounds two q", "--max-rounds: .*'two'"),
     (sample, f"--checkpoint good --documents docs --device {MISSING_DEVICE} q",
      f"error: --device {MISSING_DEVICE}: not available"),
@@ -477,6 +479,8 @@ def test_eval_plot(run, here, tmp_path):
     assert result.code == 0 and alone.startswith(b"\x89PNG")
     assert run(evaluation, *flags, "--plot", tmp_path / "a.png", "--beside", tmp_path / "a.json").code == 0
     assert (tmp_path / "a.png").read_bytes() not in (alone, b"")
+    undrawn = run(evaluation, *flags, "--beside", tmp_path / "a.json")
+    assert undrawn.code == 2 and "--beside is drawn by --plot" in undrawn.error
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,14 @@ def test_read_all(tmp_path):
     assert documents[0].where() == "a.md:3-6"
 
 
+def test_a_title_alone(tmp_path):
+    """A document that is a title alone, as some of BEIR's are, would be left out without a word."""
+    (tmp_path / "c.jsonl").write_text('{"_id": "a", "title": "It opens at nine", "text": ""}\n'
+                                      '{"_id": "b", "title": "T", "text": "x"}\n')
+    found = read_all(tmp_path / "c.jsonl", count_words, 100)
+    assert [document.spelled() for document in found] == ["It opens at nine", "T\nx"]
+
+
 def test_one_file(tmp_path):
     """A file would have to be put into a folder first, be cited by its whole path, or, unreadable, be empty
     without a reason."""

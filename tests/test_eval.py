@@ -10,6 +10,7 @@ import torch
 
 import answers
 import batches
+import documents
 import eval as evaluation
 from common import UserError
 from eval import parse_lengths, score
@@ -168,6 +169,7 @@ def test_counting(evaluate, task, kind, expected):
 def test_smallest_memories(evaluate, seed):
     """A memory of a few documents would fail where the needle has the lowest or the highest number."""
     rows, asked = evaluate("--task", "niah_single", "--lengths", "90", "--questions", 2, "--seed", seed)
+    assert rows[0]["batch"] == 1  # each question has a memory of its own
     assert 1 <= rows[0]["documents"] <= 4 and all(len(gold_of(a.texts, a.question)[0]) == 1 for a in asked)
 
 
@@ -591,7 +593,7 @@ def test_a_set_in_a_bank(evaluate_set, tmp_path):
     assert rows[0]["documents"] == 1
 
 
-def test_own_questions(evaluate_set, tmp_path):
+def test_own_questions(evaluate_set, tmp_path, monkeypatch):
     """Questions about a folder of notes would be about other pieces of it; one that nothing answers would
     count as answered, or a model whose chance is not known as if it refused nothing."""
     (tmp_path / "notes").mkdir()
@@ -606,8 +608,10 @@ def test_own_questions(evaluate_set, tmp_path):
     assert (rows[3]["refused"], rows[3]["refused_rightly"], rows[3]["not_found_rightly"]) == (1, 0.5, 0)
     assert "that have an answer: 1.000 (chance" in out and "that nothing answers: 0.500 (chance" in out
     (tmp_path / "own.jsonl").write_text(json.dumps(questions[0]))
+    monkeypatch.setattr(documents, "LONG", 3)  # one's own are not cut again, as a set's are
     rows, seen, out = evaluate_set(*flags)
     assert (rows[3]["refused"], rows[3]["refused_rightly"]) == (None, None) and "refused" not in out
+    assert " documents in " not in out
     assert [(row["method"], row["exact_match"]) for row in rows] == [
         ("none", 0), ("oracle", 1), ("bm25", 1), ("memory", 1)]
     assert rows[3]["recall_at_1"] == 0 and rows[2]["recall_at_1"] == rows[3]["recall_at_16"] == 1

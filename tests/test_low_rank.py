@@ -226,6 +226,10 @@ def test_cloze():
     made = {training_sets.cloze(Titled(lines), np.random.default_rng(seed))[1][0] for seed in range(40)}
     assert made == {(f"Mill: {text}?", "Ann Lee") for text in
                     ("The mill of who or what", "As who or what said", "- flour, for who or what")}
+    for head, about in (("# Mill #", "Mill: "), ("====\nMill\n====", "")):
+        text = Titled(f"{head}\n\nIt is of Ann Lee. Then Ann Lee sold it.")
+        made = {training_sets.cloze(text, np.random.default_rng(seed))[1][0][0] for seed in range(9)}
+        assert made == {f"{about}{said}?" for said in ("It is of who or what", "Then who or what sold it")}
     untitled = "The mill is of Ann Lee.\nIt was Ann Lee who sold it."
     made = {training_sets.cloze(untitled, np.random.default_rng(seed))[1][0] for seed in range(9)}
     assert made == {(text, "Ann Lee") for text in  # the first line is no title
@@ -657,12 +661,13 @@ def test_own_notes(backbone, run, tmp_path, monkeypatch):
         (notes / f"{name}.txt").write_text(f"The {name} is of {year}. Since {year} the roof of the {name} "
                                            "leaks. It is nice.")
     asked.write_text("".join(json.dumps({"question": f"How old is the {name}?", "answer": year, "documents":
-                                         [f"{name}.txt"]}) + "\n"
+                                         [f"{name}.txt"], "pooled": name == "inn"}) + "\n"
                              for name, year in (("mill", "1871"), ("inn", "1902"))))
     flags = ["--encoding", backbone, "--out", tmp_path / "data", "--documents-per-pool", 2, "--pools", 8,
              "--max-document-tokens", 150]
     both = run(prepare_data, "--data", f"{asked},{notes}", "--documents", notes, *flags)
     assert both.code == 0, both.err
+    assert '"pooled": a chat backbone reads their documents\' texts (1)' in both.out
     pools, found = Pools(tmp_path / "data" / "train", 261), set()
     for i in range(len(pools)):
         documents, questions = pools[i]

@@ -421,7 +421,7 @@ def test_chat(ask):
     """A chat backbone would be asked with other documents than its router's first, in another order, or with
     a gap behind its template."""
     answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2)
-    assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
+    assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([3, 0], [0, 3])]
     assert (asked[0].text, asked[0].routed, asked[0].prefix) == ("<|im_start|>user\nWhy?", "Why?", 6)
     assert asked[1].text == (
         f"<|im_start|>user\n[0]. zero\n\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}")
@@ -489,14 +489,14 @@ def test_chat_in_shared_mode(ask, monkeypatch):
         monkeypatch.setattr(Scripted, name, method, raising=False)
     answer, rounds, asked = ask("chat", "", "So.<|im_end|>", max_documents=2, max_rounds=1)
     assert found == [(6, None)] and answer == "So."
-    assert [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3])]
+    assert [(r.named, r.appended) for r in rounds] == [([3, 0], [0, 3])]
     assert (asked[0].text, asked[0].routed) == ("<|im_start|>user\nWhy?", "Why?")
     _, rounds, _ = ask("chat", "", "So.<|im_end|>", max_documents=3)
-    assert [r.named for r in rounds] == [[0, 3, 12]]
+    assert [r.named for r in rounds] == [[3, 0, 12]]
     found.pop()
     _, rounds, asked = ask("chat", "", "", "So.<|im_end|>", max_documents=4, max_rounds=2)
     assert found[1] == (6, None) and found[2][1].documents.tolist() == [[2, 0, 3, 1]] and len(found) == 3
-    assert [(r.named, r.appended) for r in rounds] == [([0, 3], [0, 3]), ([1, 12], [1, 12])]
+    assert [(r.named, r.appended) for r in rounds] == [([3, 0], [0, 3]), ([12, 1], [1, 12])]
     assert "[0]. zero\n\n[3]. three\n\n[1]. one\n\n[12]. twelve\n\n" in asked[2].text
 
 
