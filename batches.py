@@ -17,6 +17,7 @@ for rankings and names where a question begins a round or names a document.
 
     B questions   T tokens   V vocabulary   N candidates of all questions
 """
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,7 @@ class Server:
         self.model, self.rows, self.choose, self.prepare, self.agree = model, rows, choose, prepare, agree
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
         self.picked = [], None                       # (row, token) of the last picks; these on the device
+        self.captured = None, 0, None                # rows' starts, space, and the graph of a token of each
         self.batch_tokens = BATCH_TOKENS if model.device.type == "cpu" else 8 * BATCH_TOKENS
 
     def together(self, asked):
@@ -189,10 +191,33 @@ class Server:
             texts = [torch.tensor(request.tokens) for request in asked.values()]
             tokens = to_device(pad_sequence(texts, batch_first=True), self.model.device)
         cache = self.cache.take(rows, tokens.size(1))
-        output = self.model.read(tokens, cache=cache, positions=self.last(counts, tokens.device))
+        if self.model.replays and tokens.size(1) == 1:
+            logits = self.replay(tokens)
+        else:
+            logits = self.go_on(cache, tokens, counts)
         cache.advance(counts)
-        self.logits |= zip(rows, output.logits)
+        self.logits |= zip(rows, logits)
         return [None] * len(rows)
+
+    def go_on(self, cache, tokens, counts):
+        """Logits (B, V) behind tokens (B, T) of the rows that `cache` has taken, of which counts[b] count."""
+        return self.model.read(tokens, cache=cache, positions=self.last(counts, tokens.device)).logits
+
+    def replay(self, tokens):
+        """`go_on` with one token of each row, (B, 1). The second one of the same rows is captured as a CUDA
+        graph, and from there on a token is one launch. What a graph takes of the host is fixed: attention
+        looks as far as the rows' space goes."""
+        (starts, space, graph), counts = self.captured, [1] * len(tokens)
+        if self.cache.starts is not starts:  # other rows; what their graph is to hold is compiled by this
+            self.captured = self.cache.starts, 0, None
+            return self.go_on(self.cache, tokens, counts)
+        if self.cache.space != space:
+            self.next, held = tokens.clone(), copy(self.cache)
+            held.at, held.longest = held.starts[:, None], held.space  # `advance` moves the starts in place
+            graph = capture(lambda: self.go_on(held, self.next, counts))
+            self.captured = starts, self.cache.space, graph
+        self.next.copy_(tokens)
+        return graph()
 
     def pick(self, asked):
         """Tokens; the only wait of a step in which all questions write their answers."""
@@ -216,6 +241,18 @@ class Server:
 
 # ------------------------------------------------------------------------------------------------------------
 # Steps
+
+def capture(step):
+    """A function that repeats what step() launches, on the same tensors, as a CUDA graph: to its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may read a bank
+        result = step()
+
+    def again():
+        graph.replay()
+        return result
+    return again
+
 
 def choose(logits, temperature, top_p):
     """Indices (n,) of `logits` (n, m): the largest at temperature 0, else samples from the top_p part of each

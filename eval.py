@@ -129,7 +129,7 @@ class EvalConfig:
     plot: str = ""                    # draw them to this .png
     beside: str = ""                  # files of other runs' rows, with commas between; drawn with ours
     top_k: int = 0                    # documents that a layer selects; 0: its own; --data: at least 16
-    compile: bool = False             # blocks' products by torch.compile: fewer launches on a GPU
+    compile: bool = False             # blocks by torch.compile, answers by CUDA graphs: fewer launches
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)

@@ -214,6 +214,7 @@ class PaperMSA(Pretrained, nn.Module):
         super().__init__()
         self.config, self.others = config, {}  # others: entries of config.json that are passed on
         self.checkpoint_activations = False  # the backward computes blocks and documents again: less memory
+        self.replays = False  # answers are read token by token by CUDA graphs: see batches.py
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -427,7 +428,8 @@ def apply(function, *inputs, again):
 
 def compile_blocks(model):
     """Compile what the blocks compute of tokens alone: MLPs, norms, projections with RoPE. Attention is left
-    out: it has its own kernels, and shapes that the data decide."""
+    out: it has its own kernels, and shapes that the data decide. On a GPU answers are CUDA graphs, too."""
+    model.replays = model.device.type == "cuda"
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients, of one row
     for layer in model.model.layers:
         attention = layer.self_attn

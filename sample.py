@@ -88,7 +88,7 @@ class SampleConfig:
     timeout: float = 60                   # seconds that ranks wait for each other
     trace: bool = False                   # print each round: routed to, named, appended
     seed: int = 1337                      # of sampling
-    compile: bool = False                 # blocks' products by torch.compile: fewer launches on a GPU
+    compile: bool = False                 # blocks by torch.compile, answers by CUDA graphs: fewer launches
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and matrix products
     interleave: tyro.conf.OmitArgPrefixes[InterleaveConfig] = field(default_factory=InterleaveConfig)

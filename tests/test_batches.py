@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_low_rank import backbone  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+import batches
 from batches import Pick, Prompt, Read, Server, number_log_probabilities, serve
 from cache import Cache, Rows
 from costs import Held
@@ -32,6 +35,40 @@ def sizes(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """In the place of CUDA graphs: what was called is called again, with the host's numbers and the tensors
+    of that time. Returns how often each graph ran."""
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            self.calls.append((function, args, kwargs or {}, made))
+            return made
+
+    ran = []
+
+    def capture(step):
+        recorder, nth = Recorder(), len(ran)
+        recorder.calls = []
+        with recorder:
+            result = step()
+        assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {
+            function._schema.name for function, *_ in recorder.calls}  # nothing waits
+        ran.append(0)
+
+        def again():
+            ran[nth] += 1
+            new = {}
+            now = lambda x: new.get(id(x), x)
+            for function, args, kwargs, made in recorder.calls:
+                found = function(*tree_map(now, args), **tree_map(now, kwargs))
+                new.update(zip(map(id, tree_leaves(made)), tree_leaves(found)))
+            return now(result)
+        return again
+    monkeypatch.setattr(batches, "capture", capture)
+    return ran
+
+
 def told(found):
     return [(answer, [(r.named, r.appended, [n for n, _ in r.routed]) for r in rounds])
             for answer, rounds in found]
@@ -39,7 +76,7 @@ def told(found):
 
 @pytest.mark.parametrize("task", ["two_hop", "read_pooled"])
 @torch.no_grad()
-def test_demo(words, sizes, task):
+def test_demo(words, sizes, graphs, task):
     """Questions of other lengths and rounds would see each other's texts, selections or padding, or a row's
     last question; one that ends early would hold up the others."""
     model, tokenizer = load_checkpoint(DEMO, torch.device("cpu"))
@@ -57,13 +94,15 @@ def test_demo(words, sizes, task):
     sizes.clear()
     assert ask(5) == alone
     assert max(sizes["read"]) == max(sizes["prompt"]) == 5
+    model.replays = True
+    assert ask(5) == ask(1) == alone and len(graphs) > 13 and min(graphs) >= 1 and max(graphs) >= 3
     assert sum(answer == question.answer for (answer, _), question in zip(alone, questions)) >= 11
     assert {len(rounds) for _, rounds in alone} == {2, 3} or task == "read_pooled"
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @torch.no_grad()
-def test_chat(backbone, sizes, shared):  # noqa: F811
+def test_chat(backbone, sizes, graphs, shared):  # noqa: F811
     """A chat backbone's routing in two rounds, its second look or its answers would depend on the other
     questions; documents would be judged by another question."""
     model, tokenizer = MSA.from_pretrained(backbone), ChatTokenizer(backbone)
@@ -83,6 +122,13 @@ def test_chat(backbone, sizes, shared):  # noqa: F811
     alone = ask(1)
     sizes.clear()
     assert ask(3) == alone and max(sizes["find"]) == max(sizes["read"]) == max(sizes["likelihood"]) == 3
+    model.replays = True
+    assert ask(3) == ask(1) == alone and max(graphs) == 7  # of nine tokens two are not
+    config.max_answer_tokens = 260  # rows need more space
+    long = ask(3)
+    model.replays = False
+    assert ask(3) == long and max(len(answer) for answer, _ in long) > 64
+    config.max_answer_tokens = 9
     assert len({answer for answer, _ in alone}) == 5 and all(len(rounds) == 1 + shared for _, rounds in alone)
     given = [(question, [(d, texts[d]) for d in (i, 0)]) for i, question in enumerate(asked)]
     assert answers_from_texts(model, tokenizer, given, config, 4) == [
