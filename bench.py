@@ -574,10 +574,10 @@ def arguments():
     args, settings = parser.parse_known_args()
     if (settings or args.config) and args.what != "plan":
         parser.error(f"unknown here: {' '.join([args.config or '', *settings])}")
-    for what, names in (("linear", "shape dtype plot shortest longest"),
+    for what, names in (("linear", "shape dtype plot shortest longest"), ("plan", "gpus mfu"),
                         ("route all", "chunks questions tokens")):
         for name in names.split():
-            if args.what not in ("plan", *what.split()) and getattr(args, name) != parser.get_default(name):
+            if args.what not in what.split() and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is not about {args.what}; leave it out")
     check_drawing(args.plot)
     check_output("--plot", args.plot)
@@ -585,8 +585,8 @@ def arguments():
         check_output("--json", args.json, args.plot)
     if args.chunks and args.chunks < 1000 or min([*(args.questions or [1]), *(args.tokens or [1])]) < 1:
         raise UserError("--chunks is at least 1000, --questions and --tokens are at least 1")
-    if args.what == "plan" and (args.json or args.plot):
-        raise UserError("plan measures nothing that --json or --plot could hold; leave them out")
+    if args.what == "plan" and args.json:
+        raise UserError("plan measures nothing that --json could hold; leave it out")
     if args.shortest < 64 or args.shortest % 64 or args.longest < args.shortest:
         raise UserError(f"--shortest is {args.shortest} and --longest {args.longest}; the first must be a "
                         "multiple of 64, the second not less")

@@ -77,7 +77,7 @@ class Rows(Cache):
         for b, row in enumerate(rows):
             self.lengths[row] = lengths[b]
             self.selected[row] = [part.map(lambda x: x[b:b + 1]) for part in cache.selections]
-        self.taken, self.length, self.prefix_length = None, 1, cache.prefix_length
+        self.taken, self.length, self.prefix_length = None, 1, cache.prefix_length  # 1: nothing routes again
 
     def make_room(self, tokens, like=None):
         """Rows of `tokens` tokens and more, of layers and types as in the Cache `like`, or as until now."""

@@ -315,9 +315,10 @@ def write_weights(folder, tensors):
         kept.add(INDEX)
         total = sum(map(nbytes, tensors.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    ours = re.compile(rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}b?\.safetensors")
+    names = rf"{WEIGHTS}|{INDEX}|model-\d{{5}}-of-\d{{5}}b?\.safetensors"
+    ours = re.compile(rf"{names}|\.({names})\.[^.]*\.tmp")
     for path in list(folder.iterdir()):
-        if ours.fullmatch(path.name) and path.name not in kept:  # an earlier checkpoint's
+        if ours.fullmatch(path.name) and path.name not in kept:  # an earlier checkpoint's, or left by a kill
             path.unlink()
 
 

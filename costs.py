@@ -30,6 +30,7 @@ def operations(config, lengths, batches, rank=0):
     tokens). A document's token passes the layers before the last that a memory keeps, and this one's key and
     value maps, and sees half its document; a question's passes all, and sees the shared tokens, half the
     question and, in memory layers, the chunks of top_k documents; a predicted one passes the output matrix.
+    Where routing layers are named a question passes those up to the last of them once more (`find`).
     learns: 3, since a backward is twice a forward; 5/3 with a `rank`, where two thirds of the layers have a
     backward, of their inputs alone. What is computed again is not counted, so that the share of a device's
     peak (MFU) is of use."""
@@ -43,8 +44,12 @@ def operations(config, lengths, batches, rank=0):
     total += 2 * width * deep * sum(length * length for length in lengths)
     chunks = sum(-(-length // config.chunk_size) for length in lengths) / max(len(lengths), 1)
     slots = min(config.top_k, len(lengths)) * chunks * len(memory) * config.attend_memory
+    routes = len(lengths) > 0  # a message that shows its documents routes nothing
+    before = max(config.router_layers) if routes and config.routing_layers else 0
     for rows, tokens, shared, predicted in batches:
-        total += 2 * (rows * tokens + shared) * (layers * matrices + heads * router)
+        total += 2 * (rows * tokens + shared) * (layers * matrices + routes * heads * router)
+        if routes and config.routing_layers:
+            total += 2 * rows * tokens * (before * (matrices + width * tokens) + E * (width + 2 * groups))
         seen = layers * (shared + tokens / 2) + slots
         total += 4 * width * (rows * tokens * seen + layers * shared * shared / 2)
         total += 2 * E * config.vocab_size * predicted

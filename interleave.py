@@ -37,8 +37,8 @@ class InterleaveConfig:
     # of routing scores in naming; 0: the paper's generation, 1000: routing alone. MSA-4B names by generation,
     # a chat backbone by its router
     router_weight: float = 1.0
-    # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4, of a chat backbone 1, or 2
-    # if it looks twice (2 at most, which share max_documents)
+    # retrievals before the answer; 1: no interleave; 0: nothing is named; -1: 4. A chat backbone has 1, or 2
+    # if it looks twice, and 2 at most; its rounds share max_documents
     max_rounds: int = -1
     max_documents: int = -1         # named in one round; -1: 8, of a chat backbone that looks twice 2
     max_answer_tokens: int = 64     # longer answers are cut
@@ -317,8 +317,8 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
     round that names nothing, retrieval ends too. The text behind <End-of-Retrieve> is read causally, like all
     text; in theirs its tokens see each other in both directions.
     """
-    numbers, context, routes = (np.asarray(memory.numbers) if memory is not None
-                                else np.zeros(0, int)), [], []
+    numbers = np.asarray([] if memory is None else memory.numbers, int)
+    context, routes = [], []
     end, closing = tokenizer.encode_template(END_OF_RETRIEVE), tokenizer.end_of_retrieval_prompt(question)
     for rounds in range(config.max_rounds + 1):
         prompt, own = tokenizer.routed(question, later=rounds > 0)
@@ -346,8 +346,8 @@ def interleave_msa(model, tokenizer, memory, texts, question, config):
         if not named:
             yield Read([*unread, *([] if ended else end), *closing])
             break
-        appended = tokenizer.appended([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))]))
-                                       for n in sorted(named)])
+        appended = tokenizer.appended_texts([(n, tokenizer.decode(texts[int(np.searchsorted(numbers, n))]))
+                                             for n in sorted(named)])
         routes = [0] * (len(context) + len(written) + 1) + [2] * len(appended) + [0]
         context = context + written + tokenizer.ref_end + appended + tokenizer.ref_end
     yield from answer(tokenizer, config.max_answer_tokens)

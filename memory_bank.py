@@ -576,7 +576,8 @@ class Writer:
     def clean(self):
         """Delete what a crash has left: our own files that no manifest names."""
         named = {segment.path.name for segment in self.bank.segments}
-        for path in [*(self.folder / "segments").iterdir(), *self.folder.glob(".manifest.json.*.tmp")]:
+        left = [path for name in ("manifest.json", ROUTERS) for path in self.folder.glob(f".{name}.*.tmp")]
+        for path in [*(self.folder / "segments").iterdir(), *left]:
             if path.name not in named and re.fullmatch(r"[0-9a-f]{16}\.safetensors|\..*\.tmp", path.name):
                 path.unlink()
 

@@ -55,7 +55,7 @@ def load_tokenizer(folder, config):
 
 
 class ChatTokenizer(Tokenizer):
-    """The tokenizer of a chat backbone. Methods return plain lists of token ids.
+    """The tokenizer of a chat backbone; what is spelled is a plain list of token ids.
 
     template: (text before a message, behind it, whether it strips the message). ends: ids that end an answer.
     """
@@ -79,9 +79,6 @@ class ChatTokenizer(Tokenizer):
             self.template = ("", "\n", False)
         self.head = [*self.start, *self.encode_template(self.template[0])]
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
-
-    def number(self, number):
-        return self.encode(f"[{number}]")
 
     def document(self, number, text):
         """`[n]. text[n]`; `text` is a list of ids."""
@@ -153,7 +150,7 @@ class MSATokenizer(ChatTokenizer):
         routes = [True] * (len(own) - later) + [False] * (len(self.tail) + later)
         return [*self.head, *own, *self.tail], [False] * len(self.head) + routes
 
-    def appended(self, documents):
+    def appended_texts(self, documents):
         """The texts of documents, pairs (number, text), appended after a round; all route in the next."""
         return self.encode("".join(f"[{number}]. {text}\n" for number, text in documents))
 

@@ -6,12 +6,12 @@ A few directions of a trained model's layer inputs are hundreds of times longer 
 in every text: through them everything looks alike. So each side is whitened by its own statistics: the
 routing key of a chunk is (S_d + ridge)^-1/2 (h - m_d) for the mean h of its tokens' inputs, a routing query
 is (S_d + S_q + ridge)^-1/2 (h - m_q); m and S are means and covariances of documents' chunks and questions'
-tokens, the S divided by their traces where both are added.
-Like then finds like, and every direction counts. Rare words have long whitened inputs: a question's tokens
-are averaged before the query is brought to unit length, and so weigh by rarity, as with IDF; besides, tokens
-are weighted by how few documents have them (`token_weights`). In a corpus of few words, such as lists of
-numbers, those of a question that no document has would drown the others: UNSEEN bounds them. English, where
-documents' tokens weigh .57 to .65 on average and none more than 1.05, is not touched.
+tokens, each S divided by its trace. Like then finds like, and every direction counts. Rare words have long
+whitened inputs: a question's tokens are averaged before the query is brought to unit length, and so weigh by
+rarity, as with IDF; besides, tokens are weighted by how few documents have them (`token_weights`). In a
+corpus of few words, such as lists of numbers, those of a question that no document has would drown the
+others: UNSEEN bounds them. English, where documents' tokens weigh .57 to .65 on average and none more than
+1.05, is not touched.
 
 What a memory's best score says is measured on the memory itself, with questions that mean nothing (`chance`).
 
@@ -66,8 +66,8 @@ class Moments:
     def mean(self):
         return self.sum / self.count
 
-    def shape(self, centred):
-        """The covariance (E, E), or the second moments, at trace 1."""
+    def covariance(self, centred):
+        """(E, E), divided by its trace; not `centred`: the second moments, likewise."""
         moments = self.products / self.count
         if centred:
             moments = moments - torch.outer(self.mean(), self.mean())
@@ -139,8 +139,8 @@ def fit_routers(model, documents, questions, head=()):
     for i, of_documents, of_questions in zip(config.router_layers, chunks, tokens_of):
         attention = model.model.layers[i].self_attn
         query_map, key_map = attention.router_q_proj[0], attention.router_k_proj[0]
-        both = of_documents.shape(centred) + of_questions.shape(centred)
-        key = inverse_root(of_documents.shape(centred), of_documents.count)
+        both = of_documents.covariance(centred) + of_questions.covariance(centred)
+        key = inverse_root(of_documents.covariance(centred), of_documents.count)
         query = inverse_root(both, of_documents.count)
         if centred:
             key_map.bias.data.copy_(-(key @ of_documents.mean()))

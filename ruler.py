@@ -250,8 +250,7 @@ def evaluate(model, tokenizer, config, done):
         print(f"{kind}: {len(texts):,} documents, {len({*texts}):,} of them different, "
               f"{ends[len(texts) - 1]:,} tokens", flush=True)
         for name, method, length in wanted:
-            questions, at = asked[name], lengths.index(length) if length else 0
-            count = counts[at]
+            questions, count = asked[name], counts[lengths.index(length)] if length else 0
             if method == "none":
                 ask = text_asker(model, tokenizer, config, lambda question: [])
             elif method == "oracle":
@@ -273,10 +272,9 @@ def evaluate(model, tokenizer, config, done):
                 ask = memory_asker(model, tokenizer, memory if count == len(texts) else memory.subset(held),
                                    [encoded[i] for i in order[held]], numbers[:count], config)
             measured = ask_all(ask, questions)
-            tokens = int(ends[count - 1]) if length else 0
-            row = dict(task=name, method=method, length=length, memory_tokens=tokens,
-                       documents=count if length else 0,
-                       distinct=len({*texts[:count]}) if length else 0, **measured,
+            tokens = int(ends[count - 1]) if count else 0
+            row = dict(task=name, method=method, length=length, memory_tokens=tokens, documents=count,
+                       distinct=len({*texts[:count]}), **measured,
                        encode_tokens_per_second=round(speed), encode_seconds=round(seconds, 1))
             print(f"{name:<11} {method:<7} {tokens:>10,} {row['recall_at_k']:>7.1f} {row['named']:>6.1f} "
                   f"{row['score']:>6.1f} {row['rounds']:>6.2f} {row['seconds_per_question']:>8.2f}",

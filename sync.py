@@ -24,8 +24,8 @@ from memory_bank import ROUTERS, Bank, Layout, Writer, checksum, is_bank, write_
 from memory_parallel import to_records
 from routers import make_routers
 
-ENCODE_TOKENS = 65536   # that a rank encodes between two looks at the others
-COMMIT_SECONDS = 60     # at most so long is what an interruption loses
+ENCODE_TOKENS = 16384   # that a rank encodes between two looks at the others; on a GPU eight times as many
+COMMIT_SECONDS = 60     # at most so long is what an interruption loses, where so many tokens take less
 
 
 @torch.no_grad()
@@ -204,7 +204,8 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
     UserError, among others for ids or numbers given twice.
     """
     first = ranks.rank == 0
-    began = committed = time.monotonic()
+    began = committed = looked = time.monotonic()
+    size_of_group = ENCODE_TOKENS * ranks.world * (1 if model.device.type == "cpu" else 8)
     layout = bank_layout(model, tokenizer, content)
     with Writer(folder, layout) if first else contextlib.nullcontext() as writer:
         ranks.wait("made")  # the other ranks, until there is a bank
@@ -224,14 +225,16 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
                 writer.merge()
             pieces.clear()
 
-        stream = itertools.chain(groups(documents, ENCODE_TOKENS * ranks.world), [[]])  # an empty one at last
+        stream = itertools.chain(groups(documents, size_of_group), [[]])  # an empty one at last
         progress = dict(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1)
         with tqdm(**progress, disable=not first) as bar:
             group = True
             while group:
                 group, due, held, failed = changes.next(stream)
                 full = sum(map(memory_bank.size_of, pieces)) >= memory_bank.SEGMENT_BYTES
-                late = time.monotonic() - committed > COMMIT_SECONDS
+                now = time.monotonic()
+                late = now - committed + now - looked > COMMIT_SECONDS  # the next group may take as long
+                looked = now
                 commits, failed = compare_ranks(ranks, full or late, failed, group, due)
                 missing = [] if group or failed else changes.missing(skipped)
                 if 2 * len(missing) > len(bank) and not remove:

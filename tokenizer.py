@@ -152,7 +152,7 @@ def without_surrogates(text):
 
 
 class Tokenizer:
-    """An encoding and how things are spelled in it. All methods return plain lists of token ids.
+    """An encoding and how things are spelled in it; what is spelled is a plain list of token ids.
 
     head: what stands before a question and does not route.
     """

@@ -69,7 +69,7 @@ class TrainConfig:
     init_from: str = ""                 # folder, .gguf file or "owner/name" on the Hub to start from
     rank: int = 0                       # of changes to init_from's maps, all that is trained; 0: all weights
     max_steps: int = 1500               # optimizer steps
-    router_steps: int = 300             # of router_lm_weight * LM + aux, until recall@k is near 1; rank: 0
+    router_steps: int = 300             # first steps, of router_lm_weight * LM + aux; with a rank none
     router_lm_weight: float = 0.1       # of LM in that phase (the paper's); 0 keeps what copy_init made
     routing_dropout: float = 0.0        # share of a question's tokens that do not route in the first phase
     learning_rate: float = 2e-3         # after warm-up; lower for wider models (the paper: 1e-4 at 4B)
@@ -420,7 +420,7 @@ def resume(out, model, optimizer, settings, world, say):
     otherwise than before. Raises UserError for what cannot be."""
     about = read_about(out / "training_state")
     changes = tell_changes(out / "training_state", about, settings, world)
-    rows = read_log(out / "log.jsonl", about["step"])
+    rows = about.get("rows") or read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
     together = settings["pools_together"]
@@ -435,6 +435,8 @@ def save(out, model, optimizer, tokenizer, about, log, rank):
     shared = is_shared(model)
     log.sync()
     if rank == 0 or shared:
+        if not log.file:  # until it begins, log.jsonl holds the rows of the run that this one replaces
+            about = {**about, "rows": log.rows}
         write_state(out / "training_state", model, optimizer, about, rank, about["ranks"] if shared else 1)
         log.begin()
     save_model(out, model, tokenizer, rank)

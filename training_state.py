@@ -45,8 +45,9 @@ def write_state(folder, model, optimizer, about, rank=0, shards=1):
         dist.barrier()
     if rank == 0:
         write_json(folder / "about.json", {**about, "files": files})
-        for path in set(folder.glob("*.safetensors")) - {folder / name for name in files}:
-            path.unlink()  # the state before
+        old = {*folder.glob("*.safetensors"), *folder.glob(".*.tmp")} - {folder / name for name in files}
+        for path in old:  # the state before, and what a kill has left
+            path.unlink()
 
 
 def has_state(folder):

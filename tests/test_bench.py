@@ -100,6 +100,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     (["plan", "config/demo.toml", "--json", "p.json"], UserError, "plan measures nothing that --json"),
     (["linear", "--shortest", "100"], UserError, "--shortest is 100 and .*; the first must be a multiple"),
     (["train", "--plot", "curve.png"], SystemExit, "--plot is not about train; leave it out"),
+    (["train", "--gpus", "2"], SystemExit, "--gpus is not about train; leave it out"),
+    (["plan", "config/demo.toml", "--dtype", "float32"], SystemExit, "--dtype is not about plan"),
     (["route", "--questions", "1,,2"], SystemExit, "--questions: '1,,2'; give whole numbers with commas")])
 def test_wrong_flags(monkeypatch, capsys, flags, error, message):
     """A file would not be written and nobody say so; or a length be another than the row says."""

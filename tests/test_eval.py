@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_tasks import LINK, NEEDLE, NOISE, PROPERTY
 
 import answers
 import batches
@@ -16,14 +17,8 @@ from common import UserError
 from eval import parse_lengths, score
 from interleave import Round
 from question_sets import bm25_search
-from tasks import Question
+from tasks import TASKS, Question
 from tokenizer import Tokenizer
-
-NEEDLE = re.compile(r"One of the special magic numbers for (\S+) is: (\d{7})\.")
-LINK = re.compile(r"One of the special magic numbers for (\S+) is the one for (\S+)\.")
-PROPERTY = re.compile(r"The colour of (\S+) is ([a-z]+)\.")
-NOISE = re.compile(r"The [a-z]+ [a-z]+ can [a-z]+ the [a-z]+ [a-z]+ near the [a-z]+\.")
-TASKS = ("niah_single", "niah_multikey", "two_hop", "read_pooled")
 
 
 @pytest.mark.parametrize("text,lengths", [

@@ -59,7 +59,7 @@ class Scripted:
                                  self.tokenizer.decode(tokens[0].tolist())))
             cache.selections.extend(self.selected[min(self.read_so_far, len(self.selected) - 1)])
             self.read_so_far += 1
-        assert cache.selections is not None and (cache.length > 0) == (memory is None)
+        assert (cache.length > 0) == (memory is None)
         ids = tokens[:, :, None, None]
         context, values = cache.extended(0, ids, ids)
         start, branch = (int(cache.starts[0]), cache.branch) if memory is None else (0, tokens.size(1))
@@ -340,8 +340,7 @@ def alone(model, tokenizer, memory, start, route, number, numbers):
 
 
 def begun(small, questions, rows):
-    """A Rows cache of so many rows in which each question, {row: text}, has been read up to its retrieval;
-    and how many tokens of each route."""
+    """A Rows cache of so many rows in which each question, {row: text}, has been read up to its retrieval."""
     model, memory, _, tokenizer = small
     cache = Rows(rows)
     for row, text in questions.items():

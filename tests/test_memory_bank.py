@@ -294,12 +294,14 @@ def files_below(folder):
 
 
 def test_files_of_others(bank):
-    """A writer would delete what is not its own, or stumble over it."""
+    """A writer would delete what is not its own, or stumble over it; or leave what a kill has left."""
     (bank / "segments" / "notes").mkdir()
+    (bank / ".routers.safetensors.abc.tmp").write_bytes(b"x")
     (bank / "segments" / ".nfs00001").write_text("an open file of another machine")
     with Writer(bank) as writer:
         writer.add(make(9, 0, LAYOUT))
     assert (bank / "segments" / "notes").is_dir() and (bank / "segments" / ".nfs00001").exists()
+    assert not [*bank.rglob("*.tmp")]
     assert contents(Bank(bank)) == expected(HELD | {9: 0}, LAYOUT)
 
 

@@ -488,6 +488,26 @@ def test_interrupted_sync(loaded, tmp_path, encoded, monkeypatch):
     assert set(after) == {f"d{i}.txt:1-1" for i in range(11)} and after.items() > before.items()
 
 
+def test_what_an_interruption_costs(loaded, tmp_path, monkeypatch):
+    """More than a minute of encoding would be lost, where a look at the clock comes too early to save it."""
+    clock, saved, commit, encode = [0.0], [0.0], Writer.commit, syncing.encode_records
+    monkeypatch.setattr(syncing, "ENCODE_TOKENS", 10)
+    monkeypatch.setattr(syncing.time, "monotonic", lambda: clock[0])
+
+    def committed(writer, *args):
+        commit(writer, *args)
+        saved.append(clock[0])
+
+    def slow(*args):
+        clock[0] += 25  # seconds of a group
+        assert clock[0] - saved[-1] <= syncing.COMMIT_SECONDS
+        return encode(*args)
+    monkeypatch.setattr(Writer, "commit", committed)
+    monkeypatch.setattr(syncing, "encode_records", slow)
+    sync(*loaded, tmp_path / "bank", documents_of(TEXTS), ALONE)
+    assert len(saved) > 3
+
+
 def sync_until_killed(rank, model, tokenizer, folder):
     """Ends at the fourth call of encode."""
     syncing.ENCODE_TOKENS, syncing.COMMIT_SECONDS = 10, -1

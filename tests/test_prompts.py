@@ -19,7 +19,7 @@ from prompts import ChatTokenizer, MSATokenizer, load_tokenizer
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|object_ref_end|>", "<|endoftext|>"]
 CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-BEFORE, AFTER = "", "\nAnswer:<|im_end|>\n<|im_start|>assistant\nAnswer:"  # what stands around a question
+AFTER = "\nAnswer:<|im_end|>\n<|im_start|>assistant\nAnswer:"  # what stands behind a question
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {byte: chr(byte) for byte in BYTES}
 LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(BYTES)))}
@@ -59,7 +59,7 @@ def test_chat_template(tmp_path):
     assert t.head[0] == t.encoding.ids["<|im_start|>"] and len(t.head) == 1 + len("user\n")
     assert t.decode(t.templated("Why?")) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert t.decode(t.message("Why?", [(3, "a b"), (12, "c")])) == (
-        f"<|im_start|>user\n[3]. a b\n\n[12]. c\n\n{BEFORE}Question: Why?{AFTER}")
+        f"<|im_start|>user\n[3]. a b\n\n[12]. c\n\nQuestion: Why?{AFTER}")
     tokens, routes = t.routed("Why?")
     assert t.decode([x for x, r in zip(tokens, routes) if r]) == "Why?"
     assert t.decode(tokens) == "<|im_start|>user\nWhy?"
@@ -424,7 +424,7 @@ def test_chat(ask):
     assert answer == "So." and [(r.named, r.appended) for r in rounds] == [([3, 0], [0, 3])]
     assert (asked[0].text, asked[0].routed, asked[0].prefix) == ("<|im_start|>user\nWhy?", "Why?", 6)
     assert asked[1].text == (
-        f"<|im_start|>user\n[0]. zero\n\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}")
+        f"<|im_start|>user\n[0]. zero\n\n[3]. three\n\nQuestion: Why?{AFTER}")
     assert asked[1].routed is None and asked[1].prefix == 0
     assert [n for n, _ in rounds[0].routed] == [3, 0, 12, 1]
 
@@ -505,7 +505,7 @@ def test_chat_without_retrieval(ask, options):
     """Without a memory, or without rounds, it would fail instead of answering by itself."""
     answer, rounds, asked = ask("chat", "So.<|im_end|>", **options)
     assert answer == "So." and not rounds
-    assert asked[0].text == f"<|im_start|>user\n{BEFORE}Question: Why?{AFTER}"
+    assert asked[0].text == f"<|im_start|>user\nQuestion: Why?{AFTER}"
 
 
 @pytest.mark.parametrize("written,answer", [
@@ -521,7 +521,7 @@ def test_answers_are_one_line(ask, tmp_path, written, answer):
 
 
 @pytest.mark.parametrize("prompts,expected", [
-    ("chat", f"<|im_start|>user\n[3]. three\n\n{BEFORE}Question: Why?{AFTER}"),
+    ("chat", f"<|im_start|>user\n[3]. three\n\nQuestion: Why?{AFTER}"),
     ("msa", START + "[3]<|object_ref_end|>[3]. three\n<|object_ref_end|><End-of-Retrieve>" + CLOSING)])
 def test_oracle(tmp_path, prompts, expected):
     """The baselines would ask in other words than the loop does."""

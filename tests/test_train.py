@@ -1,4 +1,5 @@
 """The training loop: resuming, ranks, the schedule, and checkpoints that survive what goes wrong."""
+import dataclasses
 import errno
 import json
 import os
@@ -29,7 +30,7 @@ from costs import Held
 from model import MSA, ModelConfig
 from pools import Pools, collate
 from train import TrainConfig, learning_rate, next_pool
-from training_state import read_state, write_state
+from training_state import Log, read_state, write_state
 
 ABOUT = "training_state/about.json"
 
@@ -390,6 +391,24 @@ def test_overwriting_that_fails(fit, tmp_path, whole, files_of, monkeypatch):
     assert len(rows) == 3 and rows[0] != old[0]
 
 
+def test_overwriting_that_is_killed(fit, tmp_path, whole, files_of, monkeypatch):
+    """Killed between its first state and its log, a run would go on under the rows of the one before; what a
+    kill leaves of a file would stay for ever."""
+    put(whole, tmp_path)
+    for name in ("training_state/.00000001-0-of-1.safetensors.abc.tmp", ".model.safetensors.abc.tmp"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def killed(log):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Log, "begin", killed)
+        fit("--out", tmp_path, "--overwrite", "--seed", 1, "--evaluate-every", 1)
+    assert fit("--out", tmp_path, "--resume", "--seed", 1, "--evaluate-every", 1).code == 0
+    assert fit("--out", tmp_path / "fresh", "--seed", 1, "--evaluate-every", 1).code == 0
+    losses = lambda folder: [row["lm"] for row in read_log(files_of(folder)) if row["split"] == "train"]
+    assert losses(tmp_path) == losses(tmp_path / "fresh") and not [*tmp_path.rglob("*.tmp")]
+
+
 def test_nothing_to_resume(fit, tmp_path, files_of):
     """Resuming a run that never was would end in a traceback."""
     result = fit("--out", tmp_path, "--resume")
@@ -536,11 +555,13 @@ def test_losses_that_are_not_numbers(fit, tmp_path, whole, files_of):
 # ------------------------------------------------------------------------------------------------------------
 # Speed
 
-def test_operations_are_those_that_are_computed():
+@pytest.mark.parametrize("routing_layers", ["", "0,2"])
+def test_operations_are_those_that_are_computed(routing_layers):
     """The share of a device's peak would be of other operations than the model's."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=500, hidden_size=96, intermediate_size=256, num_hidden_layers=6, top_k=3,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, chunk_size=8)
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, chunk_size=8,
+                         routing_layers=routing_layers)
     documents, shape = [torch.randint(500, (24,)) for _ in range(8)], (6, 20)
     target = torch.zeros(shape, dtype=torch.bool)
     target[:, 15:] = True
@@ -555,6 +576,9 @@ def test_operations_are_those_that_are_computed():
     assert counted.get_total_flops() == pytest.approx(expected, rel=0.08)
     without = train.operations(config, [24] * 8, [])
     assert 0 < without < train.operations(config, [25] * 8, []) < train.operations(config, [24] * 9, [])
+    message = dict(lengths=[], batches=[(5, 40, 100, 60)])  # it routes nothing
+    assert train.operations(config, **message) == train.operations(
+        dataclasses.replace(config, decouple_router=False, routing_layers=""), **message)
 
 
 def test_samples_ahead(monkeypatch):
