@@ -237,6 +237,8 @@ def cut_training(cuts, seed, same_step):
             for step in range(begin, steps[i] + 1):
                 logs[i].add({"step": step, "split": "train", "run": i})
             logs[i].sync()
+            if not logs[i].file:  # as train.save
+                about["rows"] = logs[i].rows
             write_state(root / "training_state", models[i], optimizers[i], about)
             logs[i].begin()
         save(0)
@@ -247,7 +249,8 @@ def cut_training(cuts, seed, same_step):
             read_state(state, model, torch.optim.AdamW(model.parameters(), fused=True), about)
             i = int(about["settings"]["seed"] if same_step else about["step"] == 4)
             assert all(torch.equal(x, y) for x, y in zip(model.parameters(), models[i].parameters()))
-            read_log(folder / "log.jsonl", about["step"])
+            rows = about.get("rows") or read_log(folder / "log.jsonl", about["step"])
+            assert not same_step or {row["run"] for row in rows} == {i}
             return ("old", "new")[i]
         return try_cuts(root, lambda: save(1), check, cuts, seed)
 
