@@ -389,7 +389,7 @@ def loop_from_text(model, tokenizer, question, appended, config, cut=None):
             cut()
     else:
         named = tokenizer.encode("".join(f"[{number}]" for number, _ in documents))
-        read_before = [*named, *tokenizer.ref_end, *tokenizer.appended(documents),
+        read_before = [*named, *tokenizer.ref_end, *tokenizer.appended_texts(documents),
                        *tokenizer.ref_end] if documents else []
         prompt = [*tokenizer.routed(question)[0], *read_before, *tokenizer.encode_template(END_OF_RETRIEVE),
                   *tokenizer.end_of_retrieval_prompt(question)]

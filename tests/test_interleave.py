@@ -43,6 +43,8 @@ class Scripted:
     want and the loop must not offer is wanted far more.
     """
 
+    replays = False
+
     def __init__(self, tokenizer, rounds=(), answer=(), selected=None, strength=20.0, padding=0):
         self.tokenizer, self.rounds, self.answer, self.strength = tokenizer, rounds, list(answer), strength
         self.selected = [[selection(range(5), [0.5] * 5)]] if selected is None else selected

@@ -278,7 +278,7 @@ def test_users_text_has_no_special_tokens(prompts, kind, tmp_path):
     if prompts == "chat":
         assert own(t.message(text, [(1, text)])) == own(t.message("x", [(1, "y")]))
     else:
-        assert own(t.appended([(1, text)])) == 0 and own(t.end_of_retrieval_prompt(text)) == 2
+        assert own(t.appended_texts([(1, text)])) == 0 and own(t.end_of_retrieval_prompt(text)) == 2
 
 
 def test_msa_tokenizer_wants_its_tokens(tmp_path):
@@ -293,7 +293,7 @@ def test_msa_spelling(tmp_path):
     t = MSATokenizer(write(tmp_path, merges=("] .",)))
     assert t.decode(t.document(0, t.encode("text"))) == "<|im_start|>[0]. text[0]<|im_end|>"
     assert t.encode("].")[0] in t.document(0, t.encode("text"))  # encoded as a whole
-    assert t.decode(t.appended([(1, "a"), (12, "b")])) == "[1]. a\n[12]. b\n"
+    assert t.decode(t.appended_texts([(1, "a"), (12, "b")])) == "[1]. a\n[12]. b\n"
     for later in (False, True):
         tokens, routes = t.routed("Why?", later)
         asked = ("\nPlease answer the question based on the above historical document information\n\nWhy?\n"
@@ -314,6 +314,8 @@ TEXTS = ["zero", "one", "three", "twelve"]
 class Scripted:
     """Says `said[i]` (ids) behind the i-th prompt that is read with a fresh cache, whatever it is; notes all
     prompts."""
+
+    replays = False
 
     def __init__(self, tokenizer, prompts, said, ranking=(2, 0, 3, 1)):
         self.tokenizer, self.said, self.ranking, self.asked = tokenizer, said, list(ranking), []
