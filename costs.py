@@ -45,7 +45,7 @@ def operations(config, lengths, batches, rank=0):
     chunks = sum(-(-length // config.chunk_size) for length in lengths) / max(len(lengths), 1)
     slots = min(config.top_k, len(lengths)) * chunks * len(memory) * config.attend_memory
     routes = len(lengths) > 0  # a message that shows its documents routes nothing
-    before = max(config.router_layers) if routes and config.routing_layers else 0
+    before = max(config.router_layers)
     for rows, tokens, shared, predicted in batches:
         total += 2 * (rows * tokens + shared) * (layers * matrices + routes * heads * router)
         if routes and config.routing_layers:

@@ -39,7 +39,7 @@ ANSWER_WORDS = 4        # but so many words are one, however many tokens they ha
 UPPER, LOWER = "A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я", "a-zß-öø-ÿα-ωа-џ"  # letters
 # Names, aside from a first word's capital, and numbers of two digits or more
 NAME = re.compile(rf"(?<=[{LOWER},] )[{UPPER}][\w'’-]+(?: [{UPPER}][\w'’-]+)*|\b\d[\d,.]*\d\b")
-IMPOSSIBLE = 0.34       # of questions_per_pool so many at most are such that a pool's passage does not answer
+IMPOSSIBLE = 0.34       # share of questions_per_pool, at most, that a pool's passage does not answer
 RANDOM_DOCUMENTS = 1    # of a pool; the others are its passage and what is like it
 HELD_OUT = 0.05         # share of the documents about which validation asks
 NO_TESTS = ("train", "unlabelled")  # splits of questions that no test asks

@@ -61,8 +61,8 @@ def read_about(folder):
     if not has_state(folder):
         raise UserError(f"{folder}: nothing to resume; leave --resume out to start")
     about = read_json(path, "a whole training state")
-    kinds = {"step": int, "position": int, "ranks": int, "settings": dict, "files": list}
-    if not all(type(about.get(name)) is kind for name, kind in kinds.items()) or not all(
+    kinds = {"step": int, "position": int, "ranks": int, "settings": dict, "files": list, "rows": list}
+    if not all(type({"rows": [], **about}.get(name)) is kind for name, kind in kinds.items()) or not all(
             isinstance(name, str) and Path(name).name == name for name in about["files"] or [None]):
         raise UserError(f"{path}: not a whole training state; start anew with --overwrite")
     return about
