@@ -420,7 +420,7 @@ def resume(out, model, optimizer, settings, world, say):
     otherwise than before. Raises UserError for what cannot be."""
     about = read_about(out / "training_state")
     changes = tell_changes(out / "training_state", about, settings, world)
-    rows = about.get("rows") or read_log(out / "log.jsonl", about["step"])
+    rows = about["rows"] or read_log(out / "log.jsonl", about["step"])
     read_state(out / "training_state", model, optimizer, about)
     say(f"resumed from {out} at step {about['step']}" + "".join(f"; {change}" for change in changes))
     together = settings["pools_together"]

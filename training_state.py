@@ -60,9 +60,9 @@ def read_about(folder):
     path = Path(folder) / "about.json"
     if not has_state(folder):
         raise UserError(f"{folder}: nothing to resume; leave --resume out to start")
-    about = read_json(path, "a whole training state")
+    about = {"rows": [], **read_json(path, "a whole training state")}  # rows: of log.jsonl, until it begins
     kinds = {"step": int, "position": int, "ranks": int, "settings": dict, "files": list, "rows": list}
-    if not all(type({"rows": [], **about}.get(name)) is kind for name, kind in kinds.items()) or not all(
+    if not all(type(about.get(name)) is kind for name, kind in kinds.items()) or not all(
             isinstance(name, str) and Path(name).name == name for name in about["files"] or [None]):
         raise UserError(f"{path}: not a whole training state; start anew with --overwrite")
     return about

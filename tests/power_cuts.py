@@ -249,7 +249,7 @@ def cut_training(cuts, seed, same_step):
             read_state(state, model, torch.optim.AdamW(model.parameters(), fused=True), about)
             i = int(about["settings"]["seed"] if same_step else about["step"] == 4)
             assert all(torch.equal(x, y) for x, y in zip(model.parameters(), models[i].parameters()))
-            rows = about.get("rows") or read_log(folder / "log.jsonl", about["step"])
+            rows = about["rows"] or read_log(folder / "log.jsonl", about["step"])
             assert not same_step or {row["run"] for row in rows} == {i}
             return ("old", "new")[i]
         return try_cuts(root, lambda: save(1), check, cuts, seed)
