@@ -204,18 +204,19 @@ class Server:
         return self.model.read(tokens, cache=cache, positions=self.last(counts, tokens.device)).logits
 
     def replay(self, tokens):
-        """`go_on` with one token of each row, (B, 1). The second one of the same rows is captured as a CUDA
-        graph, and from there on a token is one launch. What a graph takes of the host is fixed: attention
-        looks as far as the rows' space goes."""
+        """`go_on` with one token of each row, (B, 1). The second one of the same rows in the same space is
+        captured as a CUDA graph, and from there on a token is one launch. What a graph takes of the host is
+        fixed: attention looks as far as the rows' space goes."""
         (starts, space, graph), counts = self.captured, [1] * len(tokens)
-        if self.cache.starts is not starts:  # other rows; what their graph is to hold is compiled by this
-            self.captured = self.cache.starts, 0, None
-            return self.go_on(self.cache, tokens, counts)
-        if self.cache.space != space:
-            self.next, held = tokens.clone(), copy(self.cache)
-            held.at, held.longest = held.starts[:, None], held.space  # `advance` moves the starts in place
-            graph = capture(lambda: self.go_on(held, self.next, counts))
-            self.captured = starts, self.cache.space, graph
+        self.cache.longest = self.cache.space
+        if self.cache.starts is not starts or self.cache.space != space:
+            self.captured = self.cache.starts, self.cache.space, None
+            return self.go_on(self.cache, tokens, counts)  # compiles all that the graph is to launch
+        if graph is None:
+            self.next, self.held = tokens.clone(), copy(self.cache)  # held: the graph reads its tensors
+            self.held.at = starts[:, None]  # `advance` moves the starts in place
+            graph = capture(lambda: self.go_on(self.held, self.next, counts))
+            self.captured = starts, space, graph
         self.next.copy_(tokens)
         return graph()
 
