@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cache import Cache, Rows
 from common import to_device
-from memory import BATCH_TOKENS, padded_batches, rank_documents, shared_length
+from memory import BATCH_TOKENS, at_once, padded_batches, rank_documents, shared_length
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class Server:
         self.cache, self.logits = Rows(rows), {}     # row -> what its Pick chooses from, (m,)
         self.picked = [], None                       # (row, token) of the last picks; these on the device
         self.captured = None, 0, None                # rows' starts, space, and the graph of a token of each
-        self.batch_tokens = BATCH_TOKENS if model.device.type == "cpu" else 8 * BATCH_TOKENS
+        self.batch_tokens = at_once(BATCH_TOKENS, model.device)
 
     def together(self, asked):
         """Prompts in batches of one memory and similar length: ([row], tokens (B, T), routes (B, T))."""
@@ -213,12 +213,11 @@ class Server:
             self.captured = self.cache.starts, self.cache.space, None
             return self.go_on(self.cache, tokens, counts)  # compiles all that the graph is to launch
         if graph is None:
-            self.next, self.held = tokens.clone(), copy(self.cache)  # held: the graph reads its tensors
-            self.held.at = starts[:, None]  # `advance` moves the starts in place
-            graph = capture(lambda: self.go_on(self.held, self.next, counts))
+            held = copy(self.cache)
+            held.at = starts[:, None]  # `advance` moves the starts in place
+            graph = capture(lambda tokens: self.go_on(held, tokens, counts), tokens)
             self.captured = starts, space, graph
-        self.next.copy_(tokens)
-        return graph()
+        return graph(tokens)
 
     def pick(self, asked):
         """Tokens; the only wait of a step in which all questions write their answers."""
@@ -243,15 +242,18 @@ class Server:
 # ------------------------------------------------------------------------------------------------------------
 # Steps
 
-def capture(step):
-    """A function that repeats what step() launches, on the same tensors, as a CUDA graph: to its result."""
-    graph = torch.cuda.CUDAGraph()
+def capture(step, x):
+    """step(x) as a CUDA graph: a function of other tensors like x, to the result, which the next call
+    overwrites. What step launches is launched again as it was then, on the same tensors."""
+    graph, own = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may read a bank
-        result = step()
+        result = step(own)
 
-    def again():
+    def again(x):
+        own.copy_(x)
         graph.replay()
         return result
+    again.step = step  # holds the tensors that the graph reads
     return again
 
 

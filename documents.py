@@ -342,14 +342,14 @@ def spelled_texts(documents):
 LONG, PASSAGE = 512, 256  # tokens: a longer document of a set is read in passages of at most so many
 
 
-def passages(texts, count_tokens):
+def passages(texts, count_tokens, whole=0):
     """(passages, owner): the texts of a set, LONG ones split into passages with their title; owner: the place
-    of the text that each is of, increasing."""
+    of the text that each is of, increasing. The first `whole` of them are left as they are."""
     found = []
     for place, text in enumerate(progress_bar(texts, desc="splitting", unit="text")):
         headings = [(0, text.partition("\n")[0])] if isinstance(text, Titled) else []
         size = len(text.encode(errors="replace"))
-        if size <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a byte
+        if place < whole or size <= LONG or count_tokens(text) <= LONG:  # no token is shorter than a byte
             found.append((text, place))
         else:
             pieces = split_text(numbered(text), headings, count_tokens, PASSAGE)

@@ -424,9 +424,8 @@ def load_set(config, model, tokenizer, say):
         texts += [text for text in read_texts(path, say) if text not in own]
         group += range(group[-1] + 1, group[-1] + 1 + len(texts) - counts[-1])
         counts.append(len(texts))
-    own = counts[0] if config.documents else 0  # one's own are cut already, as sample.py cuts them
-    pieces, text_of = passages(texts[own:], tokenizer.count)
-    texts, text_of = texts[:own] + pieces, [*range(own), *(own + place for place in text_of)]
+    whole = counts[0] if config.documents else 0  # one's own are cut already, as sample.py cuts them
+    texts, text_of = passages(texts, tokenizer.count, whole)
     owner, counts = [group[i] for i in text_of], np.searchsorted(text_of, counts).tolist()
     return texts, owner, counts, questions, split
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cache import Cache
 from checkpoint import Pretrained, check_config, named_layers
-from memory import BATCH_TOKENS, Memory, Output, Tally, follow, padded_batches
+from memory import BATCH_TOKENS, Memory, Output, Tally, at_once, follow, padded_batches
 from msa_kernel import chunk_offsets, pool_chunks, sparse_attention
 from routing import group_queries, share_document
 from scratch import Scratch, ScratchConfig
@@ -270,8 +270,8 @@ class PaperMSA(Pretrained, nn.Module):
             raise ValueError("encode needs at least one document, and no empty one")
         if len(numbers) != len(documents) or any(a >= b for a, b in zip(numbers, numbers[1:])):
             raise ValueError("encode needs one number per document, increasing")
-        small = self.checkpoint_activations or self.device.type == "cpu"
-        batch_tokens = batch_tokens or (BATCH_TOKENS if small else 8 * BATCH_TOKENS)
+        if not batch_tokens:
+            batch_tokens = BATCH_TOKENS if self.checkpoint_activations else at_once(BATCH_TOKENS, self.device)
         lengths = torch.tensor([len(document) for document in documents])
         offsets, parts, encoded = self.chunk_offsets(lengths), [], []
         for batch, tokens in padded_batches(documents, batch_tokens):

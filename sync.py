@@ -20,6 +20,7 @@ from tqdm import tqdm
 import memory_bank
 from checkpoint import is_router
 from common import UserError
+from memory import at_once
 from memory_bank import ROUTERS, Bank, Layout, Writer, checksum, is_bank, write_segment
 from memory_parallel import to_records
 from routers import make_routers
@@ -205,7 +206,6 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
     """
     first = ranks.rank == 0
     began = committed = looked = time.monotonic()
-    size_of_group = ENCODE_TOKENS * ranks.world * (1 if model.device.type == "cpu" else 8)
     layout = bank_layout(model, tokenizer, content)
     with Writer(folder, layout) if first else contextlib.nullcontext() as writer:
         ranks.wait("made")  # the other ranks, until there is a bank
@@ -225,7 +225,8 @@ def sync(model, tokenizer, folder, documents, ranks, content="bfloat16", size=0,
                 writer.merge()
             pieces.clear()
 
-        stream = itertools.chain(groups(documents, size_of_group), [[]])  # an empty one at last
+        stream = itertools.chain(groups(documents, ranks.world * at_once(ENCODE_TOKENS, model.device)),
+                                 [[]])  # an empty one at last
         progress = dict(desc="encoding", total=size or None, unit="B", unit_scale=True, delay=1)
         with tqdm(**progress, disable=not first) as bar:
             group = True
